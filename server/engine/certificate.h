@@ -1,0 +1,73 @@
+// What is proven about a quantized layer.
+
+#ifndef CERTIQ_ENGINE_CERTIFICATE_H_
+#define CERTIQ_ENGINE_CERTIFICATE_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/damping.h"
+#include "engine/spec.h"
+
+namespace certiq::engine {
+
+enum class Outcome { kQuantized, kFellBackToNearest };
+
+// Seconds of wall clock the engine spent.
+struct EngineSeconds {
+  double factor = 0;
+  double round = 0;
+  double certify = 0;
+  double reference = 0;
+  double pack = 0;
+};
+
+// The engine's part of the Certificate message; every field is explained
+// there (certificate.proto), with its formula.
+struct LayerCertificate {
+  int64_t rows = 0;
+  int64_t features = 0;
+  int64_t tokens = 0;
+  ResolvedSpec spec;
+  Outcome outcome = Outcome::kQuantized;
+  std::vector<std::string> warnings;
+  double bits_per_weight = 0;
+
+  double lambda_requested = 0;
+  double lambda_used = 0;
+  std::vector<DampingAttempt> damping_attempts;
+  double condition_estimate = 0;
+
+  double squared_error = 0;
+  double damped_squared_error = 0;
+  double reference_energy = 0;
+  double relative_error = 0;
+  std::optional<double> nearest_relative_error;
+  double l2_bound = 0;
+  double identity_residual = 0;
+  double c2 = 0;
+  double c_inf = 0;
+  // One a row; kept even if the spec's per_row is off.
+  std::vector<double> row_error;
+  std::vector<double> row_bound;
+
+  int64_t clipped_weights = 0;
+  int64_t clipped_rows = 0;
+  double worst_overshoot = 0;
+  int64_t dead_features = 0;
+
+  std::optional<double> predicted_squared_error;
+  std::optional<double> rate_gap_bits;
+
+  EngineSeconds seconds;
+  // Floating point operations by the formulas' count: statistics are the
+  // caller's.
+  double factor_flops = 0;
+  double round_flops = 0;
+};
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_CERTIFICATE_H_

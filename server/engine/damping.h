@@ -1,0 +1,49 @@
+// lambda: what is asked for, and the ladder when it is not enough.
+
+#ifndef CERTIQ_ENGINE_DAMPING_H_
+#define CERTIQ_ENGINE_DAMPING_H_
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/factor.h"
+#include "engine/run_context.h"
+#include "engine/spec.h"
+#include "engine/statistics.h"
+
+namespace certiq::engine {
+
+// One try of the factorisation with one lambda.
+struct DampingAttempt {
+  double lambda = 0;
+  StabilityCause cause = StabilityCause::kNone;
+  std::string detail;
+};
+
+struct DampedFactor {
+  double lambda_requested = 0;
+  double lambda_used = 0;
+  // In order; the last one succeeded where `factor` is there.
+  std::vector<DampingAttempt> attempts;
+  std::optional<Factor> factor;
+};
+
+// lambda of the spec's rule for these statistics (D1).
+double RequestedLambda(const ResolvedSpec& spec, const Statistics& statistics);
+
+// Factors gram + lambda I; after a stability failure multiplies lambda by the
+// spec's factor and tries again, max_attempts in all. From lambda = 0 the
+// first step is eps trace / N, eps = 2^-52 (D2). Fails only by cancellation.
+absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec,
+                                               const Statistics& statistics,
+                                               const std::vector<bool>& dead,
+                                               const RunContext& context);
+
+// "lambda 1e-06: pivot -3 at feature 7; lambda ..." for messages.
+std::string DescribeAttempts(const std::vector<DampingAttempt>& attempts);
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_DAMPING_H_

@@ -1,0 +1,59 @@
+// H = U D U^T from the far end, and what is read off the factor.
+
+#ifndef CERTIQ_ENGINE_FACTOR_H_
+#define CERTIQ_ENGINE_FACTOR_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/run_context.h"
+#include "engine/upper_panels.h"
+
+namespace certiq::engine {
+
+// Why a factorisation was not accepted (D2).
+enum class StabilityCause { kNone, kPivot, kNonFinite, kCondition };
+
+// (M1) H = U D U^T with U [N, N] unit upper triangular and D [N] > 0
+// diagonal, float64: an ordinary Cholesky factorisation of H with rows and
+// columns reversed. D_j is the squared distance of column j of the augmented
+// activations from the span of the columns after it.
+struct Factor {
+  // Strictly above the diagonal: U. The diagonal itself is one and not stored.
+  UpperPanels<double> u;
+  std::vector<double> d;
+  // Lower bound, usually within a factor of three, of the 1-norm condition
+  // number |H|_1 |H^-1|_1 (Higham, Accuracy and Stability of Numerical Algorithms, Alg. 15.1).
+  double condition = 0;
+};
+
+// The result of one try.
+struct FactorAttempt {
+  StabilityCause cause = StabilityCause::kNone;
+  std::string detail;
+  // Meaningful where cause is kNone.
+  Factor factor;
+};
+
+// Factors H = gram + lambda I. `gram` is a symmetric matrix of which the upper
+// triangle is given. Features marked in `dead` (zero rows and columns of gram) are left
+// out: their row and column of U are those of the identity, their D is lambda (1 if that is
+// 0). Costs N^3/3 multiply-adds of two flops; blocked and left-looking, the
+// result does not depend on the executor. Fails only by cancellation; a
+// stability failure is reported in the attempt.
+absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
+                                           const std::vector<bool>& dead, double lambda,
+                                           const RunContext& context);
+
+// The largest condition estimate accepted for N features: past 1 / (8 N u), u = 2^-53, a
+// solve with the factor may have no correct digit.
+double LargestCondition(int64_t features);
+
+// Solves H x = b in place with the factor: U y = b, z = D^-1 y, U^T x = z.
+void SolveInPlace(const Factor& factor, std::vector<double>& x);
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_FACTOR_H_

@@ -1,0 +1,53 @@
+// The engine's one public entry: a layer in, codes and a certificate out.
+
+#ifndef CERTIQ_ENGINE_QUANTIZE_LAYER_H_
+#define CERTIQ_ENGINE_QUANTIZE_LAYER_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/certificate.h"
+#include "engine/packing.h"
+#include "engine/run_context.h"
+#include "engine/spec.h"
+#include "engine/statistics.h"
+#include "engine/strip_matrix.h"
+
+namespace certiq::engine {
+
+// A layer to quantize. Owns its inputs, which the computation consumes.
+struct LayerProblem {
+  ResolvedSpec spec;
+  // W [R, N].
+  StripMatrix weights;
+  // Sums over the calibration tokens, N features.
+  Statistics statistics;
+};
+
+struct QuantizedLayer {
+  std::vector<ResultTensor> tensors;
+  LayerCertificate certificate;
+};
+
+// Quantizes a layer. Bit-identical results for the same problem on the same
+// instruction set, whatever the executor. No exception leaves it. Errors:
+//   INVALID_ARGUMENT     sizes of weights and statistics differ; weights so large that sums leave
+//                        float32; a scale that its type cannot hold.
+//   FAILED_PRECONDITION  all activations are zero; every damping attempt failed and on_failure is
+//                        kFail (type "DAMPING", the attempts in the message).
+//   CANCELLED, DEADLINE_EXCEEDED  as the context's cancellation says.
+//   RESOURCE_EXHAUSTED   memory ran out.
+absl::StatusOr<QuantizedLayer> QuantizeLayer(LayerProblem problem, const RunContext& context);
+
+// Bytes held at the peak of QuantizeLayer, its inputs and result included.
+int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features);
+
+// The instruction set this library runs on: "x86-64-v2", "-v3" or "-v4".
+const char* EngineIsa();
+// "MAJOR.MINOR.PATCH".
+const char* EngineVersion();
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_QUANTIZE_LAYER_H_

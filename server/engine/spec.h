@@ -1,0 +1,93 @@
+// What to do with a layer: the engine's view of QuantizationSpec.
+
+#ifndef CERTIQ_ENGINE_SPEC_H_
+#define CERTIQ_ENGINE_SPEC_H_
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/dtype.h"
+
+namespace certiq::engine {
+
+enum class Method { kNearest, kOptq, kQronos };
+enum class GroupScales { kStatic, kDynamic };
+enum class ScaleRule { kAbsmax, kMse, kPiso, kCompensated };
+enum class Rounding { kNearest, kStochastic };
+enum class Order { kNatural, kDecreasingNorm };
+enum class OnFailure { kFail, kNearest };
+enum class Format { kDenseF32, kDenseF16, kDenseBF16, kGptq, kGptqV2, kCompressedTensors };
+enum class Quality { kFast, kBalanced, kBest };
+enum class DampingRule { kRelativeTrace, kAbsolute, kRelativeSigmaMax, kHeldOut };
+
+// A grid given by the caller. Row-major [rows, groups].
+struct ExplicitGrid {
+  std::vector<float> scales;
+  // Empty for a symmetric grid.
+  std::vector<int32_t> zero_points;
+  std::optional<int32_t> lowest_code;
+  std::optional<int32_t> highest_code;
+};
+
+// As it came: what is not set is filled by ResolveSpec.
+struct QuantizationSpec {
+  std::optional<Method> method;
+  std::optional<int32_t> bits;
+  std::optional<bool> symmetric;
+  std::optional<int32_t> group_size;
+  std::optional<DType> scale_dtype;
+  std::optional<ExplicitGrid> grid;
+  std::optional<GroupScales> group_scales;
+  std::optional<ScaleRule> scale;
+  std::optional<int32_t> scale_trials;
+  std::optional<int32_t> polish;
+  std::optional<Rounding> rounding;
+  std::optional<uint64_t> seed;
+  std::optional<Order> order;
+  std::optional<DampingRule> damping_rule;
+  // For the rules with a number.
+  std::optional<double> damping_value;
+  // For kHeldOut; empty: the default ladder.
+  std::vector<double> damping_ladder;
+  std::optional<int32_t> max_attempts;
+  std::optional<double> damping_factor;
+  std::optional<OnFailure> on_failure;
+  std::optional<Format> format;
+  std::optional<Quality> quality;
+  std::optional<bool> per_row;
+  std::optional<double> failure_probability;
+  std::optional<bool> compare_nearest;
+};
+
+// Every setting decided; see spec.proto for meanings and units.
+struct ResolvedSpec {
+  Method method = Method::kOptq;
+  int32_t bits = 4;
+  bool symmetric = true;
+  int64_t group_size = 0;
+  DType scale_dtype = DType::kF32;
+  DampingRule damping_rule = DampingRule::kRelativeTrace;
+  double damping_value = 0.01;
+  int32_t max_attempts = 5;
+  double damping_factor = 10;
+  OnFailure on_failure = OnFailure::kFail;
+  uint64_t seed = 0;
+  bool per_row = true;
+  bool compare_nearest = false;
+
+  // Scales a row has for this many features.
+  int64_t Groups(int64_t features) const {
+    return group_size == 0 ? 1 : (features + group_size - 1) / group_size;
+  }
+  int64_t GroupOf(int64_t feature) const { return group_size == 0 ? 0 : feature / group_size; }
+};
+
+// Fills defaults and checks every value. INVALID_ARGUMENT or UNIMPLEMENTED
+// naming the field ("spec.bits").
+absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec);
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_SPEC_H_

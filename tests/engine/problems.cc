@@ -1,0 +1,109 @@
+#include "tests/engine/problems.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+
+namespace certiq::testing {
+namespace {
+
+std::vector<float> Floats(const textbook::Matrix& m) {
+  return std::vector<float>(m.values.begin(), m.values.end());
+}
+
+}  // namespace
+
+void ContraryExecutor::ParallelFor(int64_t count, const std::function<void(int64_t)>& body) {
+  constexpr int64_t kThreads = 3;
+  std::vector<std::jthread> threads;
+  for (int64_t t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (int64_t i = count - 1 - t; i >= 0; i -= kThreads) body(i);
+    });
+  }
+}
+
+RandomLayer MakeLayer(int64_t tokens, int64_t features, int64_t rows, Inputs inputs,
+                      uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> gauss;
+  RandomLayer layer{textbook::Matrix(tokens, features), textbook::Matrix(rows, features)};
+  for (double& v : layer.x.values) v = gauss(random);
+  for (double& v : layer.w.values) v = static_cast<float>(0.05 * gauss(random));
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t j = 0; j < features; ++j) {
+      double& v = layer.x(t, j);
+      switch (inputs) {
+        case Inputs::kGaussian:
+          break;
+        case Inputs::kCorrelated:
+          if (j > 0) v = 0.3 * v + 0.9 * layer.x(t, j - 1);
+          break;
+        case Inputs::kRankDeficient:
+          if (t >= tokens / 2) v = layer.x(t - tokens / 2, j);
+          if (j % 2 == 1) v = 2 * layer.x(t, j - 1);
+          break;
+        case Inputs::kIllConditioned:
+          v *= std::pow(10.0, static_cast<double>(j % 7) - 3);
+          if (t == 0) v *= 1000;
+          break;
+      }
+      v = static_cast<float>(v);
+    }
+  }
+  return layer;
+}
+
+engine::Statistics Accumulate(const textbook::Matrix& x, int64_t chunk) {
+  engine::SerialExecutor executor;
+  engine::StatisticsAccumulator sums(x.cols);
+  const std::vector<float> values = Floats(x);
+  for (int64_t t = 0; t < x.rows; t += chunk) {
+    const absl::Status status = sums.Append(
+        engine::DType::kF32, reinterpret_cast<const std::byte*>(values.data() + t * x.cols),
+        std::min(chunk, x.rows - t), "x", executor);
+    if (!status.ok()) std::abort();
+  }
+  return std::move(sums).Finish(executor);
+}
+
+engine::StripMatrix Strips(const textbook::Matrix& w) {
+  engine::StripMatrix strips(w.rows, w.cols);
+  const std::vector<float> values = Floats(w);
+  for (int64_t r = 0; r < w.rows; ++r) strips.SetRow(r, values.data() + r * w.cols);
+  return strips;
+}
+
+absl::StatusOr<engine::QuantizedLayer> Quantize(const RandomLayer& layer,
+                                                const engine::QuantizationSpec& spec,
+                                                engine::Executor* executor) {
+  engine::SerialExecutor serial;
+  absl::StatusOr<engine::ResolvedSpec> resolved = engine::ResolveSpec(spec);
+  if (!resolved.ok()) return resolved.status();
+  engine::RunContext context;
+  context.executor = executor == nullptr ? &serial : executor;
+  engine::LayerProblem problem{*resolved, Strips(layer.w), Accumulate(layer.x)};
+  return engine::QuantizeLayer(std::move(problem), context);
+}
+
+std::vector<double> TensorValues(const engine::QuantizedLayer& layer, const char* role) {
+  for (const engine::ResultTensor& tensor : layer.tensors) {
+    if (tensor.role != role) continue;
+    std::vector<float> values(tensor.bytes.size() /
+                              static_cast<size_t>(engine::ItemSize(tensor.dtype)));
+    engine::DecodeToFloat(tensor.dtype, tensor.bytes.data(), static_cast<int64_t>(values.size()),
+                          values.data());
+    return {values.begin(), values.end()};
+  }
+  return {};
+}
+
+std::vector<double> Row(const textbook::Matrix& m, int64_t r) {
+  return {m.values.begin() + r * m.cols, m.values.begin() + (r + 1) * m.cols};
+}
+
+}  // namespace certiq::testing

@@ -1,0 +1,221 @@
+#include "engine/quantize_layer.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "engine/status.h"
+#include "tests/engine/problems.h"
+
+namespace certiq::engine {
+namespace {
+
+using testing::Inputs;
+using testing::MakeLayer;
+
+TEST(QuantizeLayerTest, IsBitIdenticalWhateverTheExecutor) {
+  const auto problem = MakeLayer(400, 300, 150, Inputs::kCorrelated, 83);
+  QuantizationSpec spec;
+  spec.group_size = 64;
+  spec.symmetric = false;
+  spec.compare_nearest = true;
+  testing::ContraryExecutor contrary;
+  const auto a = testing::Quantize(problem, spec);
+  const auto b = testing::Quantize(problem, spec, &contrary);
+  ASSERT_TRUE(a.ok() && b.ok());
+  ASSERT_EQ(a->tensors.size(), b->tensors.size());
+  for (size_t t = 0; t < a->tensors.size(); ++t) {
+    EXPECT_EQ(a->tensors[t].bytes, b->tensors[t].bytes) << a->tensors[t].role;
+  }
+  EXPECT_EQ(a->certificate.row_error, b->certificate.row_error);
+  EXPECT_EQ(a->certificate.row_bound, b->certificate.row_bound);
+  EXPECT_EQ(a->certificate.squared_error, b->certificate.squared_error);
+  EXPECT_EQ(a->certificate.nearest_relative_error, b->certificate.nearest_relative_error);
+}
+
+TEST(QuantizeLayerTest, ReturnsDenseWeightsOnTheirGrid) {
+  const auto problem = MakeLayer(100, 50, 7, Inputs::kGaussian, 89);
+  QuantizationSpec spec;
+  spec.symmetric = false;
+  spec.group_size = 16;
+  spec.bits = 3;
+  const auto layer = testing::Quantize(problem, spec);
+  ASSERT_TRUE(layer.ok());
+  const auto weight = testing::TensorValues(*layer, "weight");
+  const auto scales = testing::TensorValues(*layer, "scales");
+  const auto zeros = testing::TensorValues(*layer, "zeros");
+  const auto groups = testing::TensorValues(*layer, "g_idx");
+  ASSERT_EQ(weight.size(), 350u);
+  ASSERT_EQ(scales.size(), 28u);
+  ASSERT_EQ(zeros.size(), 28u);
+  ASSERT_EQ(groups.size(), 50u);
+  for (size_t r = 0; r < 7; ++r) {
+    for (size_t j = 0; j < 50; ++j) {
+      ASSERT_EQ(groups[j], static_cast<double>(j / 16));
+      const size_t g = r * 4 + j / 16;
+      const double code = std::round(weight[r * 50 + j] / scales[g] + zeros[g]);
+      EXPECT_GE(code, 0);
+      EXPECT_LE(code, 7);
+      EXPECT_EQ(weight[r * 50 + j], static_cast<double>(static_cast<float>(scales[g]) *
+                                                        static_cast<float>(code - zeros[g])));
+    }
+  }
+  EXPECT_NEAR(layer->certificate.bits_per_weight, 3 + 4.0 * (32 + 3) / 50, 1e-12);
+}
+
+TEST(QuantizeLayerTest, GivesDeadFeaturesZeroWeightsAndNoVoice) {
+  auto problem = MakeLayer(100, 40, 6, Inputs::kGaussian, 97);
+  for (int64_t t = 0; t < 100; ++t) problem.x(t, 3) = problem.x(t, 39) = 0;
+  // They would set the scale, were they heard.
+  for (int64_t r = 0; r < 6; ++r) problem.w(r, 3) = 100;
+  for (const double damping : {0.01, 0.0}) {
+    QuantizationSpec spec;
+    spec.damping_value = damping;
+    const auto layer = testing::Quantize(problem, spec);
+    ASSERT_TRUE(layer.ok()) << layer.status();
+    EXPECT_EQ(layer->certificate.dead_features, 2);
+    const auto weight = testing::TensorValues(*layer, "weight");
+    for (size_t r = 0; r < 6; ++r) {
+      EXPECT_EQ(weight[r * 40 + 3], 0);
+      EXPECT_EQ(weight[r * 40 + 39], 0);
+    }
+    EXPECT_LT(layer->certificate.relative_error, 0.2);
+  }
+}
+
+TEST(QuantizeLayerTest, RaisesLambdaAndReportsWhy) {
+  const auto problem = MakeLayer(20, 60, 4, Inputs::kGaussian, 101);
+  QuantizationSpec spec;
+  spec.damping_rule = DampingRule::kAbsolute;
+  spec.damping_value = 0;
+  spec.max_attempts = 20;
+  const auto layer = testing::Quantize(problem, spec);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  const LayerCertificate& c = layer->certificate;
+  EXPECT_EQ(c.lambda_requested, 0);
+  EXPECT_GT(c.lambda_used, 0);
+  ASSERT_GT(c.damping_attempts.size(), 1u);
+  EXPECT_EQ(c.damping_attempts.front().lambda, 0);
+  EXPECT_NE(c.damping_attempts.front().cause, StabilityCause::kNone);
+  EXPECT_EQ(c.damping_attempts.back().cause, StabilityCause::kNone);
+  EXPECT_EQ(c.damping_attempts.back().lambda, c.lambda_used);
+}
+
+TEST(QuantizeLayerTest, FailsWithTheNumbersWhenEveryAttemptFailed) {
+  const auto problem = MakeLayer(20, 60, 4, Inputs::kGaussian, 101);
+  QuantizationSpec spec;
+  spec.damping_value = 0;
+  spec.max_attempts = 2;
+  const auto layer = testing::Quantize(problem, spec);
+  ASSERT_EQ(layer.status().code(), absl::StatusCode::kFailedPrecondition);
+  ASSERT_TRUE(PreconditionOf(layer.status()).has_value());
+  EXPECT_EQ(PreconditionOf(layer.status())->type, "DAMPING");
+  EXPECT_NE(layer.status().message().find("lambda 0"), absl::string_view::npos) << layer.status();
+}
+
+TEST(QuantizeLayerTest, RefusesActivationsThatAreAllZero) {
+  auto problem = MakeLayer(5, 4, 2, Inputs::kGaussian, 103);
+  for (double& v : problem.x.values) v = 0;
+  EXPECT_EQ(testing::Quantize(problem, {}).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST(QuantizeLayerTest, ZeroWeightsAreExact) {
+  auto problem = MakeLayer(50, 20, 3, Inputs::kGaussian, 107);
+  for (double& v : problem.w.values) v = 0;
+  QuantizationSpec spec;
+  spec.compare_nearest = true;
+  const auto layer = testing::Quantize(problem, spec);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  EXPECT_EQ(layer->certificate.relative_error, 0);
+  EXPECT_EQ(layer->certificate.nearest_relative_error, 0);
+  EXPECT_EQ(layer->certificate.identity_residual, 0);
+  for (const double v : testing::TensorValues(*layer, "weight")) EXPECT_EQ(v, 0);
+}
+
+// Scaling inputs or weights by powers of two changes no code, as long as
+// float32 holds the weights.
+TEST(QuantizeLayerTest, IsEquivariantUnderTinyAndHugeScales) {
+  const auto problem = MakeLayer(150, 70, 9, Inputs::kCorrelated, 109);
+  const auto reference = testing::Quantize(problem, {});
+  ASSERT_TRUE(reference.ok());
+  const auto weight = testing::TensorValues(*reference, "weight");
+  for (const double x_scale : {0x1p-100, 0x1p100}) {
+    for (const double w_scale : {0x1p-90, 0x1p90}) {
+      auto scaled = problem;
+      for (double& v : scaled.x.values) v *= x_scale;
+      for (double& v : scaled.w.values) v *= w_scale;
+      const auto layer = testing::Quantize(scaled, {});
+      ASSERT_TRUE(layer.ok()) << layer.status();
+      const auto got = testing::TensorValues(*layer, "weight");
+      for (size_t i = 0; i < got.size(); ++i) ASSERT_EQ(got[i], weight[i] * w_scale);
+      EXPECT_NEAR(layer->certificate.relative_error, reference->certificate.relative_error,
+                  1e-6 * reference->certificate.relative_error);
+    }
+  }
+}
+
+TEST(QuantizeLayerTest, NothingThatIsNotFiniteLeavesTheEngine) {
+  auto problem = MakeLayer(150, 70, 2, Inputs::kCorrelated, 113);
+  for (double& v : problem.w.values) v = v > 0 ? 3e38 : -3e38;
+  const auto layer = testing::Quantize(problem, {});
+  if (layer.ok()) {
+    for (const double v : testing::TensorValues(*layer, "weight")) EXPECT_TRUE(std::isfinite(v));
+    EXPECT_TRUE(std::isfinite(layer->certificate.squared_error));
+  } else {
+    EXPECT_EQ(layer.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(FieldOf(layer.status()), "weight");
+  }
+}
+
+TEST(QuantizeLayerTest, RefusesSizesThatDoNotFit) {
+  SerialExecutor serial;
+  RunContext context;
+  context.executor = &serial;
+  const auto a = MakeLayer(10, 4, 2, Inputs::kGaussian, 127);
+  const auto b = MakeLayer(10, 5, 2, Inputs::kGaussian, 127);
+  LayerProblem problem{*ResolveSpec({}), testing::Strips(a.w), testing::Accumulate(b.x)};
+  const auto layer = QuantizeLayer(std::move(problem), context);
+  EXPECT_EQ(layer.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(FieldOf(layer.status()), "x.shape");
+}
+
+// Cancelled at every phase in turn, it stops with the reason.
+TEST(QuantizeLayerTest, StopsInEveryPhaseWhenCancelled) {
+  const auto data = MakeLayer(300, 200, 80, Inputs::kGaussian, 131);
+  for (const Phase phase : {Phase::kFactor, Phase::kReference, Phase::kRound, Phase::kCertify}) {
+    SerialExecutor serial;
+    Cancellation cancellation;
+    RunContext context;
+    context.executor = &serial;
+    context.cancellation = &cancellation;
+    context.progress = [&](Phase at, double) {
+      if (at == phase) cancellation.Cancel(absl::StatusCode::kDeadlineExceeded);
+    };
+    LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w), testing::Accumulate(data.x)};
+    const auto layer = QuantizeLayer(std::move(problem), context);
+    EXPECT_EQ(layer.status().code(), absl::StatusCode::kDeadlineExceeded)
+        << static_cast<int>(phase);
+  }
+}
+
+TEST(QuantizeLayerTest, ReportsEveryPhaseInOrder) {
+  const auto data = MakeLayer(300, 200, 80, Inputs::kGaussian, 137);
+  SerialExecutor serial;
+  RunContext context;
+  context.executor = &serial;
+  std::vector<Phase> seen;
+  context.progress = [&](Phase at, double fraction) {
+    EXPECT_GE(fraction, 0);
+    EXPECT_LE(fraction, 1);
+    if (seen.empty() || seen.back() != at) seen.push_back(at);
+  };
+  LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w), testing::Accumulate(data.x)};
+  ASSERT_TRUE(QuantizeLayer(std::move(problem), context).ok());
+  EXPECT_EQ(seen, (std::vector<Phase>{Phase::kFactor, Phase::kReference, Phase::kRound,
+                                      Phase::kCertify, Phase::kPack}));
+}
+
+}  // namespace
+}  // namespace certiq::engine
