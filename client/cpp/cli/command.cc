@@ -1,0 +1,48 @@
+#include "command.h"
+
+#include <algorithm>
+
+#include "CLI/CLI.hpp"
+#include "quantize_flags.h"
+#include "quantize_verb.h"
+
+namespace certiq::cli {
+namespace {
+
+int Run(const std::vector<std::string>& arguments, const Io& io) {
+  CLI::App app("Post-training quantization as a service, with a certificate.", "certiq");
+  app.require_subcommand(0, 1);
+  app.set_version_flag("--version", Version());
+
+  QuantizeFlags flags;
+  CLI::App* const quantize = AddQuantizeVerb(&app, &flags);
+  CLI::App* const version = app.add_subcommand("version", "Print the version");
+  AddLaterVerbs(&app);
+  // After the verbs, which would inherit it.
+  app.allow_extras();
+  try {
+    // CLI11 takes the arguments from the back.
+    app.parse(std::vector<std::string>(arguments.rbegin(), arguments.rend()));
+    if (!app.remaining().empty()) throw CLI::ExtrasError(app.get_name(), app.remaining());
+    if (app.get_subcommands().empty()) throw CLI::RequiredError("A verb");
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error, io.out, io.err) == 0 ? kExitOk : kExitUsage;
+  }
+  if (*quantize) return RunQuantize(flags, io);
+  if (*version) return RunVersion(io);
+  return RunLaterVerb(app.get_subcommands().front()->get_name(), io);
+}
+
+}  // namespace
+
+int RunCommand(const std::vector<std::string>& arguments, const Io& io) {
+  // CLI11 and the standard library may throw; a defect should still end in an exit code.
+  try {
+    return Run(arguments, io);
+  } catch (const std::exception& error) {
+    io.err << "certiq: " << error.what() << "\n";
+    return kExitFailed;
+  }
+}
+
+}  // namespace certiq::cli

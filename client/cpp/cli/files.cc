@@ -1,0 +1,70 @@
+#include "files.h"
+
+#include <cstdint>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/strip.h"
+#include "certiq/safetensors.h"
+#include "google/protobuf/util/json_util.h"
+
+namespace certiq::cli {
+
+std::string OutputName(const std::string& weight, const std::string& role) {
+  if (role == "weight") return weight;
+  return absl::StrCat(absl::StripSuffix(weight, ".weight"), ".", role);
+}
+
+absl::StatusOr<AtomicFile> StageResult(const std::string& path, const std::string& weight,
+                                       const QuantizeResult& result) {
+  std::vector<TensorView> tensors;
+  tensors.reserve(result.tensors.size());
+  for (const OwnedTensor& tensor : result.tensors) {
+    tensors.push_back(tensor.View());
+    tensors.back().name = OutputName(weight, tensor.name);
+  }
+  // Loaders of checkpoints ask for "format" and know "pt".
+  return StageSafetensors(path, tensors, {{"format", "pt"}});
+}
+
+absl::StatusOr<std::string> ReportText(const v1::Certificate& certificate) {
+  google::protobuf::util::JsonPrintOptions options;
+  options.add_whitespace = true;
+  options.preserve_proto_field_names = true;
+  options.always_print_primitive_fields = true;
+  std::string text;
+  const auto status = google::protobuf::util::MessageToJsonString(certificate, &text, options);
+  if (!status.ok()) {
+    return absl::InternalError(absl::StrCat("certificate as JSON: ", status.ToString()));
+  }
+  if (text.empty() || text.back() != '\n') text += '\n';
+  return text;
+}
+
+absl::StatusOr<AtomicFile> StageReport(const std::string& path,
+                                       const v1::Certificate& certificate) {
+  const absl::StatusOr<std::string> text = ReportText(certificate);
+  if (!text.ok()) return text.status();
+  absl::StatusOr<AtomicFile> file = AtomicFile::Create(path);
+  if (!file.ok()) return file.status();
+  if (absl::Status status = file->Write(*text); !status.ok()) return status;
+  if (absl::Status status = file->Flush(); !status.ok()) return status;
+  return file;
+}
+
+std::string RandomUuid() {
+  std::random_device random;
+  const auto next = [&random] { return static_cast<uint64_t>(random()); };
+  const uint64_t high = (next() << 32 | next()) & ~uint64_t{0xf000};
+  const uint64_t low = (next() << 32 | next()) >> 2;
+  // Version 4, variant 10.
+  const uint64_t first = high | 0x4000;
+  const uint64_t second = low | uint64_t{1} << 63;
+  return absl::StrFormat("%08x-%04x-%04x-%04x-%012x", first >> 32, first >> 16 & 0xffff,
+                         first & 0xffff, second >> 48, second & 0xffff'ffff'ffff);
+}
+
+}  // namespace certiq::cli

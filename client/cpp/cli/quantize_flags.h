@@ -1,0 +1,45 @@
+// The flags of `certiq quantize`.
+#ifndef CERTIQ_CLIENT_CPP_CLI_QUANTIZE_FLAGS_H_
+#define CERTIQ_CLIENT_CPP_CLI_QUANTIZE_FLAGS_H_
+
+#include <optional>
+#include <string>
+
+#include "certiq/v1/spec.pb.h"
+
+namespace CLI {
+class App;
+}  // namespace CLI
+
+namespace certiq::cli {
+
+// As given; empty or unset where a flag was not. Values that can be read but make no sense, such
+// as 9 bits, are kept: which ones are refused is the server's to say.
+struct QuantizeFlags {
+  std::string server;
+  std::string weights_file;
+  std::string weight;
+  std::string activations_file;
+  std::string x;
+  std::string x_quantized;
+  std::string calibration;
+  std::optional<double> held_out_fraction;
+  v1::QuantizationSpec spec;
+  std::string output_file;
+  std::string report_file;
+  std::string tls_ca;
+  std::string tls_cert;
+  std::string tls_key;
+  std::string token_file;
+};
+
+// Adds the verb with all its flags; parsing fills `*flags`, which must outlive the app. Errors of
+// use are CLI::ParseError, thrown by the parse.
+CLI::App* AddQuantizeVerb(CLI::App* app, QuantizeFlags* flags);
+
+// The flag that sets a field of QuantizeHeader, "--bits" for "spec.bits"; empty if none does.
+std::string FlagForField(const std::string& field);
+
+}  // namespace certiq::cli
+
+#endif  // CERTIQ_CLIENT_CPP_CLI_QUANTIZE_FLAGS_H_

@@ -1,0 +1,55 @@
+// Puts the frames of an answer together and trusts none of them.
+#ifndef CERTIQ_CLIENT_CPP_SRC_RESULT_COLLECTOR_H_
+#define CERTIQ_CLIENT_CPP_SRC_RESULT_COLLECTOR_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "certiq/client.h"
+#include "certiq/v1/quantization_service.pb.h"
+
+namespace certiq {
+
+// Order of the frames: result header, chunks (each tensor's rows in order), certificate; progress
+// anywhere. Memory is bounded by what a [rows, features] layer can come to, whatever the header
+// claims. Not thread-safe.
+class ResultCollector {
+ public:
+  // The shape of the weights that were sent.
+  ResultCollector(int64_t rows, int64_t features);
+
+  // Takes a frame other than progress. INTERNAL where it breaks the contract; nothing after that
+  // makes sense.
+  absl::Status Add(const v1::QuantizeResponse& frame);
+
+  // A result header came.
+  bool started() const { return started_; }
+
+  // After the server said OK: the result, or DATA_LOSS naming what is missing.
+  absl::StatusOr<QuantizeResult> Finish() &&;
+
+  // The most bytes a result of such a layer may announce.
+  static int64_t MaxResultBytes(int64_t rows, int64_t features);
+
+ private:
+  absl::Status AddHeader(const v1::ResultHeader& header);
+  absl::Status AddChunk(const v1::ResultChunk& chunk);
+  absl::Status AddCertificate(const v1::Certificate& certificate);
+  // The first tensor that misses rows; size() if none does.
+  size_t FirstIncomplete() const;
+
+  const int64_t rows_;
+  const int64_t features_;
+  bool started_ = false;
+  bool certificate_started_ = false;
+  uint64_t certificate_bytes_ = 0;
+  std::vector<int64_t> row_bytes_;
+  std::vector<int64_t> expected_bytes_;
+  QuantizeResult result_;
+};
+
+}  // namespace certiq
+
+#endif  // CERTIQ_CLIENT_CPP_SRC_RESULT_COLLECTOR_H_

@@ -1,0 +1,35 @@
+// A client for tests of retries.
+#ifndef CERTIQ_TESTS_CLIENT_TEST_CLIENT_H_
+#define CERTIQ_TESTS_CLIENT_TEST_CLIENT_H_
+
+#include <memory>
+#include <stop_token>
+#include <string>
+#include <vector>
+
+#include "certiq/client.h"
+
+namespace certiq::testing {
+
+// Its waits take no time and are written down. Not movable: the client points back to it.
+struct TestClient {
+  explicit TestClient(const std::string& address, ClientOptions options = {}) {
+    options.address = address;
+    options.sleep = [this](absl::Duration delay, const std::stop_token& stop) {
+      waits.push_back(delay);
+      return !stop.stop_requested();
+    };
+    client = *Client::Create(options);
+  }
+  TestClient(const TestClient&) = delete;
+  TestClient& operator=(const TestClient&) = delete;
+
+  const Client* operator->() const { return client.get(); }
+
+  std::vector<absl::Duration> waits;
+  std::unique_ptr<Client> client;
+};
+
+}  // namespace certiq::testing
+
+#endif  // CERTIQ_TESTS_CLIENT_TEST_CLIENT_H_
