@@ -1,0 +1,69 @@
+// The bytes that clients may make this server hold.
+
+#ifndef CERTIQ_JOBS_BYTE_BUDGET_H_
+#define CERTIQ_JOBS_BYTE_BUDGET_H_
+
+#include <cstdint>
+#include <mutex>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "jobs/observer.h"
+
+namespace certiq::jobs {
+
+// Counts promises, not allocations: whoever is about to hold memory for a
+// client reserves it first. Thread-safe; outlives its reservations.
+class ByteBudget {
+ public:
+  // A share of the budget, given back on destruction. Not thread-safe by
+  // itself; different reservations may be used from different threads.
+  class Reservation {
+   public:
+    Reservation() = default;
+    Reservation(Reservation&& other) noexcept;
+    Reservation& operator=(Reservation&& other) noexcept;
+    ~Reservation() { Release(); }
+
+    int64_t bytes() const { return bytes_; }
+    // Grows or shrinks to `bytes`; shrinking never fails. On failure nothing
+    // changes. REQUIRES: this came from TryReserve, bytes >= 0.
+    absl::Status Resize(int64_t bytes, absl::string_view what);
+    // Shrinks to `bytes` if it holds more.
+    void ShrinkTo(int64_t bytes);
+    void Release();
+
+   private:
+    friend class ByteBudget;
+    Reservation(ByteBudget* budget, int64_t bytes) : budget_(budget), bytes_(bytes) {}
+
+    ByteBudget* budget_ = nullptr;
+    int64_t bytes_ = 0;
+  };
+
+  explicit ByteBudget(int64_t capacity, Observer& observer = IgnoreEvents());
+  ByteBudget(const ByteBudget&) = delete;
+  ByteBudget& operator=(const ByteBudget&) = delete;
+
+  // `what` says for whom ("this layer"). RESOURCE_EXHAUSTED with a retry delay
+  // (status_details.h) where it does not fit now or ever. REQUIRES: bytes >= 0.
+  absl::StatusOr<Reservation> TryReserve(int64_t bytes, absl::string_view what);
+
+  int64_t capacity() const { return capacity_; }
+  int64_t reserved() const;
+
+ private:
+  // Adds `more` for a reservation that will then hold `total`.
+  absl::Status Take(int64_t more, int64_t total, absl::string_view what);
+  void Give(int64_t bytes);
+
+  const int64_t capacity_;
+  Observer& observer_;
+  mutable std::mutex mu_;
+  int64_t reserved_ = 0;  // guarded by mu_
+};
+
+}  // namespace certiq::jobs
+
+#endif  // CERTIQ_JOBS_BYTE_BUDGET_H_

@@ -1,0 +1,177 @@
+#include "jobs/layer_intake.h"
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/status.h"
+#include "jobs/status_details.h"
+
+namespace certiq::jobs {
+namespace {
+
+using engine::InvalidField;
+
+absl::Status CheckSize(const char* field, const char* what, int64_t value, int64_t limit) {
+  if (value >= 1 && value <= limit) return absl::OkStatus();
+  return InvalidField(field, absl::StrCat("expected 1 to ", limit, " ", what, ", got ", value));
+}
+
+absl::Status CheckSizes(const LayerRequest& request) {
+  for (absl::Status status :
+       {CheckSize("weight.shape", "rows (output channels)", request.rows, kMaxRows),
+        CheckSize("weight.shape", "columns (input features)", request.features, kMaxFeatures),
+        CheckSize("x.shape", "rows (tokens)", request.tokens, kMaxTokens)}) {
+    if (!status.ok()) return status;
+  }
+  int64_t weights = 0;
+  if (__builtin_mul_overflow(request.rows, request.features, &weights) || weights > kMaxWeights) {
+    return InvalidField("weight.shape",
+                        absl::StrCat("expected at most ", kMaxWeights, " elements, got ",
+                                     request.rows, " x ", request.features));
+  }
+  if (request.x_features != request.features) {
+    return InvalidField(
+        "x.shape", absl::StrCat("expected [tokens, ", request.features, "] as the weights have ",
+                                request.features, " input features, got [", request.tokens, ", ",
+                                request.x_features, "]"));
+  }
+  if (!engine::IsFloating(request.weight_dtype)) {
+    return InvalidField("weight.dtype", absl::StrCat("expected a floating type, got ",
+                                                     engine::Name(request.weight_dtype)));
+  }
+  return absl::OkStatus();
+}
+
+// Rows in a chunk, or what is wrong with it. `chunk` and `data` are field paths.
+absl::StatusOr<int64_t> RowsIn(absl::string_view chunk, absl::string_view data, int64_t row_bytes,
+                               int64_t row_offset, int64_t rows_before, int64_t rows_in_all,
+                               int64_t bytes) {
+  if (row_offset != rows_before) {
+    return InvalidField(
+        absl::StrCat(chunk, ".row_offset"),
+        absl::StrCat("expected ", rows_before, ", the rows sent before, got ", row_offset));
+  }
+  if (bytes == 0 || bytes % row_bytes != 0) {
+    return InvalidField(data, absl::StrCat("expected whole rows of ", row_bytes,
+                                           " bytes, at least one, got ", bytes, " bytes"));
+  }
+  const int64_t rows = bytes / row_bytes;
+  if (rows > rows_in_all - rows_before) {
+    return InvalidField(
+        data, absl::StrCat("expected at most the ", rows_in_all - rows_before,
+                           " rows that are left of the shape's ", rows_in_all, ", got ", rows));
+  }
+  return rows;
+}
+
+// Bytes of the largest message that brings rows of this layer.
+int64_t LargestMessage(const LayerRequest& request) {
+  const int64_t weight = request.rows * request.features * engine::ItemSize(request.weight_dtype);
+  const int64_t x = request.tokens * request.features * engine::ItemSize(request.x_dtype);
+  // Field numbers, lengths and offsets come on top of the rows.
+  constexpr int64_t kFraming = 64;
+  return std::min(kMaxMessageBytes, std::max(weight, x) + kFraming);
+}
+
+}  // namespace
+
+int64_t LayerIntake::BytesFor(const LayerRequest& request) {
+  // Staging of the sums is gone before the engine starts, so it is one or the other.
+  const int64_t intake = engine::StripMatrix::BytesFor(request.rows, request.features) +
+                         engine::StatisticsAccumulator::BytesFor(request.features);
+  return std::max(intake, engine::PeakBytes(request.spec, request.rows, request.features)) +
+         kMessagesHeld * LargestMessage(request);
+}
+
+absl::StatusOr<std::unique_ptr<LayerIntake>> LayerIntake::Create(
+    const LayerRequest& request, ByteBudget& budget, engine::Executor& executor,
+    const engine::Cancellation& cancelled, Observer& observer) {
+  if (absl::Status sizes = CheckSizes(request); !sizes.ok()) return sizes;
+  absl::StatusOr<ByteBudget::Reservation> reservation =
+      budget.TryReserve(BytesFor(request), "this layer");
+  if (!reservation.ok()) return reservation.status();
+  // The constructor is private, so std::make_unique cannot reach it.
+  return std::unique_ptr<LayerIntake>(
+      new LayerIntake(request, *std::move(reservation), executor, cancelled, observer));
+}
+
+absl::Status LayerIntake::Allocate() {
+  if (statistics_.has_value()) return absl::OkStatus();
+  try {
+    weights_ = engine::StripMatrix(request_.rows, request_.features);
+    statistics_.emplace(request_.features);
+  } catch (const std::bad_alloc&) {
+    absl::Status status = absl::ResourceExhaustedError(
+        "the system has less memory than this server's budget promises");
+    SetRetryAfter(status, kRetrySoon);
+    return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LayerIntake::AppendWeights(int64_t row_offset, std::span<const std::byte> bytes) {
+  const int64_t row_bytes = request_.features * engine::ItemSize(request_.weight_dtype);
+  const absl::StatusOr<int64_t> rows =
+      RowsIn("weight", "weight.data", row_bytes, row_offset, weight_rows_, request_.rows,
+             static_cast<int64_t>(bytes.size()));
+  if (!rows.ok()) return rows.status();
+  if (absl::Status allocated = Allocate(); !allocated.ok()) return allocated;
+  absl::Status decoded = engine::DecodeRows(request_.weight_dtype, bytes.data(), weight_rows_,
+                                            *rows, "weight.data", weights_);
+  if (decoded.ok()) weight_rows_ += *rows;
+  return decoded;
+}
+
+absl::Status LayerIntake::AppendActivations(int64_t row_offset, std::span<const std::byte> bytes) {
+  const int64_t row_bytes = request_.features * engine::ItemSize(request_.x_dtype);
+  const absl::StatusOr<int64_t> rows =
+      RowsIn("activation", "activation.x", row_bytes, row_offset, x_rows_, request_.tokens,
+             static_cast<int64_t>(bytes.size()));
+  if (!rows.ok()) return rows.status();
+  if (absl::Status allocated = Allocate(); !allocated.ok()) return allocated;
+  // A message can bring seconds of work: look up once a block.
+  constexpr int64_t kBlock = engine::StatisticsAccumulator::kBlockRows;
+  for (int64_t begin = 0; begin < *rows; begin += kBlock) {
+    if (cancelled_.cancelled()) return cancelled_.status();
+    absl::Status folded =
+        statistics_->Append(request_.x_dtype, bytes.data() + begin * row_bytes,
+                            std::min(kBlock, *rows - begin), "activation.x", executor_);
+    if (!folded.ok()) return folded;
+  }
+  x_rows_ += *rows;
+  observer_.ActivationsFolded(*rows, request_.features, static_cast<int64_t>(bytes.size()));
+  return absl::OkStatus();
+}
+
+double LayerIntake::fraction() const {
+  const auto share = [this](int64_t rows, engine::DType dtype) {
+    return static_cast<double>(rows) * static_cast<double>(request_.features) *
+           static_cast<double>(engine::ItemSize(dtype));
+  };
+  return (share(weight_rows_, request_.weight_dtype) + share(x_rows_, request_.x_dtype)) /
+         (share(request_.rows, request_.weight_dtype) + share(request_.tokens, request_.x_dtype));
+}
+
+absl::StatusOr<ReadyLayer> LayerIntake::Finish() {
+  if (weight_rows_ != request_.rows) {
+    return InvalidField("weight", absl::StrCat("expected ", request_.rows, " rows, got ",
+                                               weight_rows_, " when the stream ended"));
+  }
+  if (x_rows_ != request_.tokens) {
+    return InvalidField("x", absl::StrCat("expected ", request_.tokens, " rows, got ", x_rows_,
+                                          " when the stream ended"));
+  }
+  ReadyLayer layer;
+  layer.problem.spec = request_.spec;
+  layer.problem.weights = std::move(weights_);
+  layer.problem.statistics = std::move(*statistics_).Finish(executor_);
+  statistics_.reset();
+  // No further messages come, and the staging is gone.
+  layer.reservation = std::move(reservation_);
+  layer.reservation.ShrinkTo(engine::PeakBytes(request_.spec, request_.rows, request_.features));
+  return layer;
+}
+
+}  // namespace certiq::jobs

@@ -1,0 +1,112 @@
+// Takes in one layer as it arrives: weights and activations, piece by piece.
+
+#ifndef CERTIQ_JOBS_LAYER_INTAKE_H_
+#define CERTIQ_JOBS_LAYER_INTAKE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "engine/dtype.h"
+#include "engine/quantize_layer.h"
+#include "engine/run_context.h"
+#include "engine/spec.h"
+#include "engine/statistics.h"
+#include "engine/strip_matrix.h"
+#include "jobs/byte_budget.h"
+#include "jobs/observer.h"
+
+namespace certiq::jobs {
+
+// Largest sizes taken. A product of any two of them, times 8 bytes, fits int64.
+inline constexpr int64_t kMaxFeatures = 65536;
+inline constexpr int64_t kMaxRows = 1048576;
+inline constexpr int64_t kMaxTokens = int64_t{1} << 40;
+inline constexpr int64_t kMaxWeights = int64_t{1} << 34;
+
+// Messages of one stream in memory at once: one being folded, one waiting,
+// and the copy that decoding makes.
+inline constexpr int64_t kMessagesHeld = 3;
+inline constexpr int64_t kMaxMessageBytes = int64_t{16} << 20;
+
+// A layer as its header announces it.
+struct LayerRequest {
+  engine::ResolvedSpec spec;
+  // W [rows, features].
+  int64_t rows = 0;
+  int64_t features = 0;
+  engine::DType weight_dtype = engine::DType::kF32;
+  // X [tokens, x_features].
+  int64_t tokens = 0;
+  int64_t x_features = 0;
+  engine::DType x_dtype = engine::DType::kF32;
+};
+
+// A layer taken in, and the bytes promised to it.
+struct ReadyLayer {
+  engine::LayerProblem problem;
+  ByteBudget::Reservation reservation;
+};
+
+// Errors are INVALID_ARGUMENT about a field of QuantizeRequest unless said
+// otherwise; after one the intake is of no use. Not thread-safe. The executor, the
+// cancellation and the observer outlive it.
+class LayerIntake {
+ public:
+  // Checks every size and reserves what the layer will need at its peak; large memory
+  // is taken with the first rows. RESOURCE_EXHAUSTED where the budget has no room.
+  static absl::StatusOr<std::unique_ptr<LayerIntake>> Create(const LayerRequest& request,
+                                                             ByteBudget& budget,
+                                                             engine::Executor& executor,
+                                                             const engine::Cancellation& cancelled,
+                                                             Observer& observer = IgnoreEvents());
+
+  // Bytes that Create reserves. REQUIRES: sizes within the limits above.
+  static int64_t BytesFor(const LayerRequest& request);
+
+  // Takes whole rows, which start at `row_offset`: the rows sent before.
+  // RESOURCE_EXHAUSTED if memory runs out; the reason of the cancellation,
+  // within a block of rows, where it asks to stop.
+  absl::Status AppendWeights(int64_t row_offset, std::span<const std::byte> bytes);
+  absl::Status AppendActivations(int64_t row_offset, std::span<const std::byte> bytes);
+
+  // Of all rows announced, the share that came.
+  double fraction() const;
+  const LayerRequest& request() const { return request_; }
+
+  // The layer, if every row came; spends the intake.
+  absl::StatusOr<ReadyLayer> Finish();
+
+ private:
+  LayerIntake(const LayerRequest& request, ByteBudget::Reservation reservation,
+              engine::Executor& executor, const engine::Cancellation& cancelled, Observer& observer)
+      : request_(request),
+        reservation_(std::move(reservation)),
+        executor_(executor),
+        cancelled_(cancelled),
+        observer_(observer) {}
+
+  absl::Status Allocate();
+
+  const LayerRequest request_;
+  // Declared before what it pays for, so that it is given back after.
+  ByteBudget::Reservation reservation_;
+  engine::Executor& executor_;
+  const engine::Cancellation& cancelled_;
+  Observer& observer_;
+
+  int64_t weight_rows_ = 0;
+  int64_t x_rows_ = 0;
+  engine::StripMatrix weights_;
+  std::optional<engine::StatisticsAccumulator> statistics_;
+};
+
+}  // namespace certiq::jobs
+
+#endif  // CERTIQ_JOBS_LAYER_INTAKE_H_

@@ -1,0 +1,58 @@
+// What jobs/ tells whoever watches it; metrics/ turns it into numbers.
+
+#ifndef CERTIQ_JOBS_OBSERVER_H_
+#define CERTIQ_JOBS_OBSERVER_H_
+
+#include <cstdint>
+#include <optional>
+
+#include "engine/certificate.h"
+#include "engine/run_context.h"
+#include "engine/spec.h"
+
+namespace certiq::jobs {
+
+enum class JobState { kQueued, kRunning, kSucceeded, kFailed, kCancelled, kExpired };
+
+// Why a request was not taken on.
+enum class Rejection { kInvalid, kNotOffered, kQueueFull, kOverBudget, kDraining };
+
+// Does nothing by default. Thread-safe: events come from any thread, some
+// with a lock of the sender held, so a handler neither blocks nor calls back.
+class Observer {
+ public:
+  virtual ~Observer() = default;
+
+  // A job enters a state, and leaves it for another or because it is
+  // forgotten.
+  virtual void JobEntered(JobState /*state*/) {}
+  virtual void JobLeft(JobState /*state*/) {}
+  // A job reached `outcome`, a final state. `certificate` is null unless it
+  // succeeded; valid during the call only.
+  virtual void JobFinished(engine::Method /*method*/, JobState /*outcome*/,
+                           const engine::LayerCertificate* /*certificate*/) {}
+  // Wall clock that a job spent in a phase.
+  virtual void PhaseTook(engine::Method /*method*/, engine::Phase /*phase*/, double /*seconds*/) {}
+  // A damping attempt was not accepted; told whether or not the job succeeded
+  // in the end. No cause: it is not known.
+  virtual void StabilityFailed(engine::Method /*method*/,
+                               std::optional<engine::StabilityCause> /*cause*/) {}
+  // `rows` tokens of `features` values, `bytes` as sent, went into sums.
+  virtual void ActivationsFolded(int64_t /*rows*/, int64_t /*features*/, int64_t /*bytes*/) {}
+  virtual void Rejected(Rejection /*reason*/) {}
+
+  // Levels; each call replaces the last.
+  virtual void BudgetChanged(int64_t /*reserved_bytes*/, int64_t /*capacity_bytes*/) {}
+  virtual void QueueChanged(int64_t /*depth*/, int64_t /*limit*/) {}
+  virtual void WorkersChanged(int64_t /*busy*/, int64_t /*workers*/) {}
+};
+
+// For those who do not watch.
+inline Observer& IgnoreEvents() {
+  static Observer observer;
+  return observer;
+}
+
+}  // namespace certiq::jobs
+
+#endif  // CERTIQ_JOBS_OBSERVER_H_

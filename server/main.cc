@@ -1,0 +1,358 @@
+// certiq-server: flags, signals, wiring.
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cctype>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/quantize_layer.h"
+#include "jobs/byte_budget.h"
+#include "jobs/memory_limit.h"
+#include "jobs/worker_pool.h"
+#include "metrics/http_server.h"
+#include "metrics/log.h"
+#include "metrics/metrics.h"
+#include "rpc/address.h"
+#include "rpc/call_summary.h"
+#include "rpc/library_log.h"
+#include "rpc/probe.h"
+#include "rpc/server.h"
+
+namespace {
+
+namespace engine = certiq::engine;
+namespace jobs = certiq::jobs;
+namespace metrics = certiq::metrics;
+namespace rpc = certiq::rpc;
+
+constexpr int kExitFailure = 1;
+constexpr int kExitUsage = 2;
+constexpr std::chrono::seconds kProbeLimit{5};
+
+struct Flags {
+  std::string listen = "127.0.0.1:8470";
+  std::string metrics_listen = "127.0.0.1:8471";
+  std::string data_dir;
+  int workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  int queue_limit = 256;
+  int64_t memory_budget_bytes = jobs::MemoryLimitBytes() / 5 * 4;
+  std::string tls_cert;
+  std::string tls_key;
+  std::string tls_client_ca;
+  std::string token_file;
+  double drain_seconds = 30;
+  std::string log_format = "text";
+  std::string port_file;
+  bool allow_cleartext = false;
+  bool reflection = true;
+  bool probe = false;
+};
+
+// The environment's name for a flag: CERTIQ_METRICS_LISTEN for metrics_listen.
+std::string EnvironmentName(std::string flag) {
+  std::transform(flag.begin(), flag.end(), flag.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::toupper(c)); });
+  return "CERTIQ_" + flag;
+}
+
+// A flag with its twin in the environment; the command line wins.
+template <typename T>
+CLI::Option* AddFlag(CLI::App& app, const std::string& name, T& value, const std::string& help) {
+  return app.add_option("--" + name, value, help)
+      ->envname(EnvironmentName(name))
+      ->capture_default_str();
+}
+
+void AddText(CLI::App& app, const std::string& name, std::string& value, const std::string& help) {
+  // CLI11 takes a variable that is set but empty for one that is not set.
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): there is one thread yet.
+  const char* const set = std::getenv(EnvironmentName(name).c_str());
+  if (set != nullptr && *set == '\0') value.clear();
+  AddFlag(app, name, value, help);
+}
+
+void AddSwitch(CLI::App& app, const std::string& name, bool& value, const std::string& help) {
+  app.add_flag("--" + name + ",!--no-" + name, value, help)->envname(EnvironmentName(name));
+}
+
+void AddFlags(CLI::App& app, Flags& flags) {
+  app.set_version_flag("--version", std::string("certiq-server ") + engine::EngineVersion());
+  AddText(app, "listen", flags.listen,
+          "gRPC on HOST:PORT, [IPV6]:PORT or unix:PATH; port 0: a free one");
+  AddText(app, "metrics_listen", flags.metrics_listen,
+          "/metrics and /healthz over HTTP on HOST:PORT; empty: off");
+  AddText(app, "data_dir", flags.data_dir, "where results are kept; empty: in memory");
+  AddFlag(app, "workers", flags.workers, "compute threads")->check(CLI::Range(1, 4096));
+  AddFlag(app, "queue_limit", flags.queue_limit, "layers that may upload or wait")
+      ->check(CLI::Range(1, 1000000));
+  AddFlag(
+      app, "memory_budget_bytes", flags.memory_budget_bytes,
+      "bytes that clients may make the server hold; default 80 % of the machine's or container's")
+      ->check(CLI::PositiveNumber);
+  AddText(app, "tls_cert", flags.tls_cert, "server certificate, PEM");
+  AddText(app, "tls_key", flags.tls_key, "its key, PEM");
+  AddText(app, "tls_client_ca", flags.tls_client_ca, "authorities of client certificates, PEM");
+  AddText(app, "token_file", flags.token_file, "bearer tokens that are let in, one a line");
+  AddFlag(app, "drain_seconds", flags.drain_seconds, "what calls may take to end after SIGTERM")
+      ->check(CLI::Range(0.0, 86400.0));
+  AddText(app, "log_format", flags.log_format, "text or json");
+  AddText(app, "port_file", flags.port_file,
+          "file for the gRPC port once it listens; FILE.metrics for the other");
+  AddSwitch(app, "allow_cleartext", flags.allow_cleartext, "serve clear text beyond loopback");
+  AddSwitch(app, "reflection", flags.reflection, "gRPC server reflection (on by default)");
+  AddSwitch(app, "probe", flags.probe, "ask the server at --listen for its health and exit 0 or 1");
+}
+
+// What is accepted and does not work yet; empty if nothing of it is used.
+std::string NotBuilt(const Flags& flags) {
+  const std::pair<const char*, const std::string*> later[] = {
+      {"--data_dir", &flags.data_dir},     {"--tls_cert", &flags.tls_cert},
+      {"--tls_key", &flags.tls_key},       {"--tls_client_ca", &flags.tls_client_ca},
+      {"--token_file", &flags.token_file},
+  };
+  for (const auto& [name, value] : later) {
+    if (!value->empty()) {
+      return std::string(name) + ": not built yet in this version; leave it empty";
+    }
+  }
+  return "";
+}
+
+// A reader sees the whole file or none. False with a reason in errno.
+bool WritePort(const std::string& path, int port) {
+  const std::string temporary = path + ".tmp" + std::to_string(getpid());
+  {
+    std::ofstream out(temporary, std::ios::trunc);
+    out << port << '\n';
+    if (!out.flush()) return false;
+  }
+  return std::rename(temporary.c_str(), path.c_str()) == 0;
+}
+
+// SIGTERM and SIGINT, taken by a thread of its own. REQUIRES: both are blocked in every thread,
+// that is, before any other thread was started.
+class StopSignals {
+ public:
+  static sigset_t Set() {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, kEndThread);
+    return set;
+  }
+
+  StopSignals() : thread_([this] { Take(); }) {}
+  ~StopSignals() {
+    {
+      const std::lock_guard lock(mu_);
+      done_ = true;
+    }
+    pthread_kill(thread_.native_handle(), kEndThread);
+    thread_.join();
+  }
+  StopSignals(const StopSignals&) = delete;
+  StopSignals& operator=(const StopSignals&) = delete;
+
+  // Waits for the first signal; its number.
+  int Wait() {
+    std::unique_lock lock(mu_);
+    arrived_.wait(lock, [this] { return first_ != 0; });
+    return first_;
+  }
+
+  // Called at the second signal; at once if it came already.
+  void OnSecond(std::function<void()> action) {
+    const std::lock_guard lock(mu_);
+    on_second_ = std::move(action);
+    if (count_ >= 2) on_second_();
+  }
+
+ private:
+  // Wakes the thread when this object goes; from outside it means nothing.
+  static constexpr int kEndThread = SIGUSR1;
+
+  void Take() {
+    const sigset_t set = Set();
+    for (;;) {
+      int signal = 0;
+      if (sigwait(&set, &signal) != 0) continue;
+      const std::lock_guard lock(mu_);
+      if (done_) return;
+      if (signal == kEndThread) continue;
+      ++count_;
+      if (count_ == 1) first_ = signal;
+      if (count_ == 2 && on_second_) on_second_();
+      arrived_.notify_all();
+    }
+  }
+
+  std::mutex mu_;
+  std::condition_variable arrived_;
+  int count_ = 0;
+  int first_ = 0;
+  bool done_ = false;
+  std::function<void()> on_second_;
+  std::thread thread_;  // last: it uses the rest
+};
+
+rpc::CallLog LogCallsTo(const metrics::Log& log) {
+  return [&log](const rpc::CallSummary& call) {
+    metrics::LogFields fields = {
+        {"method", std::string(call.method)},
+        {"request_id", call.request_id},
+        {"layer", call.layer_name},
+        {"rows", call.rows},
+        {"features", call.features},
+        {"tokens", call.tokens},
+        {"received_bytes", call.received_bytes},
+        {"sent_bytes", call.sent_bytes},
+        {"seconds", call.seconds},
+        {"code", absl::StatusCodeToString(call.status.code())},
+    };
+    if (!call.status.ok()) fields.emplace_back("message", std::string(call.status.message()));
+    log.Info("rpc", fields);
+  };
+}
+
+// The process's log, for those who may write until the very end.
+const metrics::Log* process_log = nullptr;
+
+int Serve(const Flags& flags, const metrics::Log& log) {
+  // Before the first thread: all inherit it.
+  const sigset_t stop_signals = StopSignals::Set();
+  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+
+  const auto failed = [&log](const std::string& why) {
+    log.Error("start_failed", {{"reason", why}});
+    return kExitFailure;
+  };
+  if (!flags.port_file.empty()) {
+    // Those of an earlier run would send a reader to the wrong server.
+    std::error_code ignored;
+    std::filesystem::remove(flags.port_file, ignored);
+    std::filesystem::remove(flags.port_file + ".metrics", ignored);
+  }
+
+  metrics::Metrics counters(engine::EngineVersion(), engine::EngineIsa());
+  jobs::ByteBudget budget(flags.memory_budget_bytes, counters);
+  jobs::WorkerPool pool(flags.workers, flags.queue_limit, counters);
+  const auto server = rpc::Server::Start({.listen = flags.listen,
+                                          .allow_cleartext = flags.allow_cleartext,
+                                          .reflection = flags.reflection,
+                                          .pool = &pool,
+                                          .budget = &budget,
+                                          .observer = &counters,
+                                          .calls = &counters,
+                                          .log = LogCallsTo(log)});
+  if (!server.ok()) return failed(absl::StrCat("--listen: ", server.status().message()));
+  std::unique_ptr<metrics::HttpServer> http;
+  if (!flags.metrics_listen.empty()) {
+    auto started =
+        metrics::HttpServer::Start({.listen = flags.metrics_listen,
+                                    .metrics_text = [&counters] { return counters.Text(); },
+                                    .healthy = [&server] { return (*server)->serving(); }});
+    if (!started.ok())
+      return failed(absl::StrCat("--metrics_listen: ", started.status().message()));
+    http = *std::move(started);
+  }
+  StopSignals signals;
+  if (!flags.port_file.empty()) {
+    const bool written =
+        (http == nullptr || WritePort(flags.port_file + ".metrics", http->port())) &&
+        WritePort(flags.port_file, (*server)->port());
+    if (!written) return failed("--port_file: cannot write " + flags.port_file);
+  }
+  log.Info("listening", {{"version", std::string(engine::EngineVersion())},
+                         {"isa", std::string(engine::EngineIsa())},
+                         {"listen", flags.listen},
+                         {"port", int64_t{(*server)->port()}},
+                         {"metrics_listen", flags.metrics_listen},
+                         {"metrics_port", int64_t{http == nullptr ? 0 : http->port()}},
+                         {"workers", int64_t{flags.workers}},
+                         {"queue_limit", int64_t{flags.queue_limit}},
+                         {"memory_budget_bytes", flags.memory_budget_bytes},
+                         {"storage", std::string("in memory: nothing outlives this process")}});
+
+  const int signal = signals.Wait();
+  log.Info("draining", {{"signal", int64_t{signal}}, {"drain_seconds", flags.drain_seconds}});
+  signals.OnSecond([&server] { (*server)->Hurry(); });
+  const bool clean =
+      (*server)->Drain(std::chrono::milliseconds(std::llround(flags.drain_seconds * 1000)));
+  pool.Shutdown();
+  log.Info("stopped", {{"all_calls_ended", clean}});
+  return 0;
+}
+
+int Run(int argc, char** argv) {
+  Flags flags;
+  CLI::App app("Quantizes layers sent over gRPC. Every flag can also be given as CERTIQ_<FLAG>.",
+               "certiq-server");
+  try {
+    AddFlags(app, flags);
+    app.parse(argc, argv);
+    if (flags.log_format != "text" && flags.log_format != "json") {
+      throw CLI::ValidationError("--log_format", "expected text or json, got " + flags.log_format);
+    }
+    if (const auto address = rpc::ParseAddress(flags.listen); !address.ok()) {
+      throw CLI::ValidationError("--listen", std::string(address.status().message()));
+    }
+  } catch (const CLI::ParseError& error) {
+    // --help and --version end here too.
+    return app.exit(error) == 0 ? 0 : kExitUsage;
+  }
+  if (flags.probe) {
+    const absl::Status healthy = rpc::Probe(flags.listen, kProbeLimit);
+    if (!healthy.ok()) std::cerr << healthy.message() << '\n';
+    return healthy.ok() ? 0 : kExitFailure;
+  }
+  if (const std::string later = NotBuilt(flags); !later.empty()) {
+    std::cerr << later << '\n';
+    return kExitFailure;
+  }
+  const metrics::Log log(flags.log_format == "json" ? metrics::LogFormat::kJson
+                                                    : metrics::LogFormat::kText);
+  process_log = &log;
+  rpc::SetLibraryLog([](const char* library, const std::string& message) {
+    process_log->Warning("library", {{"name", std::string(library)}, {"message", message}});
+  });
+  const int code = Serve(flags, log);
+  rpc::SetLibraryLog(nullptr);
+  return code;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return Run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "certiq-server: %s\n", error.what());
+  } catch (...) {
+    std::fputs("certiq-server: unexpected exception\n", stderr);
+  }
+  return kExitFailure;
+}

@@ -1,0 +1,35 @@
+// What is said about a call when it ends.
+
+#ifndef CERTIQ_RPC_CALL_SUMMARY_H_
+#define CERTIQ_RPC_CALL_SUMMARY_H_
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "absl/status/status.h"
+
+namespace certiq::rpc {
+
+struct CallSummary {
+  // Literal: "Quantize".
+  const char* method = "";
+  // As the client sent them, at most a few hundred bytes of any UTF-8.
+  std::string request_id;
+  std::string layer_name;
+  // 0 where no header came.
+  int64_t rows = 0;
+  int64_t features = 0;
+  int64_t tokens = 0;
+  int64_t received_bytes = 0;
+  int64_t sent_bytes = 0;
+  double seconds = 0;
+  absl::Status status;
+};
+
+// Called once a call, from any thread; does not block.
+using CallLog = std::function<void(const CallSummary&)>;
+
+}  // namespace certiq::rpc
+
+#endif  // CERTIQ_RPC_CALL_SUMMARY_H_

@@ -1,0 +1,19 @@
+// Asks a server how it is.
+
+#ifndef CERTIQ_RPC_PROBE_H_
+#define CERTIQ_RPC_PROBE_H_
+
+#include <chrono>
+#include <string>
+
+#include "absl/status/status.h"
+
+namespace certiq::rpc {
+
+// OK if the server that listens on `listen` answers grpc.health.v1.Health/Check with SERVING
+// within `limit`; otherwise why not.
+absl::Status Probe(const std::string& listen, std::chrono::milliseconds limit);
+
+}  // namespace certiq::rpc
+
+#endif  // CERTIQ_RPC_PROBE_H_

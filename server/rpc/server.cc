@@ -1,0 +1,161 @@
+#include "rpc/server.h"
+
+#include <grpc/compression.h>
+#include <grpc/grpc.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/resource_quota.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "certiq/v1/quantization_service.grpc.pb.h"
+#include "rpc/address.h"
+#include "rpc/call_registry.h"
+#include "rpc/quantize_reactor.h"
+
+namespace certiq::rpc {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// What a call may take to end once it was told to; after that its connection
+// is cut. A block of work is a matter of milliseconds; a reader that does not read takes forever.
+constexpr std::chrono::milliseconds kGrace{1000};
+
+// gRPC's own buffers, which hold messages until they are whole: those of streams that have no
+// header yet are not in the byte budget. Over the quota, gRPC shrinks windows and drops
+// connections.
+constexpr int64_t kMinTransportBytes = int64_t{128} << 20;
+constexpr int64_t kMaxTransportBytes = int64_t{1} << 30;
+
+class QuantizationService final : public v1::QuantizationService::WithRawCallbackMethod_Quantize<
+                                      v1::QuantizationService::Service> {
+ public:
+  explicit QuantizationService(CallEnvironment environment)
+      : environment_(std::move(environment)) {}
+
+  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Quantize(
+      grpc::CallbackServerContext* context) override {
+    // Owned by gRPC until OnDone, where it deletes itself.
+    return new QuantizeReactor(context, environment_);
+  }
+
+ private:
+  const CallEnvironment environment_;
+};
+
+void Configure(grpc::ServerBuilder& builder, const jobs::ByteBudget& budget) {
+  builder.SetMaxReceiveMessageSize(static_cast<int>(jobs::kMaxMessageBytes));
+  // The limit above counts bytes on the wire: compressed, 16 MiB could become
+  // gigabytes. Activations hardly compress anyway; such messages get UNIMPLEMENTED.
+  builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
+  builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
+  builder.SetResourceQuota(grpc::ResourceQuota("certiq").Resize(static_cast<size_t>(
+      std::clamp(budget.capacity() / 8, kMinTransportBytes, kMaxTransportBytes))));
+  // Two servers on one port would share its connections without a word.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 256);
+  // A peer that vanished gives back its place and its bytes after a minute or so.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  // Clients may ping too, while a long job keeps their stream silent.
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10'000);
+}
+
+}  // namespace
+
+struct Server::Impl {
+  explicit Impl(Options server_options)
+      : options(std::move(server_options)),
+        service({.pool = *options.pool,
+                 .budget = *options.budget,
+                 .observer = *options.observer,
+                 .calls = *options.calls,
+                 .registry = registry,
+                 .log = options.log}) {}
+
+  // Stops taking calls.
+  void Close() {
+    open = false;
+    options.pool->StopAdmitting();
+    grpc->GetHealthCheckService()->SetServingStatus(false);
+  }
+
+  const Options options;
+  CallRegistry registry;
+  QuantizationService service;
+  int port = 0;
+  std::atomic<bool> open{true};
+  std::once_flag stopped;
+  // Last: it stops using the rest before the rest goes.
+  std::unique_ptr<grpc::Server> grpc;
+};
+
+Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Server::~Server() { Shutdown(); }
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
+  const absl::StatusOr<Address> address = ParseAddress(options.listen);
+  if (!address.ok()) return address.status();
+  if (!options.allow_cleartext && !IsLoopback(*address)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(options.listen,
+                     " is not a loopback address: clear text beyond this machine "
+                     "needs --allow_cleartext"));
+  }
+  // Both are switches of the process that the next builder obeys.
+  grpc::EnableDefaultHealthCheckService(true);
+  if (options.reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+
+  auto impl = std::make_unique<Impl>(std::move(options));
+  grpc::ServerBuilder builder;
+  Configure(builder, *impl->options.budget);
+  int port = 0;
+  builder.AddListeningPort(impl->options.listen, grpc::InsecureServerCredentials(), &port);
+  builder.RegisterService(&impl->service);
+  impl->grpc = builder.BuildAndStart();
+  if (impl->grpc == nullptr) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot listen on ", impl->options.listen,
+                     ": the port is in use or the address is not one of this machine"));
+  }
+  impl->port = address->is_unix() ? 0 : port;
+  impl->grpc->GetHealthCheckService()->SetServingStatus(
+      v1::QuantizationService::service_full_name(), true);
+  return std::unique_ptr<Server>(new Server(std::move(impl)));
+}
+
+int Server::port() const { return impl_->port; }
+
+bool Server::serving() const { return impl_->open; }
+
+bool Server::Drain(std::chrono::milliseconds limit) {
+  impl_->Close();
+  impl_->registry.AbortAll(absl::UnavailableError("the server is draining and takes no new work"),
+                           /*only_waiting=*/true);
+  const bool all_ended = impl_->registry.WaitEmptyUntil(Clock::now() + limit);
+  Shutdown();
+  return all_ended;
+}
+
+void Server::Hurry() { impl_->registry.Hurry(); }
+
+void Server::Shutdown() {
+  std::call_once(impl_->stopped, [this] {
+    impl_->Close();
+    impl_->registry.AbortAll(absl::UnavailableError("the server is shutting down"),
+                             /*only_waiting=*/false);
+    impl_->grpc->Shutdown(std::chrono::system_clock::now() + kGrace);
+    // Every call is done for gRPC; the last OnDone may still be at its log line.
+    impl_->registry.WaitEmpty();
+  });
+}
+
+}  // namespace certiq::rpc

@@ -1,0 +1,159 @@
+"""Runs clang-tidy over our own sources, and only over those that changed since they passed.
+
+python3 tests/clang_tidy.py BUILD_DIR, where BUILD_DIR has compile_commands.json and the
+generated headers. A source that passed leaves a stamp in BUILD_DIR/tidy under a hash of all it
+depends on: itself, our headers it reaches, the contract, its flags and the configuration.
+"""
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = "clang-tidy-14"
+OWN = tuple(ROOT / folder for folder in ("server", "client", "tests"))
+INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"]+)[>"]', re.MULTILINE)
+
+
+def own_commands(build: Path) -> dict[Path, list[str]]:
+    """The first command of each of our sources, without what only gcc or -Werror would mind.
+
+    A source compiled once an instruction set is one source.
+    """
+    commands: dict[Path, list[str]] = {}
+    for entry in json.loads((build / "compile_commands.json").read_text()):
+        source = Path(entry["directory"], entry["file"]).resolve()
+        if source in commands or not any(source.is_relative_to(folder) for folder in OWN):
+            continue
+        arguments = entry.get("arguments") or shlex.split(entry["command"])
+        commands[source] = [argument for argument in arguments if argument != "-Werror"]
+    return commands
+
+
+@cache
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@cache
+def is_file(path: Path) -> bool:
+    return path.is_file()
+
+
+def include_folders(arguments: list[str]) -> list[Path]:
+    """Those of our own; everything else is the system's or generated."""
+    named = [
+        argument[2:] for argument in arguments if argument.startswith("-I") and argument != "-I"
+    ]
+    named += [value for flag, value in itertools.pairwise(arguments) if flag == "-I"]
+    folders = [Path(name).resolve() for name in named]
+    return [
+        folder
+        for folder in folders
+        if folder == ROOT or any(folder.is_relative_to(own) for own in OWN)
+    ]
+
+
+def dependencies(source: Path, folders: list[Path]) -> list[Path]:
+    """The source and every header of ours that it reaches."""
+    seen = {source}
+    waiting = [source]
+    while waiting:
+        file = waiting.pop()
+        for match in INCLUDE.finditer(content(file)):
+            name = match.group(1).decode()
+            for folder in (file.parent, *folders):
+                header = Path(os.path.normpath(folder / name))
+                if header not in seen and is_file(header):
+                    seen.add(header)
+                    waiting.append(header)
+    return sorted(seen)
+
+
+def key(source: Path, arguments: list[str], common: bytes) -> str:
+    digest = hashlib.sha256(common)
+    digest.update(shlex.join(arguments).encode())
+    for file in dependencies(source, include_folders(arguments)):
+        digest.update(str(file.relative_to(ROOT)).encode())
+        digest.update(hashlib.sha256(content(file)).digest())
+    return digest.hexdigest()
+
+
+def tidy(source: Path, database: Path) -> tuple[bool, str]:
+    done = subprocess.run(
+        [PROGRAM, "--quiet", "-p", str(database), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout
+    if done.returncode != 0:
+        output += "\n".join(
+            line for line in done.stderr.splitlines() if "warnings generated" not in line
+        )
+    return done.returncode == 0, output.strip()
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    build = Path(arguments[0]).resolve()
+    commands = own_commands(build)
+    if not commands:
+        print(f"clang-tidy: no sources of ours in {build}/compile_commands.json", file=sys.stderr)
+        return 1
+
+    database = build / "tidy"
+    database.mkdir(exist_ok=True)
+    (database / "compile_commands.json").write_text(
+        json.dumps(
+            [
+                {"directory": str(build), "file": str(source), "arguments": flags}
+                for source, flags in commands.items()
+            ]
+        )
+    )
+    common = subprocess.run([PROGRAM, "--version"], capture_output=True, check=True).stdout
+    common += (ROOT / ".clang-tidy").read_bytes()
+    for contract in sorted((ROOT / "proto").glob("**/*.proto")):
+        common += contract.read_bytes()
+
+    stamps = {
+        source: database / f"{source.relative_to(ROOT).as_posix().replace('/', '.')}.passed"
+        for source in commands
+    }
+    keys = {source: key(source, flags, common) for source, flags in commands.items()}
+    stale = [
+        source
+        for source in commands
+        if not stamps[source].is_file() or stamps[source].read_text() != keys[source]
+    ]
+    # The largest first: none of them starts when the others are done.
+    stale.sort(key=lambda source: -source.stat().st_size)
+    print(f"clang-tidy: {len(commands)} sources, {len(stale)} to check", flush=True)
+
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        runs = {pool.submit(tidy, source, database): source for source in stale}
+        for run in concurrent.futures.as_completed(runs):
+            source = runs[run]
+            passed, output = run.result()
+            if passed:
+                stamps[source].write_text(keys[source])
+            else:
+                failed += 1
+                print(f"clang-tidy: {source.relative_to(ROOT)}\n{output}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,250 @@
+// Calls that break the contract or come at the wrong time. After each the server holds nothing and
+// serves on; ~TestServer and the fixture see to it.
+
+#include <grpcpp/completion_queue.h>
+#include <grpcpp/generic/generic_stub.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/requests.h"
+#include "support/text.h"
+#include "test_server.h"
+
+namespace certiq::testing {
+namespace {
+
+using grpc::StatusCode;
+
+class QuantizeErrorsTest : public ::testing::Test {
+ protected:
+  ~QuantizeErrorsTest() override {
+    EXPECT_TRUE(Quantize(server_, QuantizeRequestsFor(layer_)).status.ok());
+    EXPECT_EQ(server_.budget.reserved(), 0);
+  }
+
+  void ExpectRefused(const std::vector<v1::QuantizeRequest>& requests, const char* field,
+                     const char* text, StatusCode code = StatusCode::INVALID_ARGUMENT) {
+    const Outcome outcome = Quantize(server_, requests);
+    EXPECT_EQ(outcome.status.error_code(), code) << outcome.status.error_message();
+    EXPECT_EQ(DetailsOf(outcome.status).field(), field);
+    EXPECT_CONTAINS(outcome.status.error_message(), text);
+    EXPECT_EQ(server_.budget.reserved(), 0);
+  }
+
+  TestServer server_;
+  const Layer layer_ = MakeRandomLayer(8, 16, 40);
+};
+
+TEST_F(QuantizeErrorsTest, NoMessage) { ExpectRefused({}, "header", "the stream ended"); }
+
+TEST_F(QuantizeErrorsTest, HeaderMissing) {
+  ExpectRefused({WeightChunk(layer_, 0, 8)}, "header", "expected as the first message, got weight");
+  ExpectRefused({v1::QuantizeRequest()}, "header", "got none");
+}
+
+TEST_F(QuantizeErrorsTest, HeaderTwice) {
+  ExpectRefused({HeaderFor(layer_), HeaderFor(layer_)}, "payload", "got a second");
+}
+
+TEST_F(QuantizeErrorsTest, EmptyMessage) {
+  ExpectRefused({HeaderFor(layer_), v1::QuantizeRequest()}, "payload", "got none");
+}
+
+TEST_F(QuantizeErrorsTest, HeaderThatMakesNoSense) {
+  v1::QuantizeRequest header = HeaderFor(layer_);
+  header.mutable_header()->mutable_spec()->set_bits(9);
+  ExpectRefused({header}, "spec.bits", "got 9");
+  header = HeaderFor(layer_);
+  header.mutable_header()->mutable_x()->set_shape(1, 17);
+  ExpectRefused({header}, "x.shape", "17");
+  header = HeaderFor(layer_);
+  header.mutable_header()->mutable_weight()->set_shape(0, INT64_MAX);
+  ExpectRefused({header}, "weight.shape", "expected 1 to");
+}
+
+TEST_F(QuantizeErrorsTest, NotOffered) {
+  v1::QuantizeRequest header = HeaderFor(layer_);
+  header.mutable_header()->mutable_spec()->set_method(v1::METHOD_QRONOS);
+  ExpectRefused({header}, "spec.method", "not offer", StatusCode::UNIMPLEMENTED);
+}
+
+TEST_F(QuantizeErrorsTest, ChunkBeyondTheShape) {
+  ExpectRefused({HeaderFor(layer_), WeightChunk(MakeRandomLayer(9, 16, 1), 0, 9)}, "weight.data",
+                "got 9");
+}
+
+TEST_F(QuantizeErrorsTest, WrongOffset) {
+  ExpectRefused({HeaderFor(layer_), WeightChunk(layer_, 0, 2), WeightChunk(layer_, 3, 4)},
+                "weight.row_offset", "expected 2");
+}
+
+TEST_F(QuantizeErrorsTest, SecondSetOfActivationsUnannounced) {
+  v1::QuantizeRequest chunk = ActivationChunk(layer_, 0, 40);
+  chunk.mutable_activation()->set_x_quantized("1234");
+  ExpectRefused({HeaderFor(layer_), chunk}, "activation.x_quantized", "got 4 bytes");
+}
+
+TEST_F(QuantizeErrorsTest, HalfClosedEarly) {
+  ExpectRefused({HeaderFor(layer_)}, "weight", "expected 8 rows, got 0 when the stream ended");
+  ExpectRefused({HeaderFor(layer_), WeightChunk(layer_, 0, 8), ActivationChunk(layer_, 0, 39)}, "x",
+                "expected 40 rows, got 39");
+}
+
+TEST_F(QuantizeErrorsTest, NotANumberIsRefusedWithItsPosition) {
+  Layer layer = layer_;
+  layer.x[33 * 16 + 5] = std::nanf("");
+  ExpectRefused(QuantizeRequestsFor(layer, 10), "activation.x", "row 33, column 5");
+}
+
+TEST_F(QuantizeErrorsTest, AllActivationsZero) {
+  Layer layer = layer_;
+  std::fill(layer.x.begin(), layer.x.end(), 0.0F);
+  const Outcome outcome = Quantize(server_, QuantizeRequestsFor(layer));
+  EXPECT_EQ(outcome.status.error_code(), StatusCode::FAILED_PRECONDITION);
+  EXPECT_EQ(DetailsOf(outcome.status).precondition.violations_size(), 1);
+}
+
+TEST_F(QuantizeErrorsTest, ErrorEndsTheUpload) {
+  // The client keeps sending; it is told in the middle of it.
+  Call call(server_);
+  call.Send(HeaderFor(layer_));
+  const v1::QuantizeRequest wrong = WeightChunk(layer_, 7, 8);
+  EXPECT_TRUE(TestServer::Eventually([&] { return !call.Send(wrong); }));
+  EXPECT_EQ(call.Finish().status.error_code(), StatusCode::INVALID_ARGUMENT);
+}
+
+TEST_F(QuantizeErrorsTest, MessageOver16Mebibytes) {
+  v1::QuantizeRequest chunk;
+  chunk.mutable_weight()->set_data(std::string((size_t{16} << 20) + 1, '\0'));
+  for (const bool first : {true, false}) {
+    std::vector<v1::QuantizeRequest> requests = {chunk};
+    if (!first) requests.insert(requests.begin(), HeaderFor(layer_));
+    const Outcome outcome = Quantize(server_, requests);
+    EXPECT_EQ(outcome.status.error_code(), StatusCode::RESOURCE_EXHAUSTED)
+        << outcome.status.error_message();
+    EXPECT_TRUE(server_.Idle());
+  }
+}
+
+TEST_F(QuantizeErrorsTest, LargeMessageWithinTheLimit) {
+  // 15 MiB of activations in one message.
+  const Layer layer = MakeRandomLayer(8, 256, 15360);
+  EXPECT_TRUE(Quantize(server_, QuantizeRequestsFor(layer, layer.tokens)).status.ok());
+}
+
+// Sends raw bytes as messages and returns the status.
+grpc::Status SendRaw(const TestServer& server, const std::vector<std::string>& messages,
+                     grpc_compression_algorithm compression = GRPC_COMPRESS_NONE) {
+  grpc::GenericStub stub(server.NewChannel());
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + kPatience);
+  context.set_compression_algorithm(compression);
+  grpc::CompletionQueue queue;
+  const auto step = [&queue] {
+    void* tag = nullptr;
+    bool ok = false;
+    return queue.Next(&tag, &ok) && ok;
+  };
+  const auto call = stub.PrepareCall(&context, "/certiq.v1.QuantizationService/Quantize", &queue);
+  call->StartCall(nullptr);
+  bool going = step();
+  for (const std::string& message : messages) {
+    grpc::Slice slice(message);
+    call->Write(grpc::ByteBuffer(&slice, 1), nullptr);
+    going = going && step();
+    if (!going) break;
+  }
+  if (going) {
+    call->WritesDone(nullptr);
+    step();
+  }
+  grpc::ByteBuffer response;
+  do {
+    call->Read(&response, nullptr);
+  } while (step());
+  grpc::Status status;
+  call->Finish(&status, nullptr);
+  step();
+  queue.Shutdown();
+  while (step()) {
+  }
+  return status;
+}
+
+TEST_F(QuantizeErrorsTest, BytesThatAreNoMessage) {
+  const std::string garbage = "\xff\xff\xff\xff";
+  grpc::Status status = SendRaw(server_, {garbage});
+  EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT) << status.error_message();
+  EXPECT_EQ(DetailsOf(status).field(), "payload");
+  // Also after everything has arrived, when the end of the stream would be taken for success.
+  std::vector<std::string> messages;
+  for (const auto& request : QuantizeRequestsFor(layer_)) {
+    messages.push_back(request.SerializeAsString());
+  }
+  EXPECT_TRUE(SendRaw(server_, messages).ok());
+  messages.push_back(garbage);
+  status = SendRaw(server_, messages);
+  EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT) << status.error_message();
+  EXPECT_CONTAINS(status.error_message(), "4 bytes");
+}
+
+TEST_F(QuantizeErrorsTest, NamesThatAreNotUtf8) {
+  std::string header = HeaderFor(layer_).SerializeAsString();
+  const size_t name = header.find("model");
+  ASSERT_NE(name, std::string::npos);
+  header[name] = '\xc0';
+  const grpc::Status status = SendRaw(server_, {header});
+  EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT);
+}
+
+TEST_F(QuantizeErrorsTest, CompressedMessagesAreRefused) {
+  const grpc::Status status = SendRaw(
+      server_, {HeaderFor(layer_).SerializeAsString() + std::string(64, '\0')}, GRPC_COMPRESS_GZIP);
+  EXPECT_EQ(status.error_code(), StatusCode::UNIMPLEMENTED) << status.error_message();
+}
+
+TEST(QuantizeLimitsTest, QueueFull) {
+  TestServer server({.workers = 2, .queue_limit = 1});
+  const Layer layer = MakeRandomLayer(8, 16, 32);
+  Call first(server);
+  first.Send(HeaderFor(layer));
+  ASSERT_TRUE(first.ReadUntil(v1::PHASE_RECEIVE));
+  const Outcome refused = Quantize(server, QuantizeRequestsFor(layer));
+  EXPECT_EQ(refused.status.error_code(), StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(DetailsOf(refused.status).retry.retry_delay().seconds(), 1);
+  // The one that was admitted is not affected.
+  first.Send(WeightChunk(layer, 0, 8));
+  first.Send(ActivationChunk(layer, 0, 32));
+  EXPECT_TRUE(first.Finish().status.ok());
+  EXPECT_EQ(server.Metric(R"(certiq_rejected_total{reason="queue_full"})"), 1);
+}
+
+TEST(QuantizeLimitsTest, OverBudget) {
+  const Layer layer = MakeRandomLayer(8, 16, 32);
+  const int64_t bytes = jobs::LayerIntake::BytesFor(LayerRequestFor(layer));
+  {
+    TestServer server({.budget = bytes});
+    Call first(server);
+    first.Send(HeaderFor(layer));
+    ASSERT_TRUE(first.ReadUntil(v1::PHASE_RECEIVE));
+    const Outcome refused = Quantize(server, QuantizeRequestsFor(layer));
+    EXPECT_EQ(refused.status.error_code(), StatusCode::RESOURCE_EXHAUSTED);
+    EXPECT_EQ(DetailsOf(refused.status).retry.retry_delay().seconds(), 1);
+    first.Cancel();
+    first.Finish();
+    ASSERT_TRUE(server.Idle());
+    EXPECT_TRUE(Quantize(server, QuantizeRequestsFor(layer)).status.ok());
+    EXPECT_EQ(server.Metric(R"(certiq_rejected_total{reason="over_budget"})"), 1);
+  }
+  TestServer server({.budget = bytes - 1});
+  const Outcome never = Quantize(server, QuantizeRequestsFor(layer));
+  EXPECT_EQ(never.status.error_code(), StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(DetailsOf(never.status).retry.retry_delay().seconds(), 3600);
+}
+
+}  // namespace
+}  // namespace certiq::testing

@@ -1,0 +1,160 @@
+// The server's life: start, health, drain, shutdown.
+
+#include "rpc/server.h"
+
+#include <gtest/gtest.h>
+
+#include <future>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "rpc/probe.h"
+#include "support/requests.h"
+#include "support/text.h"
+#include "test_server.h"
+
+namespace certiq::testing {
+namespace {
+
+using grpc::StatusCode;
+
+std::string AddressOf(const TestServer& server) {
+  return absl::StrCat("127.0.0.1:", server.server->port());
+}
+
+absl::Status StartOn(const std::string& listen, bool allow_cleartext = false) {
+  jobs::ByteBudget budget(1 << 20);
+  jobs::WorkerPool pool(1, 1);
+  return rpc::Server::Start({.listen = listen,
+                             .allow_cleartext = allow_cleartext,
+                             .pool = &pool,
+                             .budget = &budget})
+      .status();
+}
+
+TEST(ServerTest, PortInUse) {
+  const TestServer server;
+  const absl::Status status = StartOn(AddressOf(server));
+  EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+  EXPECT_CONTAINS(status.message(), AddressOf(server));
+}
+
+TEST(ServerTest, BadAddress) { EXPECT_TRUE(absl::IsInvalidArgument(StartOn("nonsense"))); }
+
+TEST(ServerTest, ClearTextBeyondLoopbackHasToBeAllowed) {
+  const absl::Status refused = StartOn("0.0.0.0:0");
+  EXPECT_TRUE(absl::IsFailedPrecondition(refused));
+  EXPECT_CONTAINS(refused.message(), "--allow_cleartext");
+  EXPECT_TRUE(StartOn("0.0.0.0:0", true).ok());
+}
+
+TEST(ServerTest, ListensOnAUnixSocket) {
+  const std::string path = absl::StrCat(::testing::TempDir(), "certiq-server-test.sock");
+  jobs::ByteBudget budget(1 << 20);
+  jobs::WorkerPool pool(1, 1);
+  const auto server =
+      rpc::Server::Start({.listen = "unix:" + path, .pool = &pool, .budget = &budget});
+  ASSERT_TRUE(server.ok()) << server.status();
+  EXPECT_EQ((*server)->port(), 0);
+  EXPECT_TRUE(rpc::Probe("unix:" + path, kPatience).ok());
+}
+
+TEST(ServerTest, ProbeTellsHowItIs) {
+  TestServer server;
+  const std::string address = AddressOf(server);
+  EXPECT_TRUE(rpc::Probe(address, kPatience).ok());
+  EXPECT_CONTAINS(server.Http("/healthz"), "200 OK");
+  server.server->Shutdown();
+  EXPECT_FALSE(rpc::Probe(address, std::chrono::milliseconds(500)).ok());
+  EXPECT_CONTAINS(server.Http("/healthz"), "503");
+  EXPECT_FALSE(rpc::Probe("nonsense", std::chrono::milliseconds(500)).ok());
+}
+
+TEST(ServerTest, DrainFinishesWhatWasAdmitted) {
+  TestServer server;
+  const Layer layer = MakeRandomLayer(8, 16, 32);
+  Call admitted(server);
+  admitted.Send(HeaderFor(layer));
+  ASSERT_TRUE(admitted.ReadUntil(v1::PHASE_RECEIVE));
+  Call waiting(server);
+  ASSERT_TRUE(TestServer::Eventually([&] {
+    return server.Metric(
+               "grpc_server_started_total{grpc_method=\"Quantize\",grpc_service=\"certiq.v1."
+               "QuantizationService\",grpc_type=\"bidi_stream\"}") == 2;
+  }));
+
+  auto drained = std::async(std::launch::async, [&] { return server.server->Drain(kPatience); });
+  ASSERT_TRUE(TestServer::Eventually([&] { return !server.server->serving(); }));
+  // Health is still answered.
+  EXPECT_CONTAINS(rpc::Probe(AddressOf(server), kPatience).message(), "not serving");
+  EXPECT_CONTAINS(server.Http("/healthz"), "draining");
+  EXPECT_EQ(waiting.Finish().status.error_code(), StatusCode::UNAVAILABLE);
+  EXPECT_EQ(Quantize(server, QuantizeRequestsFor(layer)).status.error_code(),
+            StatusCode::UNAVAILABLE);
+  admitted.Send(WeightChunk(layer, 0, 8));
+  admitted.Send(ActivationChunk(layer, 0, 32));
+  EXPECT_TRUE(admitted.Finish().status.ok());
+  EXPECT_TRUE(drained.get());
+}
+
+TEST(ServerTest, DrainEndsAtItsLimit) {
+  TestServer server;
+  Call call(server);
+  call.Send(HeaderFor(MakeRandomLayer(8, 16, 32)));
+  ASSERT_TRUE(call.ReadUntil(v1::PHASE_RECEIVE));
+  EXPECT_FALSE(server.server->Drain(std::chrono::milliseconds(10)));
+  EXPECT_EQ(call.Finish().status.error_code(), StatusCode::UNAVAILABLE);
+}
+
+TEST(ServerTest, HurryEndsADrain) {
+  TestServer server;
+  Call call(server);
+  call.Send(HeaderFor(MakeRandomLayer(8, 16, 32)));
+  ASSERT_TRUE(call.ReadUntil(v1::PHASE_RECEIVE));
+  auto drained = std::async(std::launch::async, [&] { return server.server->Drain(kPatience); });
+  ASSERT_TRUE(TestServer::Eventually([&] { return !server.server->serving(); }));
+  server.server->Hurry();
+  EXPECT_FALSE(drained.get());
+  EXPECT_EQ(call.Finish().status.error_code(), StatusCode::UNAVAILABLE);
+}
+
+TEST(ServerTest, ShutdownWhileBusy) {
+  TestServer server;
+  // One computes, one uploads, one has not begun, one does not read its result.
+  Call computing(server);
+  computing.SendAll(QuantizeRequestsFor(MakeRandomLayer(2048, 2048, 64), 512));
+  computing.Close();
+  ASSERT_TRUE(computing.ReadUntil(v1::PHASE_FACTOR));
+  Call uploading(server);
+  uploading.Send(HeaderFor(MakeRandomLayer(8, 16, 32)));
+  ASSERT_TRUE(uploading.ReadUntil(v1::PHASE_RECEIVE));
+  Call waiting(server);
+  Call deaf(server);
+  deaf.SendAll(QuantizeRequestsFor(MakeRandomLayer(16384, 256, 64), 4096));
+  deaf.Close();
+
+  const auto start = std::chrono::steady_clock::now();
+  server.server->Shutdown();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, kPatience / 4);
+  EXPECT_EQ(server.budget.reserved(), 0);
+  for (Call* const call : {&computing, &uploading, &waiting, &deaf}) {
+    EXPECT_FALSE(call->Finish().status.ok());
+  }
+}
+
+TEST(ServerTest, ShutdownWithSlowReaderDoesNotHang) {
+  TestServer server;
+  Call deaf(server);
+  deaf.SendAll(QuantizeRequestsFor(MakeRandomLayer(16384, 256, 64), 4096));
+  deaf.Close();
+  ASSERT_TRUE(TestServer::Eventually([&] {
+    return server.Metric(R"(certiq_jobs_total{method="optq",outcome="succeeded"})") == 1;
+  }));
+  server.server->Shutdown();
+  EXPECT_EQ(server.budget.reserved(), 0);
+  EXPECT_FALSE(deaf.Finish().status.ok());
+}
+
+}  // namespace
+}  // namespace certiq::testing
