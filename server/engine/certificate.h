@@ -15,6 +15,12 @@ namespace certiq::engine {
 
 enum class Outcome { kQuantized, kFellBackToNearest };
 
+// One step of the damping ladder (V2).
+struct LadderStep {
+  double lambda = 0;
+  double held_out_relative_error = 0;
+};
+
 // Seconds of wall clock the engine spent.
 struct EngineSeconds {
   double factor = 0;
@@ -60,6 +66,17 @@ struct LayerCertificate {
 
   std::optional<double> predicted_squared_error;
   std::optional<double> rate_gap_bits;
+  std::optional<double> linf_bound;
+  std::optional<double> linf_probability;
+  std::optional<int32_t> bits_needed;
+
+  int64_t held_out_tokens = 0;
+  std::optional<double> held_out_relative_error;
+  std::vector<LadderStep> ladder;
+
+  std::optional<double> qronos_initial;
+  std::optional<double> optq_initial;
+  std::optional<double> floor;
 
   EngineSeconds seconds;
   // Floating point operations by the formulas' count: statistics are the

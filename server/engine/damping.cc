@@ -3,32 +3,40 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/spectrum.h"
 
 namespace certiq::engine {
-namespace {
-
 double MeanDiagonal(const UpperPanels<double>& gram) {
   double trace = 0;
   for (int64_t i = 0; i < gram.size(); ++i) trace += gram.at(i, i);
   return trace / static_cast<double>(gram.size());
 }
 
-}  // namespace
-
-double RequestedLambda(const ResolvedSpec& spec, const Statistics& statistics) {
-  if (spec.damping_rule == DampingRule::kAbsolute) return spec.damping_value;
-  return spec.damping_value * MeanDiagonal(statistics.gram);
+absl::StatusOr<double> LambdaOf(DampingRule rule, double value, const UpperPanels<double>& gram,
+                                const RunContext& context) {
+  switch (rule) {
+    case DampingRule::kAbsolute:
+      return value;
+    case DampingRule::kRelativeSigmaMax: {
+      const absl::StatusOr<double> largest = LargestEigenvalue(gram, context);
+      if (!largest.ok()) return largest.status();
+      return value * *largest;
+    }
+    case DampingRule::kRelativeTrace:
+    case DampingRule::kHeldOut:
+      break;
+  }
+  return value * MeanDiagonal(gram);
 }
 
-absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec,
-                                               const Statistics& statistics,
+absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double lambda,
+                                               const UpperPanels<double>& gram,
                                                const std::vector<bool>& dead,
                                                const RunContext& context) {
   DampedFactor result;
-  result.lambda_requested = RequestedLambda(spec, statistics);
-  double lambda = result.lambda_requested;
+  result.lambda_requested = lambda;
   for (int32_t attempt = 0; attempt < spec.max_attempts; ++attempt) {
-    absl::StatusOr<FactorAttempt> tried = FactorDamped(statistics.gram, dead, lambda, context);
+    absl::StatusOr<FactorAttempt> tried = FactorDamped(gram, dead, lambda, context);
     if (!tried.ok()) return tried.status();
     result.lambda_used = lambda;
     result.attempts.push_back({lambda, tried->cause, std::move(tried->detail)});
@@ -36,7 +44,7 @@ absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec,
       result.factor = std::move(tried->factor);
       return result;
     }
-    lambda = lambda == 0 ? 0x1p-52 * MeanDiagonal(statistics.gram) : lambda * spec.damping_factor;
+    lambda = lambda == 0 ? 0x1p-52 * MeanDiagonal(gram) : lambda * spec.damping_factor;
   }
   return result;
 }

@@ -11,7 +11,7 @@
 #include "engine/factor.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
-#include "engine/statistics.h"
+#include "engine/upper_panels.h"
 
 namespace certiq::engine {
 
@@ -30,14 +30,19 @@ struct DampedFactor {
   std::optional<Factor> factor;
 };
 
-// lambda of the spec's rule for these statistics (D1).
-double RequestedLambda(const ResolvedSpec& spec, const Statistics& statistics);
+// trace(X~^T X~) / N, the unit of relative_trace.
+double MeanDiagonal(const UpperPanels<double>& gram);
+
+// lambda of a rule and its number for these sums (D1). REQUIRES: the rule is
+// not kHeldOut. Fails only by cancellation.
+absl::StatusOr<double> LambdaOf(DampingRule rule, double value, const UpperPanels<double>& gram,
+                                const RunContext& context);
 
 // Factors gram + lambda I; after a stability failure multiplies lambda by the
 // spec's factor and tries again, max_attempts in all. From lambda = 0 the
 // first step is eps trace / N, eps = 2^-52 (D2). Fails only by cancellation.
-absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec,
-                                               const Statistics& statistics,
+absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double lambda,
+                                               const UpperPanels<double>& gram,
                                                const std::vector<bool>& dead,
                                                const RunContext& context);
 

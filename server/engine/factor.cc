@@ -62,14 +62,7 @@ void UpdateBlock(Factor& f, int64_t p, int64_t q, const std::vector<double>& pac
       const int64_t live = std::min(kWidth, u.rows(q) - c);
       const double* b = packed.data() + (c / kWidth) * depth * kWidth + l0 * kWidth;
       std::fill_n(out, kPanelRows * kWidth, 0.0);
-      const int64_t whole = u.rows(p) / kMicroRows * kMicroRows;
-      MultiplyIntoStrip(whole, slice, rows + l0, 1, u.stride(p), b, out);
-      for (int64_t r = whole; r < u.rows(p); ++r) {
-        for (int64_t l = 0; l < slice; ++l) {
-          const double scalar = rows[r * u.stride(p) + l0 + l];
-          for (int64_t k = 0; k < kWidth; ++k) out[r * kWidth + k] += scalar * b[l * kWidth + k];
-        }
-      }
+      MultiplyIntoStrip(u.rows(p), slice, rows + l0, 1, u.stride(p), b, out);
       for (int64_t r = 0; r < u.rows(p); ++r) {
         for (int64_t k = 0; k < live; ++k) block.row(r)[c + k] -= out[r * kWidth + k];
       }

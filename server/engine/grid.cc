@@ -1,6 +1,7 @@
 #include "engine/grid.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -10,61 +11,157 @@
 namespace certiq::engine {
 namespace {
 
-struct Range {
-  float low = 0;
-  float high = 0;
-};
-
-float AbsmaxScale(const ResolvedSpec& spec, Range range) {
-  const double levels = std::ldexp(1.0, spec.bits) - 1;
-  const double low = range.low;
-  const double high = range.high;
-  const double span = spec.symmetric ? 2 * std::max(-low, high) : high - low;
-  if (span == 0) return 1.0f;
-  return RoundTo(spec.scale_dtype, static_cast<float>(span / levels));
+// |x|^2.4 for x >= 0 to about 1e-6 relative, without branches or calls so
+// that loops over it vectorise: 2^(1.2 log2(x^2)).
+inline float Power24(float x) {
+  const float square = x * x + 1e-30f;
+  const auto bits = std::bit_cast<int32_t>(square);
+  // Mantissa into [0.75, 1.5), where t below is at most 0.2.
+  const int32_t shifted = bits - 0x3f400000;
+  const int32_t exponent = shifted >> 23;
+  const float m = std::bit_cast<float>(bits - (exponent << 23));
+  const float t = (m - 1) / (m + 1);
+  const float t2 = t * t;
+  // log2(m) = 2 / ln 2 artanh(t).
+  const float log2m = 2.8853900818f * t * (1 + t2 * (1.0f / 3 + t2 * (1.0f / 5 + t2 * (1.0f / 7))));
+  const float y = 1.2f * (static_cast<float>(exponent) + log2m);
+  const float whole = std::nearbyint(y);
+  const float f = (y - whole) * 0.6931471806f;
+  const float e =
+      1 + f * (1 + f * (1.0f / 2 + f * (1.0f / 6 + f * (1.0f / 24 + f * (1.0f / 120 + f / 720)))));
+  return e * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
 }
+
+// sum |w - q|^2.4 in units of `unit`.
+double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, Step step,
+                  float unit) {
+  const auto zero = static_cast<float>(step.zero);
+  const auto top = static_cast<float>((1 << spec.bits) - 1);
+  const float inverse = 1 / step.scale;
+  const float scaled = step.scale / unit;
+  // Independent partial sums: a float sum of a few thousand terms loses no
+  // digit that decides between candidates.
+  constexpr int64_t kParts = 16;
+  float parts[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= count; i += kParts) {
+    for (int64_t k = 0; k < kParts; ++k) {
+      const float x = values[i + k] * inverse;
+      const float code = std::clamp(std::nearbyint(x) + zero, 0.0f, top);
+      parts[k] += Power24(std::abs(x - (code - zero)) * scaled);
+    }
+  }
+  double loss = 0;
+  for (; i < count; ++i) {
+    const float x = values[i] * inverse;
+    const float code = std::clamp(std::nearbyint(x) + zero, 0.0f, top);
+    loss += static_cast<double>(Power24(std::abs(x - (code - zero)) * scaled));
+  }
+  for (const float part : parts) loss += static_cast<double>(part);
+  return loss;
+}
+
+bool Holds(Step step) { return step.scale > 0 && std::isfinite(step.scale); }
 
 }  // namespace
 
-absl::StatusOr<Grid> AbsmaxGrid(const ResolvedSpec& spec, const StripMatrix& weights,
-                                const RunContext& context) {
-  const int64_t features = weights.features();
+Step AbsmaxStep(const ResolvedSpec& spec, float low, float high) {
+  const double levels = std::ldexp(1.0, spec.bits) - 1;
+  const double bottom = low;
+  const double top = high;
+  const double span = spec.symmetric ? 2 * std::max(-bottom, top) : top - bottom;
+  Step step;
+  step.scale = span == 0 ? 1.0f : RoundTo(spec.scale_dtype, static_cast<float>(span / levels));
+  if (spec.symmetric) {
+    step.zero = 1 << (spec.bits - 1);
+  } else if (Holds(step)) {
+    // The quotient may pass the top code by the rounding of the scale.
+    step.zero = static_cast<int32_t>(
+        std::clamp(std::nearbyint(-bottom / static_cast<double>(step.scale)), 0.0, levels));
+  }
+  return step;
+}
+
+Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count) {
+  float low = 0;
+  float high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    low = std::min(low, values[i]);
+    high = std::max(high, values[i]);
+  }
+  const Step whole = AbsmaxStep(spec, low, high);
+  if (spec.scale != ScaleRule::kMse || !Holds(whole) || low == high) return whole;
+  Step best = whole;
+  double least = std::numeric_limits<double>::infinity();
+  for (int shrink = 0; shrink < 80; ++shrink) {
+    const float p = 1 - static_cast<float>(shrink) / 100;
+    const Step step = AbsmaxStep(spec, p * low, p * high);
+    if (!Holds(step)) break;
+    const double loss = ShrinkLoss(spec, values, count, step, whole.scale);
+    if (loss < least) {
+      least = loss;
+      best = step;
+    }
+  }
+  return best;
+}
+
+Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
+              const std::vector<int64_t>& order) {
   Grid grid;
-  grid.rows = weights.rows();
+  grid.rows = rows;
   grid.groups = spec.Groups(features);
   grid.highest_code = (1 << spec.bits) - 1;
-  grid.scale.resize(static_cast<size_t>(grid.rows * grid.groups));
-  grid.zero.resize(grid.scale.size());
-  const int64_t width = StripMatrix::StripRows();
+  grid.level_type = spec.LevelType();
+  grid.scale.assign(static_cast<size_t>(rows * grid.groups), 1.0f);
+  grid.zero.assign(grid.scale.size(), spec.symmetric ? 1 << (spec.bits - 1) : 0);
+  grid.group_of.resize(static_cast<size_t>(features));
+  for (int64_t j = 0; j < features; ++j) {
+    const int64_t at = spec.group_scales == GroupScales::kDynamic || order.empty()
+                           ? j
+                           : order[static_cast<size_t>(j)];
+    grid.group_of[static_cast<size_t>(j)] = static_cast<int32_t>(spec.GroupOf(at));
+  }
+  return grid;
+}
 
+void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
+               Grid& grid) {
+  if (spec.grid != nullptr) {
+    grid.scale = spec.grid->scales;
+    if (!spec.symmetric) grid.zero = spec.grid->zero_points;
+    grid.lowest_code = spec.grid->lowest_code.value_or(grid.lowest_code);
+    grid.highest_code = spec.grid->highest_code.value_or(grid.highest_code);
+    return;
+  }
+  const int64_t features = weights.features();
+  std::vector<int64_t> first(static_cast<size_t>(grid.groups) + 1);
+  for (const int32_t g : grid.group_of) ++first[static_cast<size_t>(g) + 1];
+  for (size_t g = 1; g < first.size(); ++g) first[g] += first[g - 1];
+
+  const int64_t width = StripMatrix::StripRows();
   context.executor->ParallelFor(weights.strips(), [&](int64_t s) {
-    const float* strip = weights.strip(s);
-    const int64_t live = std::min(width, grid.rows - s * width);
-    std::vector<Range> ranges(static_cast<size_t>(grid.groups * width));
-    for (int64_t j = 0; j < features; ++j) {
-      Range* group = &ranges[static_cast<size_t>(spec.GroupOf(j) * width)];
-      for (int64_t c = 0; c < width; ++c) {
-        group[c].low = std::min(group[c].low, strip[j * width + c]);
-        group[c].high = std::max(group[c].high, strip[j * width + c]);
+    std::vector<float> row(static_cast<size_t>(features));
+    std::vector<float> grouped(row.size());
+    for (int64_t r = s * width; r < std::min((s + 1) * width, grid.rows); ++r) {
+      weights.GetRow(r, row.data());
+      std::vector<int64_t> next = first;
+      for (size_t j = 0; j < row.size(); ++j) {
+        grouped[static_cast<size_t>(next[static_cast<size_t>(grid.group_of[j])]++)] = row[j];
       }
-    }
-    for (int64_t c = 0; c < live; ++c) {
       for (int64_t g = 0; g < grid.groups; ++g) {
-        const Range range = ranges[static_cast<size_t>(g * width + c)];
-        const size_t at = static_cast<size_t>((s * width + c) * grid.groups + g);
-        const float scale = AbsmaxScale(spec, range);
-        grid.scale[at] = scale;
-        // The quotient may pass the top code by rounding of the scale.
-        grid.zero[at] =
-            spec.symmetric
-                ? 1 << (spec.bits - 1)
-                : static_cast<int32_t>(std::clamp(
-                      std::nearbyint(-static_cast<double>(range.low) / static_cast<double>(scale)),
-                      0.0, static_cast<double>(grid.highest_code)));
+        const auto begin = first[static_cast<size_t>(g)];
+        const Step step =
+            FitStep(spec, grouped.data() + begin, first[static_cast<size_t>(g) + 1] - begin);
+        const auto at = static_cast<size_t>(r * grid.groups + g);
+        grid.scale[at] = step.scale;
+        grid.zero[at] = step.zero;
       }
     }
   });
+}
 
+absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid) {
   for (size_t at = 0; at < grid.scale.size(); ++at) {
     if (grid.scale[at] > 0 && std::isfinite(grid.scale[at])) continue;
     const auto groups = static_cast<size_t>(grid.groups);
@@ -73,7 +170,7 @@ absl::StatusOr<Grid> AbsmaxGrid(const ResolvedSpec& spec, const StripMatrix& wei
         absl::StrCat("the scale of row ", at / groups, ", group ", at % groups, " does not fit ",
                      Name(spec.scale_dtype), ": it rounds to ", grid.scale[at]));
   }
-  return grid;
+  return absl::OkStatus();
 }
 
 }  // namespace certiq::engine

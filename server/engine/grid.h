@@ -7,23 +7,41 @@
 #include <cstdint>
 #include <vector>
 
-#include "absl/status/statusor.h"
+#include "absl/status/status.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
 #include "engine/strip_matrix.h"
 
 namespace certiq::engine {
 
-// A code u in [lowest_code, highest_code] of row r and group g stands for
-// scale[r, g] * (u - zero[r, g]), rounded to float32.
+// A code u in [lowest_code, highest_code] of row r at feature j stands for
+// scale[r, g] (u - zero[r, g]) with g = group_of[j], rounded to level_type.
 struct Grid {
   int64_t rows = 0;
   int64_t groups = 0;
   int32_t lowest_code = 0;
   int32_t highest_code = 0;
+  DType level_type = DType::kF32;
   // Row-major [rows, groups]; positive and finite.
   std::vector<float> scale;
   std::vector<int32_t> zero;
+  // [features], in the order the features are worked on.
+  std::vector<int32_t> group_of;
+
+  size_t At(int64_t row, int64_t feature) const {
+    return static_cast<size_t>(row * groups + group_of[static_cast<size_t>(feature)]);
+  }
+  // The weight a code stands for.
+  float Level(int64_t row, int64_t feature, int32_t code) const {
+    const size_t at = At(row, feature);
+    return RoundTo(level_type, scale[at] * static_cast<float>(code - zero[at]));
+  }
+};
+
+// A scale and its zero point.
+struct Step {
+  float scale = 1;
+  int32_t zero = 0;
 };
 
 // The code nearest to value on a grid of this step and zero, ties to even, before clipping. The
@@ -35,13 +53,31 @@ inline float FreeCode(float value, float scale, float zero) {
          zero;
 }
 
-// (S1) absmax over each group of the columns [g group_size, (g + 1) group_size):
-//   symmetric   scale = 2 max|w| / (2^b - 1), zero = 2^(b-1);
-//   asymmetric  scale = (max(w, 0) - min(w, 0)) / (2^b - 1), zero = rint(-min(w, 0) / scale).
-// A group of zeros has scale 1. Scales are rounded to spec.scale_dtype before
-// the zero point is chosen; one that the type cannot hold is INVALID_ARGUMENT.
-absl::StatusOr<Grid> AbsmaxGrid(const ResolvedSpec& spec, const StripMatrix& weights,
-                                const RunContext& context);
+// The step that spans [low, high], low <= 0 <= high (S1):
+//   symmetric   scale = 2 max(-low, high) / (2^b - 1), zero = 2^(b-1);
+//   asymmetric  scale = (high - low) / (2^b - 1), zero = rint(-low / scale).
+// Both 0: scale 1. The scale is rounded to spec.scale_dtype first; it may come out as 0 or
+// infinite, which CheckScales refuses.
+Step AbsmaxStep(const ResolvedSpec& spec, float low, float high);
+
+// The step for these values by the spec's rule: (S1), or (S2), the shrink
+// search: of the steps that span p [low, high], p = 1, 0.99 ... 0.21, the first that minimises
+// sum |w - q|^2.4 (as in the GPTQ authors' code).
+Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count);
+
+// An empty grid for this layer in natural order, or in `order` (feature i
+// worked on is original feature order[i]): static groups belong to the
+// original columns, dynamic ones to runs of group_size in the order.
+Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
+              const std::vector<int64_t>& order);
+
+// Fills the steps from `weights` (in working order) by the spec's rule, or
+// from the spec's explicit grid. Dynamic groups are filled too, from the original weights.
+void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
+               Grid& grid);
+
+// INVALID_ARGUMENT naming the row and group of a scale that its type cannot hold.
+absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid);
 
 }  // namespace certiq::engine
 

@@ -1,7 +1,11 @@
-// Plain rounding (RTN), the yardstick every method is compared with.
+// Rounding without error feedback (RTN), the yardstick every method is
+// compared with, and a method of its own.
 
 #ifndef CERTIQ_ENGINE_NEAREST_H_
 #define CERTIQ_ENGINE_NEAREST_H_
+
+#include <cstdint>
+#include <vector>
 
 #include "engine/grid.h"
 #include "engine/run_context.h"
@@ -10,10 +14,24 @@
 
 namespace certiq::engine {
 
-// W - Q with every weight rounded to the nearest level of its grid by itself,
-// ties to the even code.
-StripMatrix NearestChange(const ResolvedSpec& spec, const Grid& grid, const StripMatrix& weights,
-                          const RunContext& context);
+// Every weight rounded by itself. Vectors but `codes` have one entry a row.
+struct NearestRounded {
+  // Row-major [rows, features], in working order.
+  std::vector<uint8_t> codes;
+  // W - Q.
+  StripMatrix change;
+  std::vector<int32_t> clipped;
+  double worst_overshoot = 0;
+  // With eps_j = max(delta_j / 2, |e_j|): sum_j eps_j |X~_j| and sum_j eps_j^2, for (B2).
+  std::vector<double> reach;
+  std::vector<double> width;
+};
+
+// Rounds by the spec's rounding rule. `feature_norms` are |X~_j|, 0 for dead features, which take
+// no part in the sums; `order` as in SweepRules.
+NearestRounded RoundAlone(const ResolvedSpec& spec, const std::vector<int64_t>& order,
+                          const Grid& grid, const std::vector<double>& feature_norms,
+                          const StripMatrix& weights, const RunContext& context);
 
 }  // namespace certiq::engine
 

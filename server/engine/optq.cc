@@ -1,16 +1,41 @@
 #include "engine/optq.h"
 
+#include <cmath>
+
+#include "engine/quadratic_form.h"
+#include "engine/sweep_method.h"
+
 namespace certiq::engine {
 
-absl::StatusOr<Rounded> Optq(const ResolvedSpec& spec, const Factor& factor,
-                             const std::vector<bool>& dead, const Grid& grid, StripMatrix& weights,
-                             const RunContext& context) {
-  std::vector<double> bound_d = factor.d;
-  for (size_t j = 0; j < dead.size(); ++j) {
-    if (dead[j]) bound_d[j] = 0;
+absl::StatusOr<MethodOutput> Optq(const MethodInput& input, const Factor& factor, double lambda,
+                                  Grid& grid, const RunContext& context) {
+  const int64_t first_dynamic = input.spec.group_scales == GroupScales::kDynamic ? 0 : grid.groups;
+  absl::StatusOr<MethodOutput> output =
+      Sweep(input, factor, first_dynamic, grid, input.weights, context);
+  if (!output.ok()) return output;
+  for (double& bound : output->bound) bound = std::sqrt(bound);
+  if (!input.statistics.mismatch.has_value()) {
+    output->damped = output->rounding;
+    return output;
   }
-  const FeedbackColumns u(factor, *context.executor);
-  return FeedbackSweep(spec, u, bound_d, grid, weights, context);
+
+  const auto initial =
+      QuadraticForms(input.statistics.mismatch->residual, Widen(input.reference, *context.executor),
+                     Phase::kRound, context);
+  if (!initial.ok()) return initial.status();
+  auto errors =
+      SquaredErrors(input.statistics, input.reference, output->change, Phase::kRound, context);
+  if (!errors.ok()) return errors.status();
+  output->damped = *std::move(errors);
+  const std::vector<double> norms = RowNorms(output->change);
+  InitialTerms& terms = output->terms.emplace();
+  for (size_t r = 0; r < norms.size(); ++r) {
+    output->damped[r] += lambda * norms[r];
+    output->initial.push_back(std::sqrt((*initial)[r]));
+    output->bound[r] += (1 + 1e-6) * output->initial[r];
+    terms.optq += (*initial)[r];
+  }
+  return output;
 }
 
 }  // namespace certiq::engine

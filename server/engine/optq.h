@@ -4,20 +4,17 @@
 #ifndef CERTIQ_ENGINE_OPTQ_H_
 #define CERTIQ_ENGINE_OPTQ_H_
 
-#include <vector>
-
 #include "absl/status/statusor.h"
-#include "engine/rounding.h"
+#include "engine/method.h"
 
 namespace certiq::engine {
 
-// Rounds W in place to W - Q. The target of column j is the weight plus the
-// feedback of what was rounded before it (M2); the order is that of the
-// features. What remains is, exactly, |X(w - q)|^2 + lambda |w - q|^2 = sum_j e_j^2 D_j for
-// every row (M3). `dead` features must have zero weights. Fails only by cancellation.
-absl::StatusOr<Rounded> Optq(const ResolvedSpec& spec, const Factor& factor,
-                             const std::vector<bool>& dead, const Grid& grid, StripMatrix& weights,
-                             const RunContext& context);
+// Sweeps W (M2) with the feedback of H = X~^T X~ + lambda I = U D U^T. Matched
+// inputs: what remains is, exactly, sum_j e_j^2 D_j (M3), bounded by (B1). Mismatched inputs: the
+// error the layer starts with, |X w - X~ w|, is left alone and adds to the bound (B3). Fills
+// `grid`'s dynamic groups. Fails only by cancellation.
+absl::StatusOr<MethodOutput> Optq(const MethodInput& input, const Factor& factor, double lambda,
+                                  Grid& grid, const RunContext& context);
 
 }  // namespace certiq::engine
 

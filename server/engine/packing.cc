@@ -15,37 +15,156 @@ ResultTensor MakeTensor(std::string role, DType dtype, std::vector<int64_t> shap
   return tensor;
 }
 
-}  // namespace
+ResultTensor GroupIndex(const char* role, const Grid& grid) {
+  return MakeTensor(role, DType::kI32, {static_cast<int64_t>(grid.group_of.size())}, grid.group_of);
+}
+
+// Values in the half type, or as they are in float32.
+ResultTensor Rounded(const char* role, DType dtype, std::vector<int64_t> shape,
+                     const std::vector<float>& values) {
+  if (dtype == DType::kF32) return MakeTensor(role, dtype, std::move(shape), values);
+  std::vector<uint16_t> bits;
+  bits.reserve(values.size());
+  for (const float value : values) bits.push_back(HalfBits(dtype, value));
+  return MakeTensor(role, dtype, std::move(shape), bits);
+}
 
 std::vector<ResultTensor> PackDense(const ResolvedSpec& spec, const Grid& grid,
                                     const std::vector<uint8_t>& codes, int64_t features) {
-  ResultTensor weight{"weight", DType::kF32, {grid.rows, features}, {}};
-  weight.bytes.resize(codes.size() * sizeof(float));
+  const DType dtype = grid.level_type;
+  const auto row_bytes = static_cast<size_t>(features * ItemSize(dtype));
+  ResultTensor weight{"weight", dtype, {grid.rows, features}, {}};
+  weight.bytes.resize(static_cast<size_t>(grid.rows) * row_bytes);
   std::vector<float> levels(static_cast<size_t>(features));
   for (int64_t r = 0; r < grid.rows; ++r) {
     for (int64_t j = 0; j < features; ++j) {
-      const auto at = static_cast<size_t>(r * grid.groups + spec.GroupOf(j));
       const int32_t code = codes[static_cast<size_t>(r * features + j)];
-      levels[static_cast<size_t>(j)] = grid.scale[at] * static_cast<float>(code - grid.zero[at]);
+      levels[static_cast<size_t>(j)] = grid.Level(r, j, code);
     }
-    std::memcpy(weight.bytes.data() + r * features * static_cast<int64_t>(sizeof(float)),
-                levels.data(), levels.size() * sizeof(float));
+    const ResultTensor row = Rounded("", dtype, {features}, levels);
+    std::memcpy(weight.bytes.data() + static_cast<size_t>(r) * row_bytes, row.bytes.data(),
+                row_bytes);
   }
-
   std::vector<ResultTensor> tensors;
   tensors.push_back(std::move(weight));
   tensors.push_back(MakeTensor("scales", DType::kF32, {grid.rows, grid.groups}, grid.scale));
   if (!spec.symmetric) {
     tensors.push_back(MakeTensor("zeros", DType::kI32, {grid.rows, grid.groups}, grid.zero));
   }
-  if (spec.group_size != 0) {
-    std::vector<int32_t> group_of(static_cast<size_t>(features));
-    for (int64_t j = 0; j < features; ++j) {
-      group_of[static_cast<size_t>(j)] = static_cast<int32_t>(spec.GroupOf(j));
-    }
-    tensors.push_back(MakeTensor("g_idx", DType::kI32, {features}, group_of));
-  }
+  if (spec.group_size != 0) tensors.push_back(GroupIndex("g_idx", grid));
   return tensors;
+}
+
+// Element (i, j) of a [rows, cols] row-major vector goes to (j, i).
+template <typename T>
+std::vector<T> Transposed(const std::vector<T>& values, int64_t rows, int64_t cols) {
+  std::vector<T> result(values.size());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      result[static_cast<size_t>(j * rows + i)] = values[static_cast<size_t>(i * cols + j)];
+    }
+  }
+  return result;
+}
+
+// The zero points of group g along the output channels, less `offset`.
+std::vector<uint8_t> ZerosOfGroup(const Grid& grid, int64_t g, int32_t offset) {
+  std::vector<uint8_t> zeros;
+  for (int64_t r = 0; r < grid.rows; ++r) {
+    zeros.push_back(
+        static_cast<uint8_t>(grid.zero[static_cast<size_t>(r * grid.groups + g)] - offset));
+  }
+  return zeros;
+}
+
+std::vector<uint8_t> CodesOfRow(const std::vector<uint8_t>& codes, int64_t row, int64_t features) {
+  return {codes.begin() + row * features, codes.begin() + (row + 1) * features};
+}
+
+std::vector<uint32_t> PackRows(const std::vector<uint8_t>& codes, int32_t bits, int64_t rows,
+                               int64_t features) {
+  std::vector<uint32_t> words;
+  for (int64_t r = 0; r < rows; ++r) {
+    const std::vector<uint32_t> row = PackBits(CodesOfRow(codes, r, features), bits);
+    words.insert(words.end(), row.begin(), row.end());
+  }
+  return words;
+}
+
+std::vector<ResultTensor> PackGptq(const ResolvedSpec& spec, const Grid& grid,
+                                   const std::vector<uint8_t>& codes, int64_t features) {
+  const std::vector<uint32_t> words = PackRows(codes, spec.bits, grid.rows, features);
+  const int64_t words_a_row = features * spec.bits / 32;
+  std::vector<uint32_t> zeros;
+  for (int64_t g = 0; g < grid.groups; ++g) {
+    const std::vector<uint32_t> row =
+        PackBits(ZerosOfGroup(grid, g, spec.format == Format::kGptq ? 1 : 0), spec.bits);
+    zeros.insert(zeros.end(), row.begin(), row.end());
+  }
+  std::vector<ResultTensor> tensors;
+  tensors.push_back(MakeTensor("qweight", DType::kI32, {words_a_row, grid.rows},
+                               Transposed(words, grid.rows, words_a_row)));
+  tensors.push_back(
+      MakeTensor("qzeros", DType::kI32, {grid.groups, grid.rows * spec.bits / 32}, zeros));
+  tensors.push_back(Rounded("scales", DType::kF16, {grid.groups, grid.rows},
+                            Transposed(grid.scale, grid.rows, grid.groups)));
+  tensors.push_back(GroupIndex("g_idx", grid));
+  return tensors;
+}
+
+std::vector<ResultTensor> PackCompressed(const ResolvedSpec& spec, const Grid& grid,
+                                         const std::vector<uint8_t>& codes, int64_t features) {
+  const int64_t words_a_row = (features * spec.bits + 31) / 32;
+  std::vector<ResultTensor> tensors;
+  tensors.push_back(MakeTensor("weight_packed", DType::kI32, {grid.rows, words_a_row},
+                               PackRows(codes, spec.bits, grid.rows, features)));
+  tensors.push_back(
+      Rounded("weight_scale", spec.scale_dtype, {grid.rows, grid.groups}, grid.scale));
+  tensors.push_back(MakeTensor<int64_t>("weight_shape", DType::kI64, {2}, {grid.rows, features}));
+  if (!spec.symmetric) {
+    const int64_t words_a_group = (grid.rows * spec.bits + 31) / 32;
+    std::vector<uint32_t> zeros;
+    for (int64_t g = 0; g < grid.groups; ++g) {
+      const std::vector<uint32_t> column = PackBits(ZerosOfGroup(grid, g, 0), spec.bits);
+      zeros.insert(zeros.end(), column.begin(), column.end());
+    }
+    tensors.push_back(MakeTensor("weight_zero_point", DType::kI32, {words_a_group, grid.groups},
+                                 Transposed(zeros, grid.groups, words_a_group)));
+  }
+  const bool ordered_groups = spec.group_size != 0 && spec.order != Order::kNatural &&
+                              spec.group_scales == GroupScales::kDynamic;
+  if (ordered_groups) tensors.push_back(GroupIndex("weight_g_idx", grid));
+  return tensors;
+}
+
+}  // namespace
+
+std::vector<uint32_t> PackBits(const std::vector<uint8_t>& values, int32_t bits) {
+  std::vector<uint32_t> words((values.size() * static_cast<size_t>(bits) + 31) / 32);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const size_t bit = i * static_cast<size_t>(bits);
+    const uint64_t shifted = static_cast<uint64_t>(values[i]) << (bit % 32);
+    words[bit / 32] |= static_cast<uint32_t>(shifted);
+    // A value may straddle two words.
+    if (shifted >> 32 != 0) words[bit / 32 + 1] |= static_cast<uint32_t>(shifted >> 32);
+  }
+  return words;
+}
+
+std::vector<ResultTensor> PackResult(const ResolvedSpec& spec, const Grid& grid,
+                                     const std::vector<uint8_t>& codes, int64_t features) {
+  switch (spec.format) {
+    case Format::kDenseF32:
+    case Format::kDenseF16:
+    case Format::kDenseBF16:
+      return PackDense(spec, grid, codes, features);
+    case Format::kGptq:
+    case Format::kGptqV2:
+      return PackGptq(spec, grid, codes, features);
+    case Format::kCompressedTensors:
+      return PackCompressed(spec, grid, codes, features);
+  }
+  return {};
 }
 
 double BitsPerWeight(const ResolvedSpec& spec, const Grid& grid, int64_t features) {

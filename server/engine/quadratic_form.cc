@@ -8,7 +8,6 @@
 namespace certiq::engine {
 namespace {
 
-constexpr int64_t kWidth = kStrip<float>;
 constexpr int64_t kDepth = 256;
 
 // The exponent that brings the largest diagonal entry, and with it by Cauchy-
@@ -19,38 +18,65 @@ int Exponent(const UpperPanels<double>& s) {
   return largest > 0 ? std::ilogb(largest) + 1 : 0;
 }
 
-// Panel p of S as [columns from begin(p)][kPanelRows] float32: the diagonal
-// once, what is right of it twice, what is below it zero, so that the full
-// form is sum over panels of x_p^T (panel) x.
-void ConvertPanel(const UpperPanels<double>& s, int64_t p, int exponent, float* to) {
+// Panel p of S as [columns from begin(p)][kPanelRows]: the diagonal once, what
+// is right of it twice, what is below it zero, so that the full form is
+// sum over panels of x_p^T (panel) x.
+template <typename T>
+void ConvertPanel(const UpperPanels<double>& s, int64_t p, int exponent, T* to) {
   const double scale = std::ldexp(1.0, -exponent);
-  std::fill_n(to, s.stride(p) * kPanelRows, 0.0f);
+  std::fill_n(to, s.stride(p) * kPanelRows, T{0});
   for (int64_t i = 0; i < s.rows(p); ++i) {
     const double* row = s.row(s.begin(p) + i);
-    to[i * kPanelRows + i] = static_cast<float>(row[0] * scale);
+    to[i * kPanelRows + i] = static_cast<T>(row[0] * scale);
     for (int64_t j = i + 1; j < s.stride(p); ++j) {
-      to[j * kPanelRows + i] = static_cast<float>(2 * row[j - i] * scale);
+      to[j * kPanelRows + i] = static_cast<T>(2 * row[j - i] * scale);
     }
   }
 }
 
+double ExactForm(const UpperPanels<double>& s, const std::vector<double>& x) {
+  double form = 0;
+  for (int64_t i = 0; i < s.size(); ++i) {
+    if (x[i] == 0) continue;
+    const double* row = s.row(i);
+    double right = 0;
+    for (int64_t j = i + 1; j < s.size(); ++j) right += row[j - i] * x[j];
+    form += x[i] * (row[0] * x[i] + 2 * right);
+  }
+  return form;
+}
+
+std::vector<double> WideRow(const StripMatrix& matrix, int64_t row) {
+  std::vector<float> values(static_cast<size_t>(matrix.features()));
+  matrix.GetRow(row, values.data());
+  return {values.begin(), values.end()};
+}
+
+void ClampAtZero(std::vector<double>& forms) {
+  // Rounding may leave a form of a semidefinite S a little below zero.
+  for (double& form : forms) form = std::max(0.0, form);
+}
+
 }  // namespace
 
+template <typename T>
 absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
-                                                   const StripMatrix& rows, Phase phase,
+                                                   const BasicStripMatrix<T>& rows, Phase phase,
                                                    const RunContext& context) {
+  constexpr int64_t kWidth = kStrip<T>;
   std::vector<double> forms(static_cast<size_t>(rows.strips() * kWidth), 0.0);
-  std::vector<float> panel(static_cast<size_t>(s.size() * kPanelRows));
+  std::vector<T> panel(static_cast<size_t>(s.size() * kPanelRows));
   const int exponent = Exponent(s);
   for (int64_t p = 0; p < s.panels(); ++p) {
     if (context.cancelled()) return context.CancellationStatus();
     ConvertPanel(s, p, exponent, panel.data());
     context.executor->ParallelFor(rows.strips(), [&](int64_t strip) {
-      alignas(kVectorBytes) float product[kPanelRows * kWidth] = {};
-      const float* x = rows.strip(strip) + s.begin(p) * kWidth;
+      alignas(kVectorBytes) T product[kPanelRows * kWidth] = {};
+      const T* x = rows.strip(strip) + s.begin(p) * kWidth;
       for (int64_t k0 = 0; k0 < s.stride(p); k0 += kDepth) {
         MultiplyIntoStrip(kPanelRows, std::min(kDepth, s.stride(p) - k0),
-                          panel.data() + k0 * kPanelRows, kPanelRows, 1, x + k0 * kWidth, product);
+                          panel.data() + k0 * kPanelRows, kPanelRows, int64_t{1}, x + k0 * kWidth,
+                          product);
       }
       double* sums = forms.data() + strip * kWidth;
       for (int64_t i = 0; i < s.rows(p); ++i) {
@@ -63,9 +89,113 @@ absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
     context.Report(phase, static_cast<double>(p + 1) / static_cast<double>(s.panels()));
   }
   forms.resize(static_cast<size_t>(rows.rows()));
-  // Rounding may leave a form of a semidefinite S a little below zero.
-  for (double& form : forms) form = std::max(0.0, std::ldexp(form, exponent));
+  for (double& form : forms) form = std::ldexp(form, exponent);
+  ClampAtZero(forms);
   return forms;
+}
+
+template absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
+                                                            const BasicStripMatrix<float>& rows,
+                                                            Phase phase, const RunContext& context);
+template absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
+                                                            const BasicStripMatrix<double>& rows,
+                                                            Phase phase, const RunContext& context);
+
+absl::StatusOr<BasicStripMatrix<double>> TimesSquare(const BasicStripMatrix<double>& w,
+                                                     const std::vector<double>& k, Phase phase,
+                                                     const RunContext& context) {
+  const int64_t n = w.features();
+  BasicStripMatrix<double> product(w.rows(), n);
+  // Slices of K stay in cache while the strips of a task pass; each result's
+  // sum runs over the depth in order.
+  constexpr int64_t kStripsPerTask = 8;
+  const int64_t tasks = (w.strips() + kStripsPerTask - 1) / kStripsPerTask;
+  context.executor->ParallelFor(tasks, [&](int64_t task) {
+    const int64_t last = std::min((task + 1) * kStripsPerTask, w.strips());
+    for (int64_t j0 = 0; j0 < n; j0 += kPanelRows) {
+      if (context.cancelled()) return;
+      for (int64_t k0 = 0; k0 < n; k0 += kDepth) {
+        for (int64_t s = task * kStripsPerTask; s < last; ++s) {
+          MultiplyIntoStrip(std::min(kPanelRows, n - j0), std::min(kDepth, n - k0),
+                            k.data() + k0 * n + j0, n, int64_t{1}, w.strip(s) + k0 * kStrip<double>,
+                            product.strip(s) + j0 * kStrip<double>);
+        }
+      }
+    }
+  });
+  if (context.cancelled()) return context.CancellationStatus();
+  context.Report(phase, 1);
+  return product;
+}
+
+std::vector<double> RowDots(const BasicStripMatrix<double>& a, const BasicStripMatrix<double>& b) {
+  std::vector<double> dots(static_cast<size_t>(a.strips() * kStrip<double>));
+  for (int64_t s = 0; s < a.strips(); ++s) {
+    const double* left = a.strip(s);
+    const double* right = b.strip(s);
+    double* sums = dots.data() + s * kStrip<double>;
+    for (int64_t j = 0; j < a.features(); ++j) {
+      for (int64_t c = 0; c < kStrip<double>; ++c) {
+        sums[c] += left[j * kStrip<double> + c] * right[j * kStrip<double> + c];
+      }
+    }
+  }
+  dots.resize(static_cast<size_t>(a.rows()));
+  return dots;
+}
+
+absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
+                                                  const StripMatrix& weights,
+                                                  const StripMatrix& change, Phase phase,
+                                                  const RunContext& context) {
+  if (!statistics.mismatch.has_value()) {
+    return QuadraticForms(statistics.gram, change, phase, context);
+  }
+  const MismatchSums& mismatch = *statistics.mismatch;
+  const BasicStripMatrix<double> w = Widen(weights, *context.executor);
+  const BasicStripMatrix<double> delta = Widen(change, *context.executor);
+  absl::StatusOr<std::vector<double>> errors = QuadraticForms(mismatch.residual, w, phase, context);
+  if (!errors.ok()) return errors.status();
+  const auto quadratic = QuadraticForms(statistics.gram, delta, phase, context);
+  if (!quadratic.ok()) return quadratic.status();
+  const auto product = TimesSquare(w, mismatch.cross, phase, context);
+  if (!product.ok()) return product.status();
+  const std::vector<double> mixed = RowDots(*product, delta);
+  for (size_t r = 0; r < errors->size(); ++r) (*errors)[r] += 2 * mixed[r] + (*quadratic)[r];
+  ClampAtZero(*errors);
+  return errors;
+}
+
+absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statistics,
+                                                      const StripMatrix& weights, Phase phase,
+                                                      const RunContext& context) {
+  // X w = P w + X~ w: the error of changing W to zero.
+  return SquaredErrors(statistics, weights, weights, phase, context);
+}
+
+std::vector<double> ExactSquaredErrors(const Statistics& statistics, const StripMatrix& weights,
+                                       const StripMatrix& change,
+                                       const std::vector<int64_t>& chosen,
+                                       const RunContext& context) {
+  std::vector<double> errors = ExactQuadraticForms(statistics.gram, change, chosen, context);
+  if (!statistics.mismatch.has_value()) return errors;
+  const MismatchSums& mismatch = *statistics.mismatch;
+  const int64_t n = statistics.features();
+  context.executor->ParallelFor(static_cast<int64_t>(chosen.size()), [&](int64_t at) {
+    const std::vector<double> w = WideRow(weights, chosen[static_cast<size_t>(at)]);
+    const std::vector<double> delta = WideRow(change, chosen[static_cast<size_t>(at)]);
+    double mixed = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      double dot = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        dot += mismatch.cross[static_cast<size_t>(i * n + j)] * delta[static_cast<size_t>(j)];
+      }
+      mixed += w[static_cast<size_t>(i)] * dot;
+    }
+    errors[static_cast<size_t>(at)] += 2 * mixed + ExactForm(mismatch.residual, w);
+  });
+  ClampAtZero(errors);
+  return errors;
 }
 
 std::vector<double> ExactQuadraticForms(const UpperPanels<double>& s, const StripMatrix& rows,
@@ -73,18 +203,7 @@ std::vector<double> ExactQuadraticForms(const UpperPanels<double>& s, const Stri
                                         const RunContext& context) {
   std::vector<double> forms(chosen.size());
   context.executor->ParallelFor(static_cast<int64_t>(chosen.size()), [&](int64_t at) {
-    std::vector<float> values(static_cast<size_t>(s.size()));
-    rows.GetRow(chosen[static_cast<size_t>(at)], values.data());
-    const std::vector<double> x(values.begin(), values.end());
-    double form = 0;
-    for (int64_t i = 0; i < s.size(); ++i) {
-      if (x[i] == 0) continue;
-      const double* row = s.row(i);
-      double right = 0;
-      for (int64_t j = i + 1; j < s.size(); ++j) right += row[j - i] * x[j];
-      form += x[i] * (row[0] * x[i] + 2 * right);
-    }
-    forms[static_cast<size_t>(at)] = form;
+    forms[static_cast<size_t>(at)] = ExactForm(s, WideRow(rows, chosen[static_cast<size_t>(at)]));
   });
   return forms;
 }

@@ -1,4 +1,4 @@
-// x^T S x for many rows x at once: errors from statistics, without tokens.
+// x^T S x for many rows x at once: errors from sums, without tokens.
 
 #ifndef CERTIQ_ENGINE_QUADRATIC_FORM_H_
 #define CERTIQ_ENGINE_QUADRATIC_FORM_H_
@@ -8,21 +8,51 @@
 
 #include "absl/status/statusor.h"
 #include "engine/run_context.h"
+#include "engine/statistics.h"
 #include "engine/strip_matrix.h"
 #include "engine/upper_panels.h"
 
 namespace certiq::engine {
 
-// x_r^T S x_r for every row of `rows`; S symmetric, upper triangle given.
-// With S = X^T X this is |X x_r|^2. Products are float32, sums over features
-// float64: relative to sum_ij |x_i S_ij x_j| the error is of the order of
-// sqrt(N) 2^-24. S is scaled by a power of two so that float32 holds it. Costs R N^2
-// flops (one triangle). Fails only by cancellation.
+// x_r^T S x_r for every row of `rows`; S symmetric positive semidefinite,
+// upper triangle given. With S = X^T X this is |X x_r|^2. Products are of type T, sums over
+// features float64: relative to sum_ij |x_i S_ij x_j| the error is of the order of sqrt(N) times
+// T's unit roundoff. S is scaled by a power of two so that T holds it. Costs R N^2 flops (one
+// triangle). Fails only by cancellation.
+template <typename T>
 absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
-                                                   const StripMatrix& rows, Phase phase,
+                                                   const BasicStripMatrix<T>& rows, Phase phase,
                                                    const RunContext& context);
 
-// The same in float64 for chosen rows. Costs 2 |chosen| N^2 flops.
+// W K [R, N] for a row-major square K: row r is K^T w_r. Float64. Costs 2 R N^2 flops.
+// Fails only by cancellation.
+absl::StatusOr<BasicStripMatrix<double>> TimesSquare(const BasicStripMatrix<double>& w,
+                                                     const std::vector<double>& k, Phase phase,
+                                                     const RunContext& context);
+
+// a_r . b_r for every row.
+std::vector<double> RowDots(const BasicStripMatrix<double>& a, const BasicStripMatrix<double>& b);
+
+// |X w_r - X~ q_r|^2 for every row, from the sums; `change` is W - Q. With P = X - X~ and
+// X w - X~ q = P w + X~ (w - q) it is w^T P^T P w + 2 w^T P^T X~ (w - q) + |X~ (w - q)|^2: no
+// large terms cancel. Matched inputs: the last term, in float32.
+absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
+                                                  const StripMatrix& weights,
+                                                  const StripMatrix& change, Phase phase,
+                                                  const RunContext& context);
+
+// |X w_r|^2 for every row.
+absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statistics,
+                                                      const StripMatrix& weights, Phase phase,
+                                                      const RunContext& context);
+
+// SquaredErrors of chosen rows, all in float64.
+std::vector<double> ExactSquaredErrors(const Statistics& statistics, const StripMatrix& weights,
+                                       const StripMatrix& change,
+                                       const std::vector<int64_t>& chosen,
+                                       const RunContext& context);
+
+// |X~ x_r|^2 of chosen rows, all in float64.
 std::vector<double> ExactQuadraticForms(const UpperPanels<double>& s, const StripMatrix& rows,
                                         const std::vector<int64_t>& chosen,
                                         const RunContext& context);

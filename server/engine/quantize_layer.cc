@@ -1,81 +1,29 @@
 #include "engine/quantize_layer.h"
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <exception>
+#include <limits>
 #include <new>
 #include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/certify.h"
+#include "engine/fit.h"
 #include "engine/nearest.h"
-#include "engine/optq.h"
 #include "engine/quadratic_form.h"
+#include "engine/rounding.h"
 #include "engine/simd.h"
 #include "engine/status.h"
+#include "engine/stopwatch.h"
 
 namespace certiq::engine {
 namespace {
 
-// Rows on which the identity (M3) is recomputed in float64.
-constexpr int64_t kIdentityRows = 32;
-// Where the undamped error is less than this share of the damped one, the
-// difference of the two loses digits and the quadratic form is computed instead.
-constexpr double kCancellation = 0.1;
-// An identity residual above this is said in a warning.
-constexpr double kHealthyResidual = 1e-3;
+// Qronos' customary damping, alpha of arXiv 2505.11695.
+constexpr double kQronosSigma = 1e-6;
 
-// Adds the seconds of its scope to `to`.
-class Stopwatch {
- public:
-  explicit Stopwatch(double& to) : to_(to), start_(std::chrono::steady_clock::now()) {}
-  ~Stopwatch() {
-    to_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  }
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-
- private:
-  double& to_;
-  std::chrono::steady_clock::time_point start_;
-};
-
-double Sum(const std::vector<double>& values) {
-  double sum = 0;
-  for (const double v : values) sum += v;
-  return sum;
-}
-
-double RelativeError(double squared_error, double reference_energy) {
-  if (squared_error == 0) return 0;
-  return std::sqrt(squared_error / reference_energy);
-}
-
-// (D3) features whose activations are all zero.
-std::vector<bool> DeadFeatures(const Statistics& statistics) {
-  std::vector<bool> dead(static_cast<size_t>(statistics.features()));
-  for (int64_t j = 0; j < statistics.features(); ++j) dead[j] = statistics.gram.at(j, j) == 0;
-  return dead;
-}
-
-void ZeroFeatures(const std::vector<bool>& dead, StripMatrix& weights) {
-  const int64_t width = StripMatrix::StripRows();
-  for (int64_t s = 0; s < weights.strips(); ++s) {
-    for (int64_t j = 0; j < weights.features(); ++j) {
-      if (dead[j]) std::fill_n(weights.strip(s) + j * width, width, 0.0f);
-    }
-  }
-}
-
-std::vector<int64_t> EvenlySpaced(int64_t count, int64_t rows) {
-  const int64_t chosen = std::min(count, rows);
-  std::vector<int64_t> result(static_cast<size_t>(chosen));
-  for (int64_t i = 0; i < chosen; ++i) result[i] = i * rows / chosen;
-  return result;
-}
-
-absl::Status CheckSizes(const LayerProblem& problem) {
+absl::Status CheckProblem(const LayerProblem& problem) {
   if (problem.weights.rows() < 1 || problem.weights.features() < 1) {
     return InvalidField(
         "weight.shape",
@@ -87,184 +35,208 @@ absl::Status CheckSizes(const LayerProblem& problem) {
                                                 " features as the weights have, got ",
                                                 problem.statistics.features()));
   }
-  return absl::OkStatus();
+  if (problem.statistics.tokens < 1) {
+    return PreconditionError("TOKENS", "x", "there are no calibration tokens to fit");
+  }
+  const bool held_out = problem.held_out.has_value() && problem.held_out->tokens > 0;
+  if (problem.spec.NeedsHeldOut() && problem.spec.method != Method::kNearest && !held_out) {
+    return PreconditionError("HELD_OUT", "spec.damping.held_out",
+                             "no tokens were held out, and damping by held-out error needs some: "
+                             "set held_out_fraction");
+  }
+  return CheckSpecForLayer(problem.spec, problem.weights.rows(), problem.weights.features());
 }
 
-// Errors and bounds of every row from what the sweep left, (M3) and (B1).
-// `change` holds W - Q.
-absl::Status CertifyErrors(const Statistics& statistics, double lambda, const Rounded& rounded,
-                           const StripMatrix& change, const RunContext& context,
-                           LayerCertificate& certificate) {
-  const int64_t rows = change.rows();
-  certificate.damped_squared_error = Sum(rounded.damped);
-  certificate.l2_bound = std::sqrt(Sum(rounded.bound));
-  if (!std::isfinite(certificate.damped_squared_error) || !std::isfinite(certificate.l2_bound)) {
-    return InvalidField("weight",
-                        "the weights are so large that rounding left the range of float32");
-  }
-
-  // (M3) on a sample, left side from the statistics.
-  const std::vector<int64_t> sample = EvenlySpaced(kIdentityRows, rows);
-  const std::vector<double> exact = ExactQuadraticForms(statistics.gram, change, sample, context);
-  for (size_t i = 0; i < sample.size(); ++i) {
-    const auto r = static_cast<size_t>(sample[i]);
-    const double left = exact[i] + lambda * rounded.change[r];
-    const double right = rounded.damped[r];
-    if (left == 0 && right == 0) continue;
-    certificate.identity_residual =
-        std::max(certificate.identity_residual, std::abs(left / right - 1));
-  }
-  const bool healthy = certificate.identity_residual <= kHealthyResidual;
-  if (!healthy) {
+// (V3) Qronos without damping in the spec.
+void DecideDamping(const LayerProblem& problem, ResolvedSpec& spec, LayerCertificate& certificate) {
+  if (spec.damping_rule.has_value()) return;
+  if (problem.held_out.has_value() && problem.held_out->tokens > 0) {
+    spec.damping_rule = DampingRule::kHeldOut;
     certificate.warnings.push_back(
-        absl::StrCat("identity_residual ", certificate.identity_residual,
-                     " is large: errors were taken from the statistics; consider a larger lambda"));
+        "no damping was given: Qronos chose lambda by the error on the held-out tokens");
+    return;
   }
-
-  const double undamped = certificate.damped_squared_error - lambda * Sum(rounded.change);
-  std::vector<double> errors(static_cast<size_t>(rows));
-  if (healthy && undamped > kCancellation * certificate.damped_squared_error) {
-    for (size_t r = 0; r < errors.size(); ++r) {
-      errors[r] = std::max(0.0, rounded.damped[r] - lambda * rounded.change[r]);
-    }
-  } else {
-    absl::StatusOr<std::vector<double>> forms =
-        QuadraticForms(statistics.gram, change, Phase::kCertify, context);
-    if (!forms.ok()) return forms.status();
-    errors = *std::move(forms);
-  }
-  certificate.squared_error = Sum(errors);
-
-  for (size_t r = 0; r < errors.size(); ++r) {
-    certificate.row_error.push_back(std::sqrt(errors[r]));
-    certificate.row_bound.push_back(std::sqrt(rounded.bound[r]));
-    certificate.clipped_weights += rounded.clipped[r];
-    certificate.clipped_rows += rounded.clipped[r] > 0 ? 1 : 0;
-  }
-  certificate.worst_overshoot = rounded.worst_overshoot;
-  return absl::OkStatus();
+  spec.damping_rule = DampingRule::kRelativeSigmaMax;
+  spec.damping_value = kQronosSigma;
+  certificate.warnings.push_back(
+      "no damping was given and no tokens were held out: Qronos used lambda = 1e-6 sigma_max, "
+      "which "
+      "fits the calibration tokens and may be worse than plain rounding on others; set "
+      "held_out_fraction, or a larger damping");
 }
 
-// C2, C_inf over live features.
-void CertifyFactor(const Factor& factor, const std::vector<bool>& dead,
-                   LayerCertificate& certificate) {
-  double sum = 0;
-  double largest = 0;
-  int64_t live = 0;
-  for (size_t j = 0; j < dead.size(); ++j) {
-    if (dead[j]) continue;
-    ++live;
-    sum += factor.d[j];
-    largest = std::max(largest, factor.d[j]);
+// Relative error of a fit on tokens that were no part of it. `order` is the fit's.
+absl::StatusOr<double> HeldOutError(const Statistics& held_out, const std::vector<int64_t>& order,
+                                    const WorkingLayer& layer, const Fit& fit,
+                                    const RunContext& context) {
+  const Statistics permuted = order.empty() ? Statistics() : Permute(held_out, order);
+  const Statistics& sums = order.empty() ? held_out : permuted;
+  const auto errors =
+      SquaredErrors(sums, layer.reference, fit.output.change, Phase::kCertify, context);
+  if (!errors.ok()) return errors.status();
+  const auto energies = ReferenceEnergies(sums, layer.reference, Phase::kCertify, context);
+  if (!energies.ok()) return energies.status();
+  return RelativeError(Sum(*errors), Sum(*energies));
+}
+
+double FactorFlops(const Fit& fit, int64_t features) {
+  const auto n = static_cast<double>(features);
+  return static_cast<double>(fit.damping.attempts.size()) * n * n * n / 3;
+}
+
+// (V2) one run a step of the ladder, fitted without the held-out tokens and
+// judged on them. Returns lambda as a multiple of trace / N.
+absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSpec& spec,
+                                   const RunContext& context, LayerCertificate& certificate) {
+  const WorkingLayer layer = MakeWorkingLayer(spec, problem.statistics, problem.weights, context);
+  const double unit = MeanDiagonal(layer.statistics.gram);
+  ResolvedSpec step_spec = spec;
+  step_spec.on_failure = OnFailure::kFail;
+  double best_ratio = 0;
+  double least = std::numeric_limits<double>::infinity();
+  absl::Status last;
+  for (const double ratio : spec.damping_ladder) {
+    absl::StatusOr<Fit> fit = RunFit(step_spec, layer, ratio * unit, context, certificate.seconds);
+    if (!fit.ok()) {
+      // A step that cannot be factored is not a candidate.
+      if (!PreconditionOf(fit.status()).has_value()) return fit.status();
+      last = fit.status();
+      certificate.warnings.push_back(
+          absl::StrCat("ladder step ", ratio, " was left out: ", last.message()));
+      continue;
+    }
+    certificate.factor_flops += FactorFlops(*fit, layer.statistics.features());
+    const absl::StatusOr<double> error =
+        HeldOutError(*problem.held_out, layer.order, layer, *fit, context);
+    if (!error.ok()) return error.status();
+    certificate.ladder.push_back({fit->damping.lambda_used, *error});
+    if (*error < least) {
+      least = *error;
+      best_ratio = fit->damping.lambda_used / unit;
+    }
   }
-  certificate.dead_features = static_cast<int64_t>(dead.size()) - live;
-  certificate.c2 = std::sqrt(sum / static_cast<double>(live));
-  certificate.c_inf = std::sqrt(largest);
-  certificate.condition_estimate = factor.condition;
+  if (certificate.ladder.empty()) return last;
+  certificate.held_out_relative_error = least;
+  return best_ratio;
+}
+
+// Codes and groups back in the original order of features.
+void RestoreOrder(const std::vector<int64_t>& order, Grid& grid, std::vector<uint8_t>& codes) {
+  if (order.empty()) return;
+  const auto features = static_cast<int64_t>(order.size());
+  std::vector<uint8_t> row(order.size());
+  for (int64_t r = 0; r < grid.rows; ++r) {
+    uint8_t* worked = codes.data() + r * features;
+    for (int64_t i = 0; i < features; ++i) row[static_cast<size_t>(order[i])] = worked[i];
+    std::copy(row.begin(), row.end(), worked);
+  }
+  std::vector<int32_t> group_of(order.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    group_of[static_cast<size_t>(order[i])] = grid.group_of[i];
+  }
+  grid.group_of = std::move(group_of);
+}
+
+absl::Status CertifyReference(const ResolvedSpec& spec, const WorkingLayer& layer, const Fit& fit,
+                              const RunContext& context, LayerCertificate& certificate) {
+  const Stopwatch watch(certificate.seconds.reference);
+  context.Report(Phase::kReference, 0);
+  const auto energies =
+      ReferenceEnergies(layer.statistics, layer.reference, Phase::kReference, context);
+  if (!energies.ok()) return energies.status();
+  certificate.reference_energy = Sum(*energies);
+  if (!spec.compare_nearest) return absl::OkStatus();
+  ResolvedSpec nearest = spec;
+  nearest.rounding = Rounding::kNearest;
+  const std::vector<double> norms(layer.dead.size());
+  const NearestRounded rounded =
+      RoundAlone(nearest, layer.order, fit.grid, norms, layer.weights(), context);
+  const auto errors =
+      SquaredErrors(layer.statistics, layer.reference, rounded.change, Phase::kReference, context);
+  if (!errors.ok()) return errors.status();
+  certificate.nearest_relative_error = RelativeError(Sum(*errors), certificate.reference_energy);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& context) {
-  if (absl::Status status = CheckSizes(problem); !status.ok()) return status;
-  const ResolvedSpec& spec = problem.spec;
-  StripMatrix& weights = problem.weights;
-  const int64_t features = weights.features();
+  if (absl::Status status = CheckProblem(problem); !status.ok()) return status;
+  QuantizedLayer result;
+  LayerCertificate& certificate = result.certificate;
+  ResolvedSpec spec = problem.spec;
+  DecideDamping(problem, spec, certificate);
+  certificate.held_out_tokens = problem.held_out.has_value() ? problem.held_out->tokens : 0;
 
-  QuantizedLayer layer;
-  LayerCertificate& certificate = layer.certificate;
-  certificate.rows = weights.rows();
-  certificate.features = features;
+  DampingRule rule = *spec.damping_rule;
+  double value = spec.damping_value;
+  if (rule == DampingRule::kHeldOut && spec.method != Method::kNearest) {
+    const absl::StatusOr<double> ratio = ClimbLadder(problem, spec, context, certificate);
+    if (!ratio.ok()) return ratio.status();
+    // The final run uses all tokens with the ratio found.
+    Merge(*problem.held_out, problem.statistics);
+    problem.held_out.reset();
+    rule = DampingRule::kRelativeTrace;
+    value = *ratio;
+  }
+
+  certificate.rows = problem.weights.rows();
+  certificate.features = problem.weights.features();
   certificate.tokens = problem.statistics.tokens;
   certificate.spec = spec;
-
-  const std::vector<bool> dead = DeadFeatures(problem.statistics);
-  if (std::all_of(dead.begin(), dead.end(), [](bool d) { return d; })) {
+  WorkingLayer layer =
+      MakeWorkingLayer(spec, std::move(problem.statistics), std::move(problem.weights), context);
+  if (std::find(layer.dead.begin(), layer.dead.end(), false) == layer.dead.end()) {
     return PreconditionError("ACTIVATIONS", "x",
                              "all calibration activations are zero: there is nothing to fit");
   }
-
-  // Factor.
-  std::optional<Factor> factor;
-  {
+  double lambda = 0;
+  if (spec.method != Method::kNearest) {
     const Stopwatch watch(certificate.seconds.factor);
-    context.Report(Phase::kFactor, 0);
-    absl::StatusOr<DampedFactor> damped =
-        FactorWithDamping(spec, problem.statistics, dead, context);
-    if (!damped.ok()) return damped.status();
-    certificate.lambda_requested = damped->lambda_requested;
-    certificate.lambda_used = damped->lambda_used;
-    certificate.damping_attempts = damped->attempts;
-    const double n = static_cast<double>(features);
-    certificate.factor_flops = static_cast<double>(damped->attempts.size()) * n * n * n / 3;
-    if (!damped->factor.has_value()) {
-      return PreconditionError(
-          "DAMPING", "spec.damping",
-          absl::StrCat("H = X^T X + lambda I could not be factored in ", spec.max_attempts,
-                       " attempts (", DescribeAttempts(damped->attempts),
-                       "); raise spec.damping or spec.damping.max_attempts"));
-    }
-    factor = std::move(damped->factor);
+    const absl::StatusOr<double> asked = LambdaOf(rule, value, layer.statistics.gram, context);
+    if (!asked.ok()) return asked.status();
+    lambda = *asked;
   }
+  absl::StatusOr<Fit> fit = RunFit(spec, layer, lambda, context, certificate.seconds);
+  if (!fit.ok()) return fit.status();
+  const auto n = static_cast<double>(certificate.features);
+  certificate.factor_flops += FactorFlops(*fit, certificate.features);
+  certificate.round_flops = fit->damping.factor.has_value()
+                                ? static_cast<double>(certificate.rows) * n * n *
+                                      static_cast<double>(certificate.ladder.size() + 1)
+                                : 0;
 
-  // The energy of the reference, while W is still there. Dead features add nothing to it.
-  {
-    const Stopwatch watch(certificate.seconds.reference);
-    context.Report(Phase::kReference, 0);
-    absl::StatusOr<std::vector<double>> energy =
-        QuadraticForms(problem.statistics.gram, weights, Phase::kReference, context);
-    if (!energy.ok()) return energy.status();
-    certificate.reference_energy = Sum(*energy);
+  if (absl::Status status = CertifyReference(spec, layer, *fit, context, certificate);
+      !status.ok()) {
+    return status;
   }
-  ZeroFeatures(dead, weights);
-  absl::StatusOr<Grid> grid = AbsmaxGrid(spec, weights, context);
-  if (!grid.ok()) return grid.status();
-  if (spec.compare_nearest) {
-    const Stopwatch watch(certificate.seconds.reference);
-    const StripMatrix change = NearestChange(spec, *grid, weights, context);
-    absl::StatusOr<std::vector<double>> errors =
-        QuadraticForms(problem.statistics.gram, change, Phase::kReference, context);
-    if (!errors.ok()) return errors.status();
-    certificate.nearest_relative_error = RelativeError(Sum(*errors), certificate.reference_energy);
-  }
-
-  // Round.
-  Rounded rounded;
-  {
-    const Stopwatch watch(certificate.seconds.round);
-    context.Report(Phase::kRound, 0);
-    absl::StatusOr<Rounded> swept = Optq(spec, *factor, dead, *grid, weights, context);
-    if (!swept.ok()) return swept.status();
-    rounded = *std::move(swept);
-    const double n = static_cast<double>(features);
-    certificate.round_flops = static_cast<double>(weights.rows()) * n * n;
-  }
-
-  // Certify; from here on `weights` is W - Q.
   {
     const Stopwatch watch(certificate.seconds.certify);
     context.Report(Phase::kCertify, 0);
-    CertifyFactor(*factor, dead, certificate);
-    if (absl::Status status = CertifyErrors(problem.statistics, certificate.lambda_used, rounded,
-                                            weights, context, certificate);
-        !status.ok()) {
+    if (absl::Status status = Certify(spec, layer, *fit, context, certificate); !status.ok()) {
       return status;
     }
-    certificate.relative_error =
-        RelativeError(certificate.squared_error, certificate.reference_energy);
+    if (problem.held_out.has_value() && problem.held_out->tokens > 0) {
+      const absl::StatusOr<double> error =
+          HeldOutError(*problem.held_out, layer.order, layer, *fit, context);
+      if (!error.ok()) return error.status();
+      certificate.held_out_relative_error = *error;
+    }
   }
   if (context.cancelled()) return context.CancellationStatus();
 
   // Pack. What is no longer needed makes room first.
+  context.Report(Phase::kPack, 0);
+  fit->damping.factor.reset();
+  fit->output.change = StripMatrix();
+  const std::vector<int64_t> order = std::move(layer.order);
+  layer = WorkingLayer();
+  RestoreOrder(order, fit->grid, fit->output.codes);
   {
     const Stopwatch watch(certificate.seconds.pack);
-    context.Report(Phase::kPack, 0);
-    factor.reset();
-    problem.statistics = Statistics();
-    problem.weights = StripMatrix();
-    layer.tensors = PackDense(spec, *grid, rounded.codes, features);
-    certificate.bits_per_weight = BitsPerWeight(spec, *grid, features);
-    context.Report(Phase::kPack, 1);
+    result.tensors = PackResult(spec, fit->grid, fit->output.codes, certificate.features);
   }
-  return layer;
+  certificate.bits_per_weight = BitsPerWeight(spec, fit->grid, certificate.features);
+  context.Report(Phase::kPack, 1);
+  return result;
 }
 
 }  // namespace
@@ -281,17 +253,27 @@ absl::StatusOr<QuantizedLayer> QuantizeLayer(LayerProblem problem, const RunCont
   }
 }
 
-int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features) {
+int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool mismatched,
+                  bool held_out) {
   const int64_t groups = spec.Groups(features);
   const int64_t triangle = UpperPanels<double>::ElementsFor(features) * 8;
+  const int64_t sums = mismatched ? 2 * triangle + features * features * 8 : triangle;
   const int64_t weights = StripMatrix::BytesFor(rows, features);
+  const int64_t wide = BasicStripMatrix<double>::BytesFor(rows, features);
   const int64_t codes = rows * features;
   const int64_t grid = rows * groups * 8;
-  const int64_t rounding = triangle + triangle + FeedbackColumns::BytesFor(features) + weights +
-                           codes + grid + (spec.compare_nearest ? weights : 0);
-  const int64_t packing = codes + grid + rows * features * 4 + rows * groups * 8 + features * 4;
+  // Sums (again in another order, and once more while a ladder runs), factor and its float32
+  // columns, W, W - Q, and with dead features W without them.
+  const int64_t copies =
+      (spec.order == Order::kNatural ? 1 : 2) + (spec.NeedsHeldOut() ? 1 : 0) + (held_out ? 1 : 0);
+  const int64_t weight_copies = 3 + (spec.NeedsHeldOut() ? 1 : 0) + (spec.compare_nearest ? 1 : 0) +
+                                (spec.group_scales == GroupScales::kDynamic ? 1 : 0);
+  const int64_t rounding = copies * sums + triangle + FeedbackColumns::BytesFor(features) +
+                           weight_copies * weights + (mismatched ? 3 * wide : 0) + codes + grid +
+                           groups * features * 8;
+  const int64_t packing = codes + 2 * grid + rows * features * 8 + features * 8;
   // A panel of the quadratic form, per-row results, and small change.
-  return std::max(rounding, packing) + features * kPanelRows * 4 + rows * 64 + (1 << 20);
+  return std::max(rounding, packing) + features * kPanelRows * 8 + rows * 128 + (1 << 20);
 }
 
 const char* EngineIsa() { return kIsa; }

@@ -4,6 +4,7 @@
 #define CERTIQ_ENGINE_QUANTIZE_LAYER_H_
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -23,6 +24,8 @@ struct LayerProblem {
   StripMatrix weights;
   // Sums over the calibration tokens, N features.
   Statistics statistics;
+  // Sums over tokens that were held out (V1), of the same kind.
+  std::optional<Statistics> held_out = std::nullopt;
 };
 
 struct QuantizedLayer {
@@ -34,14 +37,18 @@ struct QuantizedLayer {
 // instruction set, whatever the executor. No exception leaves it. Errors:
 //   INVALID_ARGUMENT     sizes of weights and statistics differ; weights so large that sums leave
 //                        float32; a scale that its type cannot hold.
-//   FAILED_PRECONDITION  all activations are zero; every damping attempt failed and on_failure is
-//                        kFail (type "DAMPING", the attempts in the message).
+//   FAILED_PRECONDITION  all activations are zero (type "ACTIVATIONS"), there are none ("TOKENS"),
+//   none
+//                        were held out and the damping rule needs some ("HELD_OUT"); every damping
+//                        attempt failed and on_failure is kFail ("DAMPING", the attempts in the
+//                        message).
 //   CANCELLED, DEADLINE_EXCEEDED  as the context's cancellation says.
 //   RESOURCE_EXHAUSTED   memory ran out.
 absl::StatusOr<QuantizedLayer> QuantizeLayer(LayerProblem problem, const RunContext& context);
 
 // Bytes held at the peak of QuantizeLayer, its inputs and result included.
-int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features);
+int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool mismatched = false,
+                  bool held_out = false);
 
 // The instruction set this library runs on: "x86-64-v2", "-v3" or "-v4".
 const char* EngineIsa();

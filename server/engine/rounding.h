@@ -36,29 +36,50 @@ class FeedbackColumns {
 
 // What a sweep leaves behind. Sums are float64, one a row.
 struct Rounded {
-  // Row-major [rows, features].
+  // Row-major [rows, features], in working order.
   std::vector<uint8_t> codes;
-  // sum_j e_j^2 D_j: the damped squared error of the row (M3).
+  // sum_j e_j^2 D_j (M3).
   std::vector<double> damped;
   // sum_j eps_j^2 D_j, eps_j = max(delta_j / 2, |e_j|) widened by the rounding of v_j: (B1).
   std::vector<double> bound;
-  // |w - q|^2.
-  std::vector<double> change;
-  // Weights outside the grid: |e_j| > (delta_j / 2)(1 + 1e-6).
+  // Weights outside the grid: with nearest rounding |e_j| > (delta_j / 2)(1 + 1e-6), with
+  // stochastic rounding targets beyond the outermost levels.
   std::vector<int32_t> clipped;
-  // max |e_j| / delta_j - 1/2 over those; 0 without.
+  // For (B5), stochastic rounding: max delta_j^2 D_j over what did not clip,
+  // and sum |e_j| sqrt(D_j) over what did.
+  std::vector<double> widest;
+  std::vector<double> clipped_reach;
+  // How far beyond the outermost cell (nearest) or level (stochastic) the worst target
+  // lay, in steps; 0 without clipping.
   double worst_overshoot = 0;
 };
 
-// (M2) for every row: v_j = w_j + sum_{k<j} (w_k - q_k) U_kj, q_j the nearest
-// level (ties to the even code), e_j = v_j - q_j, in float32. On return
-// `weights` holds W - Q. `bound_d` is D with zeros for dead features, which
-// take no part in the sums. Costs R N^2 flops: per block of columns one product with what came
-// before it, then a triangular sweep inside the block. Rows are independent
-// and results do not depend on the executor. Fails only by cancellation.
-absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const FeedbackColumns& u,
-                                      const std::vector<double>& bound_d, const Grid& grid,
-                                      StripMatrix& weights, const RunContext& context);
+// How the sweep treats targets.
+struct SweepRules {
+  // Working order: feature i is original feature order[i]; empty: natural.
+  const std::vector<int64_t>* order = nullptr;
+  // Groups from this one on take their step from the updated weights when
+  // the sweep reaches them (dynamic scales); past the last group: none do.
+  int64_t first_dynamic_group = 0;
+};
+
+// (M2) for every row: v_j = t_j + sum_{k<j} (t_k - q_k) U_kj, q_j = Q(v_j), e_j = v_j - q_j, in
+// float32, where t is the row of `targets`: W for OPTQ, (M6)'s start for Qronos. On return
+// `targets` holds t - q. Q rounds to the nearest level (ties to the even code), or up or down with
+// the probability that makes it unbiased, from a random number keyed by seed, row and original
+// column.
+//
+// Dynamic groups: with the columns of group g next and P = sum_{k before g} (t_k - q_k) U_k,g the
+// updated weights are v* = t_g + P U_gg^-1 (a column's own group still moves it); their step is
+// chosen by the spec's rule and written to `grid`.
+//
+// `bound_d` is D with zeros for dead features, which take no part in the sums.
+// Costs R N^2 flops: per block of columns one product with what came before it, then a triangular
+// sweep inside the block. Rows are independent and results do not depend on
+// the executor. Fails only by cancellation.
+absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
+                                      const FeedbackColumns& u, const std::vector<double>& bound_d,
+                                      Grid& grid, StripMatrix& targets, const RunContext& context);
 
 }  // namespace certiq::engine
 

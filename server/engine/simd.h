@@ -87,11 +87,12 @@ __attribute__((always_inline)) inline void MultiplyStrip(int64_t depth, const T*
 }
 
 // out[r][.] += sum_k a[k * a_step + r * a_row] * b[k][.] for r in [0, rows);
-// out is [rows][kStrip]. REQUIRES: rows is a multiple of kMicroRows.
+// out is [rows][kStrip].
 template <typename T>
 inline void MultiplyIntoStrip(int64_t rows, int64_t depth, const T* a, int64_t a_step,
                               int64_t a_row, const T* b, T* out) {
-  for (int64_t r0 = 0; r0 < rows; r0 += kMicroRows) {
+  const int64_t whole = rows / kMicroRows * kMicroRows;
+  for (int64_t r0 = 0; r0 < whole; r0 += kMicroRows) {
     Accumulator<T> sum;
     for (int r = 0; r < kMicroRows; ++r) {
       sum.row[r][0] = LoadVector(out + (r0 + r) * kStrip<T>);
@@ -102,6 +103,17 @@ inline void MultiplyIntoStrip(int64_t rows, int64_t depth, const T* a, int64_t a
       StoreVector(out + (r0 + r) * kStrip<T>, sum.row[r][0]);
       StoreVector(out + (r0 + r) * kStrip<T> + kLanes<T>, sum.row[r][1]);
     }
+  }
+  for (int64_t r = whole; r < rows; ++r) {
+    Vector<T> low = LoadVector(out + r * kStrip<T>);
+    Vector<T> high = LoadVector(out + r * kStrip<T> + kLanes<T>);
+    for (int64_t k = 0; k < depth; ++k) {
+      const T scalar = a[k * a_step + r * a_row];
+      low += scalar * LoadVector(b + k * kStrip<T>);
+      high += scalar * LoadVector(b + k * kStrip<T> + kLanes<T>);
+    }
+    StoreVector(out + r * kStrip<T>, low);
+    StoreVector(out + r * kStrip<T> + kLanes<T>, high);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "engine/spec.h"
 
 #include <cmath>
+#include <memory>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
@@ -9,44 +10,159 @@
 namespace certiq::engine {
 namespace {
 
+// Each step of the ladder is a run of its own.
+constexpr size_t kMaxLadder = 32;
+
 absl::Status NotBuilt(absl::string_view field, absl::string_view value) {
   return FieldError(
       absl::StatusCode::kUnimplemented, field,
       absl::StrCat(value, " is part of the contract but this server does not offer it yet"));
 }
 
+// (S3)-(S7) are not built yet.
 absl::Status CheckOffered(const QuantizationSpec& spec) {
-  if (spec.method.value_or(Method::kOptq) == Method::kNearest) {
-    return NotBuilt("spec.method", "METHOD_NEAREST");
-  }
-  if (spec.method.value_or(Method::kOptq) == Method::kQronos) {
-    return NotBuilt("spec.method", "METHOD_QRONOS");
-  }
-  if (spec.grid.has_value()) return NotBuilt("spec.grid", "an explicit grid");
-  if (spec.group_scales.value_or(GroupScales::kStatic) != GroupScales::kStatic) {
-    return NotBuilt("spec.group_scales", "GROUP_SCALES_DYNAMIC");
-  }
-  if (spec.scale.value_or(ScaleRule::kAbsmax) != ScaleRule::kAbsmax) {
-    return NotBuilt("spec.scale", "a scale rule other than SCALE_RULE_ABSMAX");
-  }
+  const ScaleRule scale = spec.scale.value_or(ScaleRule::kAbsmax);
+  if (scale == ScaleRule::kPiso) return NotBuilt("spec.scale", "SCALE_RULE_PISO");
+  if (scale == ScaleRule::kCompensated) return NotBuilt("spec.scale", "SCALE_RULE_COMPENSATED");
   if (spec.scale_trials.has_value()) return NotBuilt("spec.scale_trials", "a scale trial");
   if (spec.polish.value_or(0) != 0) return NotBuilt("spec.polish", "polish above 0");
-  if (spec.rounding.value_or(Rounding::kNearest) != Rounding::kNearest) {
-    return NotBuilt("spec.rounding", "ROUNDING_STOCHASTIC");
-  }
-  if (spec.order.value_or(Order::kNatural) != Order::kNatural) {
-    return NotBuilt("spec.order", "ORDER_DECREASING_NORM");
-  }
-  if (spec.damping_rule == DampingRule::kRelativeSigmaMax) {
-    return NotBuilt("spec.damping.relative_sigma_max", "relative_sigma_max");
-  }
-  if (spec.damping_rule == DampingRule::kHeldOut) {
-    return NotBuilt("spec.damping.held_out", "held_out");
-  }
-  if (spec.format.value_or(Format::kDenseF32) != Format::kDenseF32) {
-    return NotBuilt("spec.format", "a format other than FORMAT_DENSE_F32");
-  }
   if (spec.quality.has_value()) return NotBuilt("spec.quality", "a quality preset");
+  return absl::OkStatus();
+}
+
+bool IsPacked(Format format) {
+  return format == Format::kGptq || format == Format::kGptqV2 ||
+         format == Format::kCompressedTensors;
+}
+
+// "spec.damping.<rule>".
+const char* DampingField(DampingRule rule) {
+  switch (rule) {
+    case DampingRule::kRelativeTrace:
+      return "spec.damping.relative_trace";
+    case DampingRule::kAbsolute:
+      return "spec.damping.absolute";
+    case DampingRule::kRelativeSigmaMax:
+      return "spec.damping.relative_sigma_max";
+    case DampingRule::kHeldOut:
+      return "spec.damping.held_out";
+  }
+  return "spec.damping";
+}
+
+absl::Status ResolveDamping(const QuantizationSpec& spec, ResolvedSpec& resolved) {
+  resolved.damping_rule = spec.damping_rule;
+  if (!spec.damping_rule.has_value() && resolved.method != Method::kQronos) {
+    resolved.damping_rule = DampingRule::kRelativeTrace;
+  }
+  resolved.damping_value = spec.damping_value.value_or(0.01);
+  if (!std::isfinite(resolved.damping_value) || resolved.damping_value < 0) {
+    return InvalidField(
+        DampingField(resolved.damping_rule.value_or(DampingRule::kRelativeTrace)),
+        absl::StrCat("expected a finite number of at least 0, got ", resolved.damping_value));
+  }
+  resolved.damping_ladder = spec.damping_ladder;
+  if (resolved.damping_ladder.empty()) {
+    resolved.damping_ladder = {0.001, 0.01, 0.03, 0.1, 0.3, 1};
+  }
+  if (resolved.damping_ladder.size() > kMaxLadder) {
+    return InvalidField("spec.damping.held_out.ladder",
+                        absl::StrCat("expected at most ", kMaxLadder, " steps, got ",
+                                     resolved.damping_ladder.size()));
+  }
+  for (const double step : resolved.damping_ladder) {
+    if (std::isfinite(step) && step > 0) continue;
+    return InvalidField("spec.damping.held_out.ladder",
+                        absl::StrCat("expected finite numbers above 0, got ", step));
+  }
+  resolved.max_attempts = spec.max_attempts.value_or(5);
+  if (resolved.max_attempts < 1 || resolved.max_attempts > 20) {
+    return InvalidField("spec.damping.max_attempts",
+                        absl::StrCat("expected 1 to 20, got ", resolved.max_attempts));
+  }
+  resolved.damping_factor = spec.damping_factor.value_or(10);
+  if (!std::isfinite(resolved.damping_factor) || resolved.damping_factor <= 1) {
+    return InvalidField(
+        "spec.damping.factor",
+        absl::StrCat("expected a finite number above 1, got ", resolved.damping_factor));
+  }
+  resolved.on_failure = spec.on_failure.value_or(OnFailure::kFail);
+  return absl::OkStatus();
+}
+
+absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
+  resolved.format = spec.format.value_or(Format::kDenseF32);
+  resolved.scale_dtype =
+      spec.scale_dtype.value_or(IsPacked(resolved.format) ? DType::kF16 : DType::kF32);
+  if (resolved.scale_dtype != DType::kF32 && resolved.scale_dtype != DType::kF16 &&
+      resolved.scale_dtype != DType::kBF16) {
+    return InvalidField("spec.scale_dtype", absl::StrCat("expected F32, F16 or BF16, got ",
+                                                         Name(resolved.scale_dtype)));
+  }
+  resolved.group_scales = spec.group_scales.value_or(GroupScales::kStatic);
+  resolved.scale = spec.scale.value_or(ScaleRule::kAbsmax);
+  if (!spec.grid.has_value()) return absl::OkStatus();
+
+  const ExplicitGrid& grid = *spec.grid;
+  if (resolved.group_scales == GroupScales::kDynamic) {
+    return InvalidField("spec.group_scales",
+                        "expected GROUP_SCALES_STATIC with an explicit grid, got "
+                        "GROUP_SCALES_DYNAMIC");
+  }
+  if (resolved.symmetric != grid.zero_points.empty()) {
+    return InvalidField("spec.grid.zero_points",
+                        resolved.symmetric ? "expected none for a symmetric grid"
+                                           : "expected one for each scale of an asymmetric grid");
+  }
+  const int32_t top = (1 << resolved.bits) - 1;
+  const int32_t low = grid.lowest_code.value_or(0);
+  const int32_t high = grid.highest_code.value_or(top);
+  if (low < 0 || low >= high) {
+    return InvalidField("spec.grid.lowest_code",
+                        absl::StrCat("expected 0 to highest_code - 1, got ", low));
+  }
+  if (high > top) {
+    return InvalidField("spec.grid.highest_code",
+                        absl::StrCat("expected at most 2^bits - 1 = ", top, ", got ", high));
+  }
+  for (size_t i = 0; i < grid.scales.size(); ++i) {
+    const float scale = grid.scales[i];
+    if (std::isfinite(scale) && scale > 0 && RoundTo(resolved.scale_dtype, scale) == scale) {
+      continue;
+    }
+    return InvalidField(
+        "spec.grid.scales",
+        absl::StrCat("expected positive finite values that scale_dtype ",
+                     Name(resolved.scale_dtype), " holds exactly, got ", scale, " at ", i));
+  }
+  for (size_t i = 0; i < grid.zero_points.size(); ++i) {
+    if (grid.zero_points[i] >= 0 && grid.zero_points[i] <= top) continue;
+    return InvalidField("spec.grid.zero_points", absl::StrCat("expected 0 to ", top, ", got ",
+                                                              grid.zero_points[i], " at ", i));
+  }
+  resolved.grid = std::make_shared<const ExplicitGrid>(grid);
+  return absl::OkStatus();
+}
+
+absl::Status CheckFormat(const ResolvedSpec& spec) {
+  const bool gptq = spec.format == Format::kGptq || spec.format == Format::kGptqV2;
+  if (gptq && spec.scale_dtype != DType::kF16) {
+    return InvalidField("spec.scale_dtype", absl::StrCat("expected F16, the type GPTQ checkpoints "
+                                                         "store scales in, got ",
+                                                         Name(spec.scale_dtype)));
+  }
+  if (spec.format == Format::kGptq && !spec.symmetric) {
+    return InvalidField("spec.format",
+                        "FORMAT_GPTQ stores the zero point minus one, which cannot express a zero "
+                        "point of 0: expected FORMAT_GPTQ_V2 for an asymmetric grid");
+  }
+  if (spec.format == Format::kCompressedTensors && spec.bits != 2 && spec.bits != 4 &&
+      spec.bits != 8) {
+    return InvalidField("spec.bits",
+                        absl::StrCat("expected 2, 4 or 8 with FORMAT_COMPRESSED_TENSORS (its "
+                                     "readers disagree about the layout of others), got ",
+                                     spec.bits));
+  }
   return absl::OkStatus();
 }
 
@@ -66,46 +182,62 @@ absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec) {
                         absl::StrCat("expected 0 (one scale an output channel) or at least 8, got ",
                                      resolved.group_size));
   }
-  resolved.scale_dtype = spec.scale_dtype.value_or(DType::kF32);
-  if (resolved.scale_dtype != DType::kF32 && resolved.scale_dtype != DType::kF16 &&
-      resolved.scale_dtype != DType::kBF16) {
-    return InvalidField("spec.scale_dtype", absl::StrCat("expected F32, F16 or BF16, got ",
-                                                         Name(resolved.scale_dtype)));
-  }
-
-  resolved.damping_rule = spec.damping_rule.value_or(DampingRule::kRelativeTrace);
-  resolved.damping_value = spec.damping_value.value_or(0.01);
-  if (!std::isfinite(resolved.damping_value) || resolved.damping_value < 0) {
-    const char* field = resolved.damping_rule == DampingRule::kAbsolute
-                            ? "spec.damping.absolute"
-                            : "spec.damping.relative_trace";
-    return InvalidField(field, absl::StrCat("expected a finite number of at least 0, got ",
-                                            resolved.damping_value));
-  }
-  resolved.max_attempts = spec.max_attempts.value_or(5);
-  if (resolved.max_attempts < 1 || resolved.max_attempts > 20) {
-    return InvalidField("spec.damping.max_attempts",
-                        absl::StrCat("expected 1 to 20, got ", resolved.max_attempts));
-  }
-  resolved.damping_factor = spec.damping_factor.value_or(10);
-  if (!std::isfinite(resolved.damping_factor) || resolved.damping_factor <= 1) {
-    return InvalidField(
-        "spec.damping.factor",
-        absl::StrCat("expected a finite number above 1, got ", resolved.damping_factor));
-  }
-  resolved.on_failure = spec.on_failure.value_or(OnFailure::kFail);
+  resolved.method = spec.method.value_or(Method::kOptq);
+  resolved.rounding = spec.rounding.value_or(Rounding::kNearest);
+  resolved.order = spec.order.value_or(Order::kNatural);
+  if (absl::Status status = ResolveGrid(spec, resolved); !status.ok()) return status;
+  if (absl::Status status = CheckFormat(resolved); !status.ok()) return status;
+  if (absl::Status status = ResolveDamping(spec, resolved); !status.ok()) return status;
 
   resolved.seed = spec.seed.value_or(0);
   resolved.per_row = spec.per_row.value_or(true);
-  const double epsilon = spec.failure_probability.value_or(1e-3);
-  if (!(epsilon > 0 && epsilon < 1)) {
-    return InvalidField("spec.certificate.failure_probability",
-                        absl::StrCat("expected a number in (0, 1), got ", epsilon));
+  resolved.failure_probability = spec.failure_probability.value_or(1e-3);
+  if (!(resolved.failure_probability > 0 && resolved.failure_probability < 1)) {
+    return InvalidField(
+        "spec.certificate.failure_probability",
+        absl::StrCat("expected a number in (0, 1), got ", resolved.failure_probability));
   }
   resolved.compare_nearest = spec.compare_nearest.value_or(false);
 
   if (absl::Status offered = CheckOffered(spec); !offered.ok()) return offered;
   return resolved;
+}
+
+absl::Status CheckSpecForLayer(const ResolvedSpec& spec, int64_t rows, int64_t features) {
+  const int64_t scales = rows * spec.Groups(features);
+  if (spec.grid != nullptr && static_cast<int64_t>(spec.grid->scales.size()) != scales) {
+    return InvalidField(
+        "spec.grid.scales",
+        absl::StrCat("expected ", rows, " rows x ", spec.Groups(features), " groups = ", scales,
+                     " values, got ", spec.grid->scales.size()));
+  }
+  if (spec.grid != nullptr && !spec.symmetric &&
+      static_cast<int64_t>(spec.grid->zero_points.size()) != scales) {
+    return InvalidField(
+        "spec.grid.zero_points",
+        absl::StrCat("expected ", rows, " rows x ", spec.Groups(features), " groups = ", scales,
+                     " values, got ", spec.grid->zero_points.size()));
+  }
+  if (spec.format == Format::kGptq || spec.format == Format::kGptqV2) {
+    if (features * spec.bits % 32 != 0) {
+      return InvalidField("spec.format",
+                          absl::StrCat("GPTQ packs features into whole 32-bit words: expected "
+                                       "features x bits divisible by 32, got ",
+                                       features, " x ", spec.bits));
+    }
+    if (rows * spec.bits % 32 != 0) {
+      return InvalidField("spec.format",
+                          absl::StrCat("GPTQ packs zero points into whole 32-bit words: expected "
+                                       "rows x bits divisible by 32, got ",
+                                       rows, " x ", spec.bits));
+    }
+  }
+  if (IsPacked(spec.format) && spec.group_size != 0 && features % spec.group_size != 0) {
+    return InvalidField("spec.group_size",
+                        absl::StrCat("expected a divisor of the ", features,
+                                     " features for a packed format, got ", spec.group_size));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace certiq::engine

@@ -4,6 +4,7 @@
 #define CERTIQ_ENGINE_SPEC_H_
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -68,13 +69,24 @@ struct ResolvedSpec {
   bool symmetric = true;
   int64_t group_size = 0;
   DType scale_dtype = DType::kF32;
-  DampingRule damping_rule = DampingRule::kRelativeTrace;
+  // Null: searched for.
+  std::shared_ptr<const ExplicitGrid> grid;
+  GroupScales group_scales = GroupScales::kStatic;
+  ScaleRule scale = ScaleRule::kAbsmax;
+  Rounding rounding = Rounding::kNearest;
+  uint64_t seed = 0;
+  Order order = Order::kNatural;
+  // Unset: Qronos decides by whether tokens were held out (V3).
+  std::optional<DampingRule> damping_rule;
   double damping_value = 0.01;
+  // Multiples of trace / N for kHeldOut.
+  std::vector<double> damping_ladder;
   int32_t max_attempts = 5;
   double damping_factor = 10;
   OnFailure on_failure = OnFailure::kFail;
-  uint64_t seed = 0;
+  Format format = Format::kDenseF32;
   bool per_row = true;
+  double failure_probability = 1e-3;
   bool compare_nearest = false;
 
   // Scales a row has for this many features.
@@ -82,11 +94,22 @@ struct ResolvedSpec {
     return group_size == 0 ? 1 : (features + group_size - 1) / group_size;
   }
   int64_t GroupOf(int64_t feature) const { return group_size == 0 ? 0 : feature / group_size; }
+  // The type that dequantized levels are rounded to.
+  DType LevelType() const {
+    if (format == Format::kDenseF16) return DType::kF16;
+    return format == Format::kDenseBF16 ? DType::kBF16 : DType::kF32;
+  }
+  // Whether tokens have to be held out for this spec to run (V2).
+  bool NeedsHeldOut() const { return damping_rule == DampingRule::kHeldOut; }
 };
 
 // Fills defaults and checks every value. INVALID_ARGUMENT or UNIMPLEMENTED
 // naming the field ("spec.bits").
 absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec);
+
+// Checks what depends on the layer's size: an explicit grid's counts, what a
+// format demands. INVALID_ARGUMENT naming the field.
+absl::Status CheckSpecForLayer(const ResolvedSpec& spec, int64_t rows, int64_t features);
 
 }  // namespace certiq::engine
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "engine/simd.h"
 #include "engine/status.h"
 
@@ -43,26 +44,75 @@ void FoldBlock(int64_t depth, const float* a, int64_t live_rows, const float* b,
   }
 }
 
+void Add(const UpperPanels<double>& other, UpperPanels<double>& sums) {
+  for (int64_t i = 0; i < sums.size(); ++i) {
+    for (int64_t j = i; j < sums.size(); ++j) sums.at(i, j) += other.at(i, j);
+  }
+}
+
+UpperPanels<double> PermutePanels(const UpperPanels<double>& from,
+                                  const std::vector<int64_t>& order) {
+  UpperPanels<double> to(from.size());
+  for (int64_t i = 0; i < from.size(); ++i) {
+    for (int64_t j = i; j < from.size(); ++j) {
+      to.at(i, j) = from.at(std::min(order[i], order[j]), std::max(order[i], order[j]));
+    }
+  }
+  return to;
+}
+
 }  // namespace
 
-StatisticsAccumulator::StatisticsAccumulator(int64_t features)
-    : features_(features),
-      staged_(static_cast<size_t>(Strips(features) * kBlockRows * kStrip<float>)),
-      row_(static_cast<size_t>(features)) {
-  statistics_.gram = UpperPanels<double>(features);
-}
-
-int64_t StatisticsAccumulator::BytesFor(int64_t features) {
-  return UpperPanels<double>::ElementsFor(features) * 8 +
-         Strips(features) * kStrip<float> * (kBlockRows * 4 + 4 + 8);
-}
-
-void StatisticsAccumulator::Stage(const float* row) {
-  for (int64_t begin = 0, strip = 0; begin < features_; begin += kStrip<float>, ++strip) {
-    float* to = staged_.data() + (strip * kBlockRows + staged_rows_) * kStrip<float>;
-    std::copy_n(row + begin, std::min<int64_t>(kStrip<float>, features_ - begin), to);
+void Merge(const Statistics& other, Statistics& sums) {
+  sums.tokens += other.tokens;
+  Add(other.gram, sums.gram);
+  if (!other.mismatch.has_value()) return;
+  Add(other.mismatch->residual, sums.mismatch->residual);
+  for (size_t i = 0; i < sums.mismatch->cross.size(); ++i) {
+    sums.mismatch->cross[i] += other.mismatch->cross[i];
   }
-  ++staged_rows_;
+}
+
+Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& order) {
+  Statistics permuted;
+  permuted.tokens = statistics.tokens;
+  permuted.gram = PermutePanels(statistics.gram, order);
+  if (!statistics.mismatch.has_value()) return permuted;
+  MismatchSums& to = permuted.mismatch.emplace();
+  to.residual = PermutePanels(statistics.mismatch->residual, order);
+  const int64_t n = statistics.features();
+  to.cross.resize(statistics.mismatch->cross.size());
+  for (int64_t i = 0; i < n; ++i) {
+    const double* from = &statistics.mismatch->cross[static_cast<size_t>(order[i] * n)];
+    for (int64_t j = 0; j < n; ++j) to.cross[static_cast<size_t>(i * n + j)] = from[order[j]];
+  }
+  return permuted;
+}
+
+StatisticsAccumulator::StatisticsAccumulator(int64_t features, bool mismatched)
+    : features_(features), row_(static_cast<size_t>(features)) {
+  const auto staged = static_cast<size_t>(Strips(features) * kBlockRows * kStrip<float>);
+  statistics_.gram = UpperPanels<double>(features);
+  inputs_.values.resize(staged);
+  if (!mismatched) return;
+  MismatchSums& mismatch = statistics_.mismatch.emplace();
+  mismatch.residual = UpperPanels<double>(features);
+  mismatch.cross.resize(static_cast<size_t>(features * features));
+  residual_.values.resize(staged);
+  x_row_.resize(row_.size());
+}
+
+int64_t StatisticsAccumulator::BytesFor(int64_t features, bool mismatched) {
+  const int64_t triangle = UpperPanels<double>::ElementsFor(features) * 8;
+  const int64_t staged = Strips(features) * kStrip<float> * (kBlockRows * 4 + 4 + 8);
+  return mismatched ? 2 * triangle + features * features * 8 + 2 * staged : triangle + staged;
+}
+
+void StatisticsAccumulator::Stage(const float* row, Staged& to) const {
+  for (int64_t begin = 0, strip = 0; begin < features_; begin += kStrip<float>, ++strip) {
+    std::copy_n(row + begin, std::min<int64_t>(kStrip<float>, features_ - begin),
+                to.values.data() + (strip * kBlockRows + staged_rows_) * kStrip<float>);
+  }
 }
 
 absl::Status StatisticsAccumulator::Append(DType dtype, const std::byte* bytes, int64_t rows,
@@ -73,18 +123,53 @@ absl::Status StatisticsAccumulator::Append(DType dtype, const std::byte* bytes, 
     if (bad >= 0) {
       return NonFiniteValue(field, row_[static_cast<size_t>(bad)], statistics_.tokens, bad);
     }
-    Stage(row_.data());
+    Stage(row_.data(), inputs_);
     ++statistics_.tokens;
-    if (staged_rows_ == kBlockRows) Fold(executor);
+    if (++staged_rows_ == kBlockRows) Fold(executor);
   }
   return absl::OkStatus();
 }
 
-bool StatisticsAccumulator::ScaleColumns() {
-  bool scaled = false;
-  scale_.assign(static_cast<size_t>(Strips(features_) * kStrip<float>), 1.0);
+absl::Status StatisticsAccumulator::AppendPair(DType x_dtype, const std::byte* x,
+                                               DType x_quantized_dtype,
+                                               const std::byte* x_quantized, int64_t rows,
+                                               const char* x_field, const char* x_quantized_field,
+                                               Executor& executor) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t bad =
+        DecodeToFloat(x_dtype, x + r * features_ * ItemSize(x_dtype), features_, x_row_.data());
+    if (bad >= 0) {
+      return NonFiniteValue(x_field, x_row_[static_cast<size_t>(bad)], statistics_.tokens, bad);
+    }
+    bad =
+        DecodeToFloat(x_quantized_dtype, x_quantized + r * features_ * ItemSize(x_quantized_dtype),
+                      features_, row_.data());
+    if (bad >= 0) {
+      return NonFiniteValue(x_quantized_field, row_[static_cast<size_t>(bad)], statistics_.tokens,
+                            bad);
+    }
+    for (size_t j = 0; j < row_.size(); ++j) {
+      x_row_[j] -= row_[j];
+      if (!std::isfinite(x_row_[j])) {
+        return InvalidField(x_field,
+                            absl::StrCat("expected x - x_quantized within float32's range, "
+                                         "row ",
+                                         statistics_.tokens, ", column ", j));
+      }
+    }
+    Stage(row_.data(), inputs_);
+    Stage(x_row_.data(), residual_);
+    ++statistics_.tokens;
+    if (++staged_rows_ == kBlockRows) Fold(executor);
+  }
+  return absl::OkStatus();
+}
+
+void StatisticsAccumulator::ScaleColumns(Staged& staged) const {
+  staged.scaled = false;
+  staged.scale.assign(static_cast<size_t>(Strips(features_) * kStrip<float>), 1.0);
   for (int64_t strip = 0; strip < Strips(features_); ++strip) {
-    float* block = staged_.data() + strip * kBlockRows * kStrip<float>;
+    float* block = staged.values.data() + strip * kBlockRows * kStrip<float>;
     float largest[kStrip<float>] = {};
     for (int64_t r = 0; r < staged_rows_; ++r) {
       for (int c = 0; c < kStrip<float>; ++c) {
@@ -93,43 +178,55 @@ bool StatisticsAccumulator::ScaleColumns() {
     }
     for (int c = 0; c < kStrip<float>; ++c) {
       if (largest[c] == 0 || (largest[c] >= kSmallest && largest[c] <= kLargest)) continue;
-      // Two steps, since 2^-exponent itself may be beyond float32.
       const int exponent = std::ilogb(largest[c]);
       for (int64_t r = 0; r < staged_rows_; ++r) {
-        block[r * kStrip<float> + c] = std::ldexp(block[r * kStrip<float> + c], -exponent);
+        float& value = block[r * kStrip<float> + c];
+        value = std::ldexp(value, -exponent);
       }
-      scale_[static_cast<size_t>(strip * kStrip<float> + c)] = std::ldexp(1.0, exponent);
-      scaled = true;
+      staged.scale[static_cast<size_t>(strip * kStrip<float> + c)] = std::ldexp(1.0, exponent);
+      staged.scaled = true;
     }
   }
-  return scaled;
 }
 
-void StatisticsAccumulator::Fold(Executor& executor) {
-  const bool scaled = ScaleColumns();
-  UpperPanels<double>& gram = statistics_.gram;
-  const int64_t panels = gram.panels();
-  const int64_t depth = staged_rows_;
-  // One task a tile (p, q), p <= q, of kPanelRows x kPanelRows sums.
+void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool upper, double* out,
+                                     const UpperPanels<double>& layout, Executor& executor) const {
+  // One task a tile of kPanelRows x kPanelRows sums.
   std::vector<std::pair<int64_t, int64_t>> tiles;
-  for (int64_t p = 0; p < panels; ++p) {
-    for (int64_t q = p; q < panels; ++q) tiles.emplace_back(p, q);
+  for (int64_t p = 0; p < layout.panels(); ++p) {
+    for (int64_t q = upper ? p : 0; q < layout.panels(); ++q) tiles.emplace_back(p, q);
   }
+  const bool scaled = a.scaled || b.scaled;
   executor.ParallelFor(static_cast<int64_t>(tiles.size()), [&](int64_t task) {
     const auto [p, q] = tiles[static_cast<size_t>(task)];
-    for (int64_t j = gram.begin(q); j < gram.end(q); j += kStrip<float>) {
-      const float* b = staged_.data() + j / kStrip<float> * kBlockRows * kStrip<float>;
-      for (int64_t i = gram.begin(p); i < gram.end(p); i += kMicroRows) {
-        const float* a =
-            staged_.data() + i / kStrip<float> * kBlockRows * kStrip<float> + i % kStrip<float>;
-        FoldBlock(depth, a, std::min<int64_t>(kMicroRows, gram.end(p) - i), b,
-                  std::min<int64_t>(kStrip<float>, gram.end(q) - j), scaled ? &scale_[i] : nullptr,
-                  scaled ? &scale_[j] : nullptr,
-                  gram.panel(p) + (i - gram.begin(p)) * gram.stride(p) + (j - gram.begin(p)),
-                  gram.stride(p));
+    for (int64_t j = layout.begin(q); j < layout.end(q); j += kStrip<float>) {
+      const float* right = b.values.data() + j / kStrip<float> * kBlockRows * kStrip<float>;
+      for (int64_t i = layout.begin(p); i < layout.end(p); i += kMicroRows) {
+        const float* left =
+            a.values.data() + i / kStrip<float> * kBlockRows * kStrip<float> + i % kStrip<float>;
+        const int64_t stride = upper ? layout.stride(p) : features_;
+        const int64_t at =
+            upper ? layout.offset(p) + (i - layout.begin(p)) * stride + (j - layout.begin(p))
+                  : i * features_ + j;
+        FoldBlock(staged_rows_, left, std::min<int64_t>(kMicroRows, layout.end(p) - i), right,
+                  std::min<int64_t>(kStrip<float>, layout.end(q) - j),
+                  scaled ? &a.scale[static_cast<size_t>(i)] : nullptr,
+                  scaled ? &b.scale[static_cast<size_t>(j)] : nullptr, out + at, stride);
       }
     }
   });
+}
+
+void StatisticsAccumulator::Fold(Executor& executor) {
+  UpperPanels<double>& gram = statistics_.gram;
+  ScaleColumns(inputs_);
+  FoldInto(inputs_, inputs_, true, gram.panel(0), gram, executor);
+  if (statistics_.mismatch.has_value()) {
+    MismatchSums& mismatch = *statistics_.mismatch;
+    ScaleColumns(residual_);
+    FoldInto(residual_, residual_, true, mismatch.residual.panel(0), gram, executor);
+    FoldInto(residual_, inputs_, false, mismatch.cross.data(), gram, executor);
+  }
   staged_rows_ = 0;
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -14,15 +15,33 @@
 
 namespace certiq::engine {
 
-// Sums over tokens. They merge by addition.
+// What mismatched inputs add: P = X - X~, the part of a layer's inputs that earlier quantization
+// changed. Sums of P keep the digits that differences of sums would lose; the
+// customary ones follow: X~^T X = cross^T + X~^T X~, X^T X = residual + cross + cross^T + X~^T X~.
+struct MismatchSums {
+  // P^T P [N, N], upper triangle.
+  UpperPanels<double> residual;
+  // P^T X~ [N, N], row-major: rows belong to P, columns to X~.
+  std::vector<double> cross;
+};
+
+// Sums over tokens, float64. They merge by addition.
 struct Statistics {
-  // Tokens (rows of X) summed.
+  // Tokens (rows) summed.
   int64_t tokens = 0;
-  // X^T X [N, N], float64, upper triangle.
+  // X~^T X~ [N, N], upper triangle; X^T X where inputs are matched.
   UpperPanels<double> gram;
+  // Set where X~ differs from X.
+  std::optional<MismatchSums> mismatch;
 
   int64_t features() const { return gram.size(); }
 };
+
+// Adds `other` to `sums`. REQUIRES: the same features, both matched or both mismatched.
+void Merge(const Statistics& other, Statistics& sums);
+
+// Features in another order: feature i of the result is feature order[i].
+Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& order);
 
 // Folds rows of X [m, N] into Statistics as they arrive.
 //
@@ -40,17 +59,23 @@ class StatisticsAccumulator {
   static constexpr int64_t kBlockRows = 256;
   static constexpr int64_t kChainRows = 16;
 
-  // REQUIRES: features >= 1.
-  explicit StatisticsAccumulator(int64_t features);
+  // REQUIRES: features >= 1. `mismatched`: rows come in pairs of X and X~.
+  explicit StatisticsAccumulator(int64_t features, bool mismatched = false);
 
   // Bytes that an accumulator and its sums hold.
-  static int64_t BytesFor(int64_t features);
+  static int64_t BytesFor(int64_t features, bool mismatched = false);
 
-  // Adds `rows` rows of `features` elements. A value that is not finite (or
+  // Adds `rows` rows of `features` elements of X (= X~). A value that is not finite (or
   // beyond float32) is refused with INVALID_ARGUMENT naming `field`, its row
-  // (counting all rows seen) and column; the sums are then unusable.
+  // (counting all rows seen) and column; the sums are then
+  // unusable. REQUIRES: not mismatched.
   absl::Status Append(DType dtype, const std::byte* bytes, int64_t rows, const char* field,
                       Executor& executor);
+
+  // The same rows of X and of X~. REQUIRES: mismatched.
+  absl::Status AppendPair(DType x_dtype, const std::byte* x, DType x_quantized_dtype,
+                          const std::byte* x_quantized, int64_t rows, const char* x_field,
+                          const char* x_quantized_field, Executor& executor);
 
   int64_t tokens() const { return statistics_.tokens; }
 
@@ -58,19 +83,30 @@ class StatisticsAccumulator {
   Statistics Finish(Executor& executor) &&;
 
  private:
-  void Stage(const float* row);
+  // Rows waiting to be folded: strips of kStrip columns, each [kBlockRows][kStrip].
+  struct Staged {
+    std::vector<float> values;
+    // Per column, what staged values were divided by.
+    std::vector<double> scale;
+    bool scaled = false;
+  };
+
+  void Stage(const float* row, Staged& to) const;
+  void ScaleColumns(Staged& staged) const;
   void Fold(Executor& executor);
-  // Brings columns with extreme magnitudes into range; true if any scale is not 1.
-  bool ScaleColumns();
+  // out += a^T b over the staged rows; out is laid out like `layout`'s panels
+  // where `upper`, else a row-major square.
+  void FoldInto(const Staged& a, const Staged& b, bool upper, double* out,
+                const UpperPanels<double>& layout, Executor& executor) const;
 
   int64_t features_;
   Statistics statistics_;
-  // Strips of kStrip columns, each [kBlockRows][kStrip].
-  std::vector<float> staged_;
+  // X~ (or X), and P = X - X~ where mismatched.
+  Staged inputs_;
+  Staged residual_;
   int64_t staged_rows_ = 0;
   std::vector<float> row_;
-  // Per column, what staged values were divided by.
-  std::vector<double> scale_;
+  std::vector<float> x_row_;
 };
 
 }  // namespace certiq::engine

@@ -1,39 +1,92 @@
 #include "engine/strip_matrix.h"
 
+#include <algorithm>
+
 #include "engine/simd.h"
 #include "engine/status.h"
 
 namespace certiq::engine {
 namespace {
-constexpr int64_t kWidth = kStrip<float>;
-int64_t Strips(int64_t rows) { return (rows + kWidth - 1) / kWidth; }
+
+template <typename T>
+int64_t Strips(int64_t rows) {
+  return (rows + kStrip<T> - 1) / kStrip<T>;
+}
+
 }  // namespace
 
-StripMatrix::StripMatrix(int64_t rows, int64_t features)
+template <typename T>
+BasicStripMatrix<T>::BasicStripMatrix(int64_t rows, int64_t features)
     : rows_(rows),
       features_(features),
-      values_(static_cast<size_t>(Strips(rows) * kWidth * features)) {}
+      values_(static_cast<size_t>(Strips<T>(rows) * kStrip<T> * features)) {}
 
-int64_t StripMatrix::BytesFor(int64_t rows, int64_t features) {
-  return Strips(rows) * kWidth * features * 4;
+template <typename T>
+int64_t BasicStripMatrix<T>::BytesFor(int64_t rows, int64_t features) {
+  return Strips<T>(rows) * kStrip<T> * features * static_cast<int64_t>(sizeof(T));
 }
 
-int64_t StripMatrix::StripRows() { return kWidth; }
-
-int64_t StripMatrix::strips() const { return Strips(rows_); }
-
-void StripMatrix::SetRow(int64_t r, const float* values) {
-  float* to = strip(r / kWidth) + r % kWidth;
-  for (int64_t j = 0; j < features_; ++j) to[j * kWidth] = values[j];
+template <typename T>
+int64_t BasicStripMatrix<T>::StripRows() {
+  return kStrip<T>;
 }
 
-void StripMatrix::GetRow(int64_t r, float* values) const {
-  const float* from = strip(r / kWidth) + r % kWidth;
-  for (int64_t j = 0; j < features_; ++j) values[j] = from[j * kWidth];
+template <typename T>
+int64_t BasicStripMatrix<T>::strips() const {
+  return Strips<T>(rows_);
 }
 
-float* StripMatrix::strip(int64_t s) { return values_.data() + s * features_ * kWidth; }
-const float* StripMatrix::strip(int64_t s) const { return values_.data() + s * features_ * kWidth; }
+template <typename T>
+void BasicStripMatrix<T>::SetRow(int64_t r, const T* values) {
+  T* to = strip(r / kStrip<T>) + r % kStrip<T>;
+  for (int64_t j = 0; j < features_; ++j) to[j * kStrip<T>] = values[j];
+}
+
+template <typename T>
+void BasicStripMatrix<T>::GetRow(int64_t r, T* values) const {
+  const T* from = strip(r / kStrip<T>) + r % kStrip<T>;
+  for (int64_t j = 0; j < features_; ++j) values[j] = from[j * kStrip<T>];
+}
+
+template <typename T>
+T* BasicStripMatrix<T>::strip(int64_t s) {
+  return values_.data() + s * features_ * kStrip<T>;
+}
+
+template <typename T>
+const T* BasicStripMatrix<T>::strip(int64_t s) const {
+  return values_.data() + s * features_ * kStrip<T>;
+}
+
+template class BasicStripMatrix<float>;
+template class BasicStripMatrix<double>;
+
+BasicStripMatrix<double> Widen(const StripMatrix& matrix, Executor& executor) {
+  BasicStripMatrix<double> wide(matrix.rows(), matrix.features());
+  // A float strip is two double strips side by side.
+  executor.ParallelFor(wide.strips(), [&](int64_t s) {
+    const float* from = matrix.strip(s / 2) + (s % 2) * kStrip<double>;
+    double* to = wide.strip(s);
+    for (int64_t j = 0; j < matrix.features(); ++j) {
+      for (int64_t c = 0; c < kStrip<double>; ++c) {
+        to[j * kStrip<double> + c] = from[j * kStrip<float> + c];
+      }
+    }
+  });
+  return wide;
+}
+
+StripMatrix PermuteColumns(const StripMatrix& matrix, const std::vector<int64_t>& order,
+                           Executor& executor) {
+  StripMatrix permuted(matrix.rows(), matrix.features());
+  executor.ParallelFor(matrix.strips(), [&](int64_t s) {
+    for (int64_t i = 0; i < matrix.features(); ++i) {
+      std::copy_n(matrix.strip(s) + order[static_cast<size_t>(i)] * kStrip<float>, kStrip<float>,
+                  permuted.strip(s) + i * kStrip<float>);
+    }
+  });
+  return permuted;
+}
 
 absl::Status DecodeRows(DType dtype, const std::byte* bytes, int64_t first_row, int64_t rows,
                         const char* field, StripMatrix& matrix) {

@@ -9,17 +9,20 @@
 
 #include "absl/status/status.h"
 #include "engine/dtype.h"
+#include "engine/run_context.h"
 
 namespace certiq::engine {
 
-// A float32 matrix [rows, features] stored as strips of kStrip rows, each
-// strip feature-major: [features][kStrip], so that a kernel works on the rows
+// A matrix [rows, features] stored as strips of StripRows() rows, each strip
+// feature-major: [features][StripRows()], so that a kernel works on the rows
 // of a strip side by side while features pass in order. Rows that pad the
 // last strip are zero. Different rows may be written from different threads.
-class StripMatrix {
+// T is float or double; a strip of doubles holds half as many rows.
+template <typename T>
+class BasicStripMatrix {
  public:
-  StripMatrix() = default;
-  StripMatrix(int64_t rows, int64_t features);
+  BasicStripMatrix() = default;
+  BasicStripMatrix(int64_t rows, int64_t features);
 
   // Bytes that a matrix of this shape holds.
   static int64_t BytesFor(int64_t rows, int64_t features);
@@ -31,18 +34,26 @@ class StripMatrix {
   int64_t strips() const;
 
   // Copies `features()` values in or out of row r.
-  void SetRow(int64_t r, const float* values);
-  void GetRow(int64_t r, float* values) const;
+  void SetRow(int64_t r, const T* values);
+  void GetRow(int64_t r, T* values) const;
 
   // [features()][StripRows()], the rows from s * StripRows() on.
-  float* strip(int64_t s);
-  const float* strip(int64_t s) const;
+  T* strip(int64_t s);
+  const T* strip(int64_t s) const;
 
  private:
   int64_t rows_ = 0;
   int64_t features_ = 0;
-  std::vector<float> values_;
+  std::vector<T> values_;
 };
+
+using StripMatrix = BasicStripMatrix<float>;
+
+// The same values in float64.
+BasicStripMatrix<double> Widen(const StripMatrix& matrix, Executor& executor);
+// Columns in another order: column i of the result is column order[i].
+StripMatrix PermuteColumns(const StripMatrix& matrix, const std::vector<int64_t>& order,
+                           Executor& executor);
 
 // Decodes `rows` rows at `bytes` into rows first_row... of `matrix`. A value that is not
 // finite (or beyond float32) is refused with INVALID_ARGUMENT naming `field`, row and column.

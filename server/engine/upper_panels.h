@@ -50,8 +50,11 @@ class UpperPanels {
   int64_t rows(int64_t p) const { return end(p) - begin(p); }
   int64_t stride(int64_t p) const { return size_ - begin(p); }
 
-  T* panel(int64_t p) { return values_.data() + offsets_[static_cast<size_t>(p)]; }
-  const T* panel(int64_t p) const { return values_.data() + offsets_[static_cast<size_t>(p)]; }
+  // Elements before panel p.
+  int64_t offset(int64_t p) const { return offsets_[static_cast<size_t>(p)]; }
+
+  T* panel(int64_t p) { return values_.data() + offset(p); }
+  const T* panel(int64_t p) const { return values_.data() + offset(p); }
 
   // Row i from column i on: size() - i elements.
   T* row(int64_t i) { return &at(i, i); }

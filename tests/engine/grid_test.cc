@@ -14,7 +14,11 @@ absl::StatusOr<Grid> GridOf(const textbook::Matrix& w, const QuantizationSpec& s
   SerialExecutor serial;
   RunContext context;
   context.executor = &serial;
-  return AbsmaxGrid(*ResolveSpec(spec), testing::Strips(w), context);
+  const ResolvedSpec resolved = *ResolveSpec(spec);
+  Grid grid = MakeGrid(resolved, w.rows, w.cols, {});
+  FillSteps(resolved, testing::Strips(w), context, grid);
+  if (absl::Status status = CheckScales(resolved, grid); !status.ok()) return status;
+  return grid;
 }
 
 TEST(GridTest, MatchesTextbookForEveryWidthAndGrouping) {

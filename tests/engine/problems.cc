@@ -31,7 +31,9 @@ RandomLayer MakeLayer(int64_t tokens, int64_t features, int64_t rows, Inputs inp
                       uint64_t seed) {
   std::mt19937_64 random(seed);
   std::normal_distribution<double> gauss;
-  RandomLayer layer{textbook::Matrix(tokens, features), textbook::Matrix(rows, features)};
+  RandomLayer layer;
+  layer.x = textbook::Matrix(tokens, features);
+  layer.w = textbook::Matrix(rows, features);
   for (double& v : layer.x.values) v = gauss(random);
   for (double& v : layer.w.values) v = static_cast<float>(0.05 * gauss(random));
   for (int64_t t = 0; t < tokens; ++t) {
@@ -56,6 +58,31 @@ RandomLayer MakeLayer(int64_t tokens, int64_t features, int64_t rows, Inputs inp
     }
   }
   return layer;
+}
+
+textbook::Matrix Disturbed(const textbook::Matrix& x, double share, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> gauss;
+  textbook::Matrix result = x;
+  for (int64_t t = 0; t < x.rows; ++t) {
+    const double drift = gauss(random);
+    for (int64_t j = 0; j < x.cols; ++j) {
+      result(t, j) = static_cast<float>(x(t, j) + share * (gauss(random) + 0.5 * drift));
+    }
+  }
+  return result;
+}
+
+engine::Statistics AccumulatePair(const textbook::Matrix& x, const textbook::Matrix& x_quantized) {
+  engine::SerialExecutor executor;
+  engine::StatisticsAccumulator sums(x.cols, true);
+  const std::vector<float> a = Floats(x);
+  const std::vector<float> b = Floats(x_quantized);
+  const absl::Status status = sums.AppendPair(
+      engine::DType::kF32, reinterpret_cast<const std::byte*>(a.data()), engine::DType::kF32,
+      reinterpret_cast<const std::byte*>(b.data()), x.rows, "x", "x_quantized", executor);
+  if (!status.ok()) std::abort();
+  return std::move(sums).Finish(executor);
 }
 
 engine::Statistics Accumulate(const textbook::Matrix& x, int64_t chunk) {
@@ -86,7 +113,11 @@ absl::StatusOr<engine::QuantizedLayer> Quantize(const RandomLayer& layer,
   if (!resolved.ok()) return resolved.status();
   engine::RunContext context;
   context.executor = executor == nullptr ? &serial : executor;
-  engine::LayerProblem problem{*resolved, Strips(layer.w), Accumulate(layer.x)};
+  const auto sums = [](const textbook::Matrix& x, const textbook::Matrix& x_quantized) {
+    return x_quantized.rows > 0 ? AccumulatePair(x, x_quantized) : Accumulate(x);
+  };
+  engine::LayerProblem problem{*resolved, Strips(layer.w), sums(layer.x, layer.x_quantized)};
+  if (layer.held_x.rows > 0) problem.held_out = sums(layer.held_x, layer.held_x_quantized);
   return engine::QuantizeLayer(std::move(problem), context);
 }
 

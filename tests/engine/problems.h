@@ -24,6 +24,13 @@ class ContraryExecutor final : public engine::Executor {
 struct RandomLayer {
   textbook::Matrix x;  // [tokens, features]
   textbook::Matrix w;  // [rows, features]
+  // X~ [tokens, features]; empty: matched inputs.
+  textbook::Matrix x_quantized;
+  // Held-out tokens; empty: none.
+  textbook::Matrix held_x;
+  textbook::Matrix held_x_quantized;
+
+  const textbook::Matrix& inputs() const { return x_quantized.rows > 0 ? x_quantized : x; }
 };
 
 enum class Inputs {
@@ -38,6 +45,12 @@ enum class Inputs {
 };
 
 RandomLayer MakeLayer(int64_t tokens, int64_t features, int64_t rows, Inputs inputs, uint64_t seed);
+
+// X with noise of `share` of its size and a little correlated drift.
+textbook::Matrix Disturbed(const textbook::Matrix& x, double share, uint64_t seed);
+
+// Sums of X and X~ through the accumulator.
+engine::Statistics AccumulatePair(const textbook::Matrix& x, const textbook::Matrix& x_quantized);
 
 // Sums of x through the accumulator, in pieces of `chunk` rows.
 engine::Statistics Accumulate(const textbook::Matrix& x, int64_t chunk = 1000);

@@ -213,7 +213,7 @@ TEST(QuantizeLayerTest, ReportsEveryPhaseInOrder) {
   };
   LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w), testing::Accumulate(data.x)};
   ASSERT_TRUE(QuantizeLayer(std::move(problem), context).ok());
-  EXPECT_EQ(seen, (std::vector<Phase>{Phase::kFactor, Phase::kReference, Phase::kRound,
+  EXPECT_EQ(seen, (std::vector<Phase>{Phase::kFactor, Phase::kRound, Phase::kReference,
                                       Phase::kCertify, Phase::kPack}));
 }
 

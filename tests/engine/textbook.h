@@ -64,6 +64,30 @@ struct RoundedRow {
 // (M2) on one row.
 RoundedRow Optq(const std::vector<double>& w, const Matrix& u, const RowGrid& grid);
 
+// (M2) with steps that each run of group_size features takes from the updated
+// weights, updated column by column: after column k is rounded with error e_k,
+// w_j += e_k L_kj / L_kk for j > k, L L^T = H^-1 (the formulation of the OPTQ paper).
+RoundedRow DynamicOptq(const std::vector<double>& w, const Matrix& h, int bits, bool symmetric,
+                       int64_t group_size, RowGrid& grid);
+
+// H^-1 by Gauss-Jordan elimination with pivoting.
+Matrix Inverse(const Matrix& h);
+
+// Qronos on one row, as the paper states it: q_1 by (M4); then, column after column, the target is
+// the minimiser of |X^ w - X^~ q|^2 over the columns not yet rounded, by normal equations. `h`
+// and `g` are damped: X~^T X~ + lambda I, X~^T X + lambda I.
+RoundedRow Qronos(const std::vector<double>& w, const Matrix& h, const Matrix& g,
+                  const RowGrid& grid);
+
+// X~^T X and so on.
+Matrix CrossGram(const Matrix& a, const Matrix& b);
+
+// min over all real q of |X^ w - X^~ q|^2 (M8), damped sums.
+double Floor(const std::vector<double>& w, const Matrix& h, const Matrix& g, const Matrix& c);
+
+// a^T M b.
+double Form(const std::vector<double>& a, const Matrix& m, const std::vector<double>& b);
+
 }  // namespace certiq::textbook
 
 #endif  // CERTIQ_TESTS_ENGINE_TEXTBOOK_H_

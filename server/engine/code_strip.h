@@ -1,0 +1,154 @@
+// Rounding one feature of a strip of rows: codes, levels, errors and sums.
+// Included by .cc files of the engine only, like simd.h.
+
+#ifndef CERTIQ_ENGINE_CODE_STRIP_H_
+#define CERTIQ_ENGINE_CODE_STRIP_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "engine/grid.h"
+#include "engine/random.h"
+#include "engine/simd.h"
+
+namespace certiq::engine {
+
+inline constexpr int64_t kStripRows = kStrip<float>;
+
+// Scales and zero points of a strip's rows, [groups][kStripRows]. Padding rows
+// round zeros on a grid of step one.
+struct StripGrid {
+  std::vector<float> scale;
+  std::vector<float> zero;
+  float lowest;
+  float highest;
+  DType level_type;
+
+  StripGrid(const Grid& grid, int64_t first_row)
+      : scale(static_cast<size_t>(grid.groups * kStripRows), 1.0f),
+        zero(scale.size(), static_cast<float>(grid.lowest_code)),
+        lowest(static_cast<float>(grid.lowest_code)),
+        highest(static_cast<float>(grid.highest_code)),
+        level_type(grid.level_type) {
+    for (int64_t r = first_row; r < std::min(first_row + kStripRows, grid.rows); ++r) {
+      for (int64_t g = 0; g < grid.groups; ++g) {
+        const auto from = static_cast<size_t>(r * grid.groups + g);
+        Set(g, r - first_row, {grid.scale[from], grid.zero[from]});
+      }
+    }
+  }
+
+  void Set(int64_t group, int64_t lane, Step step) {
+    const auto to = static_cast<size_t>(group * kStripRows + lane);
+    scale[to] = step.scale;
+    zero[to] = static_cast<float>(step.zero);
+  }
+};
+
+// What rounding leaves behind, per row of the strip; see Rounded.
+struct StripSums {
+  double damped[kStripRows] = {};
+  double bound[kStripRows] = {};
+  double widest[kStripRows] = {};
+  double clipped_reach[kStripRows] = {};
+  int32_t clipped[kStripRows] = {};
+  float overshoot[kStripRows] = {};
+};
+
+// NaN becomes the lowest code; the error then says so.
+inline float ClampCode(float code, float lowest, float highest) {
+  const float above = code > lowest ? code : lowest;
+  return above < highest ? above : highest;
+}
+
+// Codes by nearest rounding. Where levels are rounded to a half type they are
+// no longer evenly spaced: the neighbours of the nearest even code are tried too.
+inline void NearestCodes(const StripGrid& grid, int64_t group, const float* v, float* code) {
+  const float* scale = grid.scale.data() + group * kStripRows;
+  const float* zero = grid.zero.data() + group * kStripRows;
+  for (int64_t c = 0; c < kStripRows; ++c) {
+    code[c] = ClampCode(FreeCode(v[c], scale[c], zero[c]), grid.lowest, grid.highest);
+  }
+  if (grid.level_type == DType::kF32) return;
+  for (int64_t c = 0; c < kStripRows; ++c) {
+    const auto distance = [&](float candidate) {
+      return std::abs(v[c] - RoundTo(grid.level_type, scale[c] * (candidate - zero[c])));
+    };
+    const float middle = code[c];
+    for (const float candidate : {middle - 1, middle + 1}) {
+      if (candidate < grid.lowest || candidate > grid.highest) continue;
+      if (distance(candidate) < distance(code[c])) code[c] = candidate;
+    }
+  }
+}
+
+// Codes by unbiased stochastic rounding, as if every level were a multiple of the scale.
+inline void StochasticCodes(const StripGrid& grid, int64_t group, const float* v, uint64_t seed,
+                            int64_t first_row, int64_t column, float* code) {
+  const float* scale = grid.scale.data() + group * kStripRows;
+  const float* zero = grid.zero.data() + group * kStripRows;
+  for (int64_t c = 0; c < kStripRows; ++c) {
+    const double position = static_cast<double>(v[c]) / static_cast<double>(scale[c]);
+    const double below = std::floor(position);
+    const bool up = static_cast<double>(UniformAt(seed, first_row + c, column)) < position - below;
+    code[c] =
+        ClampCode(static_cast<float>(below + (up ? 1 : 0)) + zero[c], grid.lowest, grid.highest);
+  }
+}
+
+// Levels of codes, errors v - q, and the sums. `d` is D_j, 0 for a dead feature.
+inline void AddRounded(const StripGrid& grid, int64_t group, Rounding rounding, double d,
+                       const float* v, const float* code, float* level, StripSums& sums) {
+  const float* scale = grid.scale.data() + group * kStripRows;
+  const float* zero = grid.zero.data() + group * kStripRows;
+  float error[kStripRows];
+  float widest[kStripRows];
+  for (int64_t c = 0; c < kStripRows; ++c) level[c] = scale[c] * (code[c] - zero[c]);
+  if (grid.level_type != DType::kF32) {
+    for (int64_t c = 0; c < kStripRows; ++c) level[c] = RoundTo(grid.level_type, level[c]);
+  }
+  for (int64_t c = 0; c < kStripRows; ++c) {
+    const float e = v[c] - level[c];
+    const float half = 0.5f * scale[c];
+    const float magnitude = std::abs(e);
+    error[c] = e;
+    // v is a float32 sum: 2^-22 |v| covers its own rounding.
+    widest[c] = std::max(half, magnitude) + 0x1p-22f * std::abs(v[c]);
+  }
+  for (int64_t c = 0; c < kStripRows; ++c) {
+    const double e = error[c];
+    sums.damped[c] += d * (e * e);
+  }
+  for (int64_t c = 0; c < kStripRows; ++c) {
+    const double e = widest[c];
+    sums.bound[c] += d * (e * e);
+  }
+  if (rounding == Rounding::kNearest) {
+    for (int64_t c = 0; c < kStripRows; ++c) {
+      const float steps = std::abs(error[c]) / scale[c];
+      const bool clips = steps > 0.5f * (1 + 1e-6f);
+      sums.clipped[c] += clips ? 1 : 0;
+      sums.overshoot[c] = std::max(sums.overshoot[c], clips ? steps - 0.5f : 0.0f);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < kStripRows; ++c) {
+    const float position = v[c] / scale[c] + zero[c];
+    const float beyond = std::max(grid.lowest - position, position - grid.highest);
+    // Inside the outermost levels rounding is unbiased; a target on one is exact.
+    if (beyond > 1e-6f) {
+      sums.clipped[c] += 1;
+      sums.overshoot[c] = std::max(sums.overshoot[c], beyond);
+      sums.clipped_reach[c] += static_cast<double>(std::abs(error[c])) * std::sqrt(d);
+    } else {
+      const double step = scale[c];
+      sums.widest[c] = std::max(sums.widest[c], d * step * step);
+    }
+  }
+}
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_CODE_STRIP_H_

@@ -1,0 +1,139 @@
+#include "engine/fit.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/alphabet.h"
+#include "engine/nearest.h"
+#include "engine/optq.h"
+#include "engine/order.h"
+#include "engine/qronos.h"
+#include "engine/quadratic_form.h"
+#include "engine/spectrum.h"
+#include "engine/status.h"
+#include "engine/stopwatch.h"
+
+namespace certiq::engine {
+namespace {
+
+void ZeroFeatures(const std::vector<bool>& dead, StripMatrix& weights) {
+  const int64_t width = StripMatrix::StripRows();
+  for (int64_t s = 0; s < weights.strips(); ++s) {
+    for (int64_t j = 0; j < weights.features(); ++j) {
+      if (dead[j]) std::fill_n(weights.strip(s) + j * width, width, 0.0f);
+    }
+  }
+}
+
+// NEAREST with its bound (B2): min(sum_j eps_j |X~_j|, sqrt(sum_j eps_j^2) sigma_max(X~)), plus
+// |(X - X~) w| where inputs are mismatched.
+absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
+                                     const RunContext& context) {
+  const UpperPanels<double>& gram = input.statistics.gram;
+  std::vector<double> norms(static_cast<size_t>(gram.size()));
+  for (int64_t j = 0; j < gram.size(); ++j) norms[j] = std::sqrt(gram.at(j, j));
+  NearestRounded rounded = RoundAlone(input.spec, input.order, grid, norms, input.weights, context);
+  const absl::StatusOr<double> sigma = LargestEigenvalueBound(gram, context);
+  if (!sigma.ok()) return sigma.status();
+  auto errors =
+      SquaredErrors(input.statistics, input.reference, rounded.change, Phase::kRound, context);
+  if (!errors.ok()) return errors.status();
+
+  MethodOutput output;
+  output.damped = *std::move(errors);
+  if (input.statistics.mismatch.has_value()) {
+    const auto initial =
+        QuadraticForms(input.statistics.mismatch->residual,
+                       Widen(input.reference, *context.executor), Phase::kRound, context);
+    if (!initial.ok()) return initial.status();
+    for (const double square : *initial) output.initial.push_back(std::sqrt(square));
+  }
+  for (size_t r = 0; r < output.damped.size(); ++r) {
+    const double bound = std::min(rounded.reach[r], std::sqrt(rounded.width[r] * *sigma));
+    // The statistics' own rounding, where a bound is attained.
+    output.bound.push_back((1 + 1e-6) * (bound + (output.initial.empty() ? 0 : output.initial[r])));
+  }
+  output.codes = std::move(rounded.codes);
+  output.change = std::move(rounded.change);
+  output.clipped = std::move(rounded.clipped);
+  output.worst_overshoot = rounded.worst_overshoot;
+  output.bits_needed = BitsNeeded(input.spec, grid, {}, input.weights, context);
+  return output;
+}
+
+}  // namespace
+
+WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, Statistics statistics, StripMatrix weights,
+                              const RunContext& context) {
+  WorkingLayer layer;
+  layer.order = FeatureOrder(spec.order, statistics);
+  layer.statistics = layer.order.empty() ? std::move(statistics) : Permute(statistics, layer.order);
+  layer.reference = layer.order.empty() ? std::move(weights)
+                                        : PermuteColumns(weights, layer.order, *context.executor);
+  layer.dead.resize(static_cast<size_t>(layer.statistics.features()));
+  for (size_t j = 0; j < layer.dead.size(); ++j) {
+    const auto at = static_cast<int64_t>(j);
+    layer.dead[j] = layer.statistics.gram.at(at, at) == 0;
+  }
+  if (std::find(layer.dead.begin(), layer.dead.end(), true) != layer.dead.end()) {
+    layer.zeroed = layer.reference;
+    ZeroFeatures(layer.dead, layer.zeroed);
+  }
+  return layer;
+}
+
+absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, double lambda,
+                           const RunContext& context, EngineSeconds& seconds) {
+  Fit fit;
+  if (spec.method != Method::kNearest) {
+    const Stopwatch watch(seconds.factor);
+    context.Report(Phase::kFactor, 0);
+    absl::StatusOr<DampedFactor> damped =
+        FactorWithDamping(spec, lambda, layer.statistics.gram, layer.dead, context);
+    if (!damped.ok()) return damped.status();
+    fit.damping = *std::move(damped);
+  }
+  const bool factored = fit.damping.factor.has_value();
+  if (spec.method != Method::kNearest && !factored) {
+    if (spec.on_failure == OnFailure::kFail) {
+      return PreconditionError("DAMPING", "spec.damping",
+                               absl::StrCat("H = X^T X + lambda I could not be factored in ",
+                                            fit.damping.attempts.size(), " attempts (",
+                                            DescribeAttempts(fit.damping.attempts),
+                                            "); raise spec.damping or spec.damping.max_attempts"));
+    }
+    fit.outcome = Outcome::kFellBackToNearest;
+  }
+
+  const Stopwatch watch(seconds.round);
+  context.Report(Phase::kRound, 0);
+  const StripMatrix& weights = layer.weights();
+  fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
+  FillSteps(spec, weights, context, fit.grid);
+  if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
+  const MethodInput input{spec,        layer.statistics, layer.dead,
+                          layer.order, layer.reference,  weights};
+  const auto run = [&]() -> absl::StatusOr<MethodOutput> {
+    if (!factored) return Nearest(input, fit.grid, context);
+    const Factor& factor = *fit.damping.factor;
+    if (spec.method == Method::kOptq) {
+      return Optq(input, factor, fit.damping.lambda_used, fit.grid, context);
+    }
+    return Qronos(input, factor, fit.damping.lambda_used, fit.grid, context);
+  };
+  absl::StatusOr<MethodOutput> output = run();
+  if (!output.ok()) return output.status();
+  // Dynamic steps are new.
+  if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
+  fit.output = *std::move(output);
+  for (const double damped : fit.output.damped) {
+    if (std::isfinite(damped)) continue;
+    return InvalidField("weight",
+                        "the weights are so large that rounding left the range of float32");
+  }
+  return fit;
+}
+
+}  // namespace certiq::engine

@@ -1,0 +1,51 @@
+// One run of a method with one lambda, whatever the method.
+
+#ifndef CERTIQ_ENGINE_FIT_H_
+#define CERTIQ_ENGINE_FIT_H_
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/certificate.h"
+#include "engine/damping.h"
+#include "engine/grid.h"
+#include "engine/method.h"
+
+namespace certiq::engine {
+
+// A layer in the order it is worked on.
+struct WorkingLayer {
+  // Element i: the original feature at step i; empty: natural.
+  std::vector<int64_t> order;
+  std::vector<bool> dead;
+  Statistics statistics;
+  // W as it came, and with zeros at dead features (empty where there are none: use reference).
+  StripMatrix reference;
+  StripMatrix zeroed;
+
+  const StripMatrix& weights() const { return zeroed.rows() > 0 ? zeroed : reference; }
+};
+
+// Finds order and dead features and brings everything into that order.
+WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, Statistics statistics, StripMatrix weights,
+                              const RunContext& context);
+
+struct Fit {
+  Outcome outcome = Outcome::kQuantized;
+  // Without attempts for NEAREST.
+  DampedFactor damping;
+  Grid grid;
+  MethodOutput output;
+};
+
+// Damps and factors, fills the grid, runs the spec's method. When every
+// damping attempt failed: NEAREST where the spec says so, else FAILED_PRECONDITION of type
+// "DAMPING" with the attempts. Seconds of the factor and round phases are added to `seconds`.
+absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, double lambda,
+                           const RunContext& context, EngineSeconds& seconds);
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_FIT_H_

@@ -1,0 +1,69 @@
+// What every method takes and gives.
+
+#ifndef CERTIQ_ENGINE_METHOD_H_
+#define CERTIQ_ENGINE_METHOD_H_
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "engine/factor.h"
+#include "engine/grid.h"
+#include "engine/run_context.h"
+#include "engine/spec.h"
+#include "engine/statistics.h"
+#include "engine/strip_matrix.h"
+
+namespace certiq::engine {
+
+// Everything is in working order (see order.h).
+struct MethodInput {
+  const ResolvedSpec& spec;
+  const Statistics& statistics;
+  const std::vector<bool>& dead;
+  // Element i: the original feature at step i; empty: natural.
+  const std::vector<int64_t>& order;
+  // W as it came; what the layer's output is compared with.
+  const StripMatrix& reference;
+  // W with zeros at dead features.
+  const StripMatrix& weights;
+};
+
+// Damped squared norms of what error is there before anything is rounded, summed over rows (B3,
+// M8).
+struct InitialTerms {
+  double qronos = 0;
+  double optq = 0;
+  double floor = 0;
+};
+
+// Vectors have one entry a row.
+struct MethodOutput {
+  // Row-major [rows, features].
+  std::vector<uint8_t> codes;
+  // W - Q, zeros at dead features.
+  StripMatrix change;
+  // Damped squared error: (M3), (M7); undamped for NEAREST, which has no damping.
+  std::vector<double> damped;
+  // sum_j e_j^2 D_j, which equals |X~ (t - q)|^2 + lambda |t - q|^2 for the method's start t.
+  std::vector<double> rounding;
+  // The bound on the damped error, a norm: (B1), (B2), (B3).
+  std::vector<double> bound;
+  // The part of it that is there before rounding, a norm; empty where inputs are matched.
+  std::vector<double> initial;
+  std::vector<int32_t> clipped;
+  double worst_overshoot = 0;
+  // For (B5); empty unless rounding is stochastic with feedback.
+  std::vector<double> widest;
+  std::vector<double> clipped_reach;
+  // Only where inputs are mismatched and the method has feedback.
+  std::optional<InitialTerms> terms;
+  std::optional<int32_t> bits_needed;
+};
+
+// |row|^2 of every row.
+std::vector<double> RowNorms(const StripMatrix& rows);
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_METHOD_H_
