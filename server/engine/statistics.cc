@@ -115,13 +115,13 @@ void StatisticsAccumulator::Stage(const float* row, Staged& to) const {
   }
 }
 
-absl::Status StatisticsAccumulator::Append(DType dtype, const std::byte* bytes, int64_t rows,
-                                           const char* field, Executor& executor) {
+absl::Status StatisticsAccumulator::Append(DType dtype, const std::byte* bytes, int64_t first_row,
+                                           int64_t rows, const char* field, Executor& executor) {
   const int64_t row_bytes = features_ * ItemSize(dtype);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t bad = DecodeToFloat(dtype, bytes + r * row_bytes, features_, row_.data());
     if (bad >= 0) {
-      return NonFiniteValue(field, row_[static_cast<size_t>(bad)], statistics_.tokens, bad);
+      return NonFiniteValue(field, row_[static_cast<size_t>(bad)], first_row + r, bad);
     }
     Stage(row_.data(), inputs_);
     ++statistics_.tokens;
@@ -132,21 +132,20 @@ absl::Status StatisticsAccumulator::Append(DType dtype, const std::byte* bytes, 
 
 absl::Status StatisticsAccumulator::AppendPair(DType x_dtype, const std::byte* x,
                                                DType x_quantized_dtype,
-                                               const std::byte* x_quantized, int64_t rows,
-                                               const char* x_field, const char* x_quantized_field,
-                                               Executor& executor) {
+                                               const std::byte* x_quantized, int64_t first_row,
+                                               int64_t rows, const char* x_field,
+                                               const char* x_quantized_field, Executor& executor) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t bad =
         DecodeToFloat(x_dtype, x + r * features_ * ItemSize(x_dtype), features_, x_row_.data());
     if (bad >= 0) {
-      return NonFiniteValue(x_field, x_row_[static_cast<size_t>(bad)], statistics_.tokens, bad);
+      return NonFiniteValue(x_field, x_row_[static_cast<size_t>(bad)], first_row + r, bad);
     }
     bad =
         DecodeToFloat(x_quantized_dtype, x_quantized + r * features_ * ItemSize(x_quantized_dtype),
                       features_, row_.data());
     if (bad >= 0) {
-      return NonFiniteValue(x_quantized_field, row_[static_cast<size_t>(bad)], statistics_.tokens,
-                            bad);
+      return NonFiniteValue(x_quantized_field, row_[static_cast<size_t>(bad)], first_row + r, bad);
     }
     for (size_t j = 0; j < row_.size(); ++j) {
       x_row_[j] -= row_[j];
@@ -154,7 +153,7 @@ absl::Status StatisticsAccumulator::AppendPair(DType x_dtype, const std::byte* x
         return InvalidField(x_field,
                             absl::StrCat("expected x - x_quantized within float32's range, "
                                          "row ",
-                                         statistics_.tokens, ", column ", j));
+                                         first_row + r, ", column ", j));
       }
     }
     Stage(row_.data(), inputs_);

@@ -66,16 +66,16 @@ class StatisticsAccumulator {
   static int64_t BytesFor(int64_t features, bool mismatched = false);
 
   // Adds `rows` rows of `features` elements of X (= X~). A value that is not finite (or
-  // beyond float32) is refused with INVALID_ARGUMENT naming `field`, its row
-  // (counting all rows seen) and column; the sums are then
-  // unusable. REQUIRES: not mismatched.
-  absl::Status Append(DType dtype, const std::byte* bytes, int64_t rows, const char* field,
-                      Executor& executor);
+  // beyond float32) is refused with INVALID_ARGUMENT naming `field`, its row (`first_row` is that
+  // of the first, as the sender counts) and column; the sums are then unusable. REQUIRES: not
+  // mismatched.
+  absl::Status Append(DType dtype, const std::byte* bytes, int64_t first_row, int64_t rows,
+                      const char* field, Executor& executor);
 
   // The same rows of X and of X~. REQUIRES: mismatched.
   absl::Status AppendPair(DType x_dtype, const std::byte* x, DType x_quantized_dtype,
-                          const std::byte* x_quantized, int64_t rows, const char* x_field,
-                          const char* x_quantized_field, Executor& executor);
+                          const std::byte* x_quantized, int64_t first_row, int64_t rows,
+                          const char* x_field, const char* x_quantized_field, Executor& executor);
 
   int64_t tokens() const { return statistics_.tokens; }
 

@@ -80,7 +80,7 @@ engine::Statistics AccumulatePair(const textbook::Matrix& x, const textbook::Mat
   const std::vector<float> b = Floats(x_quantized);
   const absl::Status status = sums.AppendPair(
       engine::DType::kF32, reinterpret_cast<const std::byte*>(a.data()), engine::DType::kF32,
-      reinterpret_cast<const std::byte*>(b.data()), x.rows, "x", "x_quantized", executor);
+      reinterpret_cast<const std::byte*>(b.data()), 0, x.rows, "x", "x_quantized", executor);
   if (!status.ok()) std::abort();
   return std::move(sums).Finish(executor);
 }
@@ -91,7 +91,7 @@ engine::Statistics Accumulate(const textbook::Matrix& x, int64_t chunk) {
   const std::vector<float> values = Floats(x);
   for (int64_t t = 0; t < x.rows; t += chunk) {
     const absl::Status status = sums.Append(
-        engine::DType::kF32, reinterpret_cast<const std::byte*>(values.data() + t * x.cols),
+        engine::DType::kF32, reinterpret_cast<const std::byte*>(values.data() + t * x.cols), t,
         std::min(chunk, x.rows - t), "x", executor);
     if (!status.ok()) std::abort();
   }
