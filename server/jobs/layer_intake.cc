@@ -37,6 +37,13 @@ absl::Status CheckSizes(const LayerRequest& request) {
                                 request.features, " input features, got [", request.tokens, ", ",
                                 request.x_features, "]"));
   }
+  if (request.mismatched() && (request.x_quantized_tokens != request.tokens ||
+                               request.x_quantized_features != request.x_features)) {
+    return InvalidField("x_quantized.shape",
+                        absl::StrCat("expected [", request.tokens, ", ", request.x_features,
+                                     "] as x, got [", request.x_quantized_tokens, ", ",
+                                     request.x_quantized_features, "]"));
+  }
   if (!engine::IsFloating(request.weight_dtype)) {
     return InvalidField("weight.dtype", absl::StrCat("expected a floating type, got ",
                                                      engine::Name(request.weight_dtype)));
@@ -69,20 +76,29 @@ absl::StatusOr<int64_t> RowsIn(absl::string_view chunk, absl::string_view data, 
 // Bytes of the largest message that brings rows of this layer.
 int64_t LargestMessage(const LayerRequest& request) {
   const int64_t weight = request.rows * request.features * engine::ItemSize(request.weight_dtype);
-  const int64_t x = request.tokens * request.features * engine::ItemSize(request.x_dtype);
+  const int64_t x_row_bytes =
+      engine::ItemSize(request.x_dtype) +
+      (request.mismatched() ? engine::ItemSize(*request.x_quantized_dtype) : 0);
+  const int64_t x = request.tokens * request.features * x_row_bytes;
   // Field numbers, lengths and offsets come on top of the rows.
   constexpr int64_t kFraming = 64;
   return std::min(kMaxMessageBytes, std::max(weight, x) + kFraming);
+}
+
+int64_t EngineBytes(const LayerRequest& request) {
+  return engine::PeakBytes(request.spec, request.rows, request.features, request.mismatched(),
+                           request.held_out_fraction > 0);
 }
 
 }  // namespace
 
 int64_t LayerIntake::BytesFor(const LayerRequest& request) {
   // Staging of the sums is gone before the engine starts, so it is one or the other.
+  const int64_t sums =
+      engine::StatisticsAccumulator::BytesFor(request.features, request.mismatched());
   const int64_t intake = engine::StripMatrix::BytesFor(request.rows, request.features) +
-                         engine::StatisticsAccumulator::BytesFor(request.features);
-  return std::max(intake, engine::PeakBytes(request.spec, request.rows, request.features)) +
-         kMessagesHeld * LargestMessage(request);
+                         (request.held_out_fraction > 0 ? 2 : 1) * sums;
+  return std::max(intake, EngineBytes(request)) + kMessagesHeld * LargestMessage(request);
 }
 
 absl::StatusOr<std::unique_ptr<LayerIntake>> LayerIntake::Create(
@@ -101,7 +117,10 @@ absl::Status LayerIntake::Allocate() {
   if (statistics_.has_value()) return absl::OkStatus();
   try {
     weights_ = engine::StripMatrix(request_.rows, request_.features);
-    statistics_.emplace(request_.features);
+    statistics_.emplace(request_.features, request_.mismatched());
+    if (request_.held_out_fraction > 0) {
+      held_out_.emplace(request_.features, request_.mismatched());
+    }
   } catch (const std::bad_alloc&) {
     absl::Status status = absl::ResourceExhaustedError(
         "the system has less memory than this server's budget promises");
@@ -124,25 +143,52 @@ absl::Status LayerIntake::AppendWeights(int64_t row_offset, std::span<const std:
   return decoded;
 }
 
-absl::Status LayerIntake::AppendActivations(int64_t row_offset, std::span<const std::byte> bytes) {
+absl::Status LayerIntake::AppendActivations(int64_t row_offset, std::span<const std::byte> x,
+                                            std::span<const std::byte> x_quantized) {
   const int64_t row_bytes = request_.features * engine::ItemSize(request_.x_dtype);
   const absl::StatusOr<int64_t> rows =
       RowsIn("activation", "activation.x", row_bytes, row_offset, x_rows_, request_.tokens,
-             static_cast<int64_t>(bytes.size()));
+             static_cast<int64_t>(x.size()));
   if (!rows.ok()) return rows.status();
+  const int64_t quantized_row_bytes =
+      request_.mismatched() ? request_.features * engine::ItemSize(*request_.x_quantized_dtype) : 0;
+  if (static_cast<int64_t>(x_quantized.size()) != *rows * quantized_row_bytes) {
+    return InvalidField(
+        "activation.x_quantized",
+        request_.mismatched()
+            ? absl::StrCat("expected the ", *rows, " rows of x, ", *rows * quantized_row_bytes,
+                           " bytes, got ", x_quantized.size(), " bytes")
+            : absl::StrCat("expected none as the header announced none, got ", x_quantized.size(),
+                           " bytes"));
+  }
   if (absl::Status allocated = Allocate(); !allocated.ok()) return allocated;
   // A message can bring seconds of work: look up once a block.
-  constexpr int64_t kBlock = engine::StatisticsAccumulator::kBlockRows;
-  for (int64_t begin = 0; begin < *rows; begin += kBlock) {
+  int64_t begin = 0;
+  while (begin < *rows) {
     if (cancelled_.cancelled()) return cancelled_.status();
+    const int64_t first_row = x_rows_ + begin;
+    const int64_t block = std::min({engine::StatisticsAccumulator::kBlockRows, *rows - begin,
+                                    split_.BlockEnd(first_row) - first_row});
     absl::Status folded =
-        statistics_->Append(request_.x_dtype, bytes.data() + begin * row_bytes,
-                            std::min(kBlock, *rows - begin), "activation.x", executor_);
+        FoldBlock(first_row, block, x.data() + begin * row_bytes,
+                  request_.mismatched() ? x_quantized.data() + begin * quantized_row_bytes : nullptr);
     if (!folded.ok()) return folded;
+    begin += block;
   }
   x_rows_ += *rows;
-  observer_.ActivationsFolded(*rows, request_.features, static_cast<int64_t>(bytes.size()));
+  observer_.ActivationsFolded(*rows, request_.features,
+                              static_cast<int64_t>(x.size() + x_quantized.size()));
   return absl::OkStatus();
+}
+
+absl::Status LayerIntake::FoldBlock(int64_t first_row, int64_t rows, const std::byte* x,
+                                    const std::byte* x_quantized) {
+  engine::StatisticsAccumulator& sums = split_.IsHeldOut(first_row) ? *held_out_ : *statistics_;
+  if (!request_.mismatched()) {
+    return sums.Append(request_.x_dtype, x, first_row, rows, "activation.x", executor_);
+  }
+  return sums.AppendPair(request_.x_dtype, x, *request_.x_quantized_dtype, x_quantized, first_row,
+                         rows, "activation.x", "activation.x_quantized", executor_);
 }
 
 double LayerIntake::fraction() const {
@@ -168,9 +214,13 @@ absl::StatusOr<ReadyLayer> LayerIntake::Finish() {
   layer.problem.weights = std::move(weights_);
   layer.problem.statistics = std::move(*statistics_).Finish(executor_);
   statistics_.reset();
+  if (held_out_.has_value()) {
+    layer.problem.held_out = std::move(*held_out_).Finish(executor_);
+    held_out_.reset();
+  }
   // No further messages come, and the staging is gone.
   layer.reservation = std::move(reservation_);
-  layer.reservation.ShrinkTo(engine::PeakBytes(request_.spec, request_.rows, request_.features));
+  layer.reservation.ShrinkTo(EngineBytes(request_));
   return layer;
 }
 

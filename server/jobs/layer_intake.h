@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "engine/dtype.h"
+#include "engine/held_out.h"
 #include "engine/quantize_layer.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
@@ -46,6 +47,15 @@ struct LayerRequest {
   int64_t tokens = 0;
   int64_t x_features = 0;
   engine::DType x_dtype = engine::DType::kF32;
+  // X~ [x_quantized_tokens, x_quantized_features], where it is sent at all.
+  std::optional<engine::DType> x_quantized_dtype = std::nullopt;
+  int64_t x_quantized_tokens = 0;
+  int64_t x_quantized_features = 0;
+  // Share of the rows kept out of the fit, in [0, 0.5]; rows of a sequence, 0: unknown.
+  double held_out_fraction = 0;
+  int64_t sequence_rows = 0;
+
+  bool mismatched() const { return x_quantized_dtype.has_value(); }
 };
 
 // A layer taken in, and the bytes promised to it.
@@ -74,11 +84,14 @@ class LayerIntake {
   // RESOURCE_EXHAUSTED if memory runs out; the reason of the cancellation,
   // within a block of rows, where it asks to stop.
   absl::Status AppendWeights(int64_t row_offset, std::span<const std::byte> bytes);
-  absl::Status AppendActivations(int64_t row_offset, std::span<const std::byte> bytes);
+  // Rows of X and, where the request is mismatched, the same rows of X~.
+  absl::Status AppendActivations(int64_t row_offset, std::span<const std::byte> x,
+                                 std::span<const std::byte> x_quantized = {});
 
   // Of all rows announced, the share that came.
   double fraction() const;
   const LayerRequest& request() const { return request_; }
+  const engine::HeldOutSplit& split() const { return split_; }
 
   // The layer, if every row came; spends the intake.
   absl::StatusOr<ReadyLayer> Finish();
@@ -87,14 +100,22 @@ class LayerIntake {
   LayerIntake(const LayerRequest& request, ByteBudget::Reservation reservation,
               engine::Executor& executor, const engine::Cancellation& cancelled, Observer& observer)
       : request_(request),
+        split_(request.held_out_fraction,
+               engine::HeldOutBlockRows(request.tokens, request.held_out_fraction,
+                                        request.sequence_rows),
+               ""),
         reservation_(std::move(reservation)),
         executor_(executor),
         cancelled_(cancelled),
         observer_(observer) {}
 
   absl::Status Allocate();
+  // Rows that share a block: all of them fit or all held out.
+  absl::Status FoldBlock(int64_t first_row, int64_t rows, const std::byte* x,
+                         const std::byte* x_quantized);
 
   const LayerRequest request_;
+  const engine::HeldOutSplit split_;
   // Declared before what it pays for, so that it is given back after.
   ByteBudget::Reservation reservation_;
   engine::Executor& executor_;
@@ -105,6 +126,8 @@ class LayerIntake {
   int64_t x_rows_ = 0;
   engine::StripMatrix weights_;
   std::optional<engine::StatisticsAccumulator> statistics_;
+  // Only where rows are held out.
+  std::optional<engine::StatisticsAccumulator> held_out_;
 };
 
 }  // namespace certiq::jobs

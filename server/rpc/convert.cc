@@ -20,6 +20,8 @@ using engine::InvalidField;
 
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxNameBytes = 256;
+// Held out where the damping rule needs tokens and the header says nothing.
+constexpr double kDefaultHeldOut = 0.125;
 
 // The values of an enum on the wire and here. What is not listed is refused.
 template <typename Wire, typename Ours, size_t N>
@@ -215,8 +217,6 @@ absl::Status CheckOffered(const v1::QuantizeHeader& header) {
         absl::StrCat(what, " is part of the contract but this server does not offer it yet"));
   };
   if (!header.calibration_id().empty()) return not_yet("calibration_id", "a stored calibration");
-  if (header.has_x_quantized()) return not_yet("x_quantized", "a second set of activations");
-  if (header.held_out_fraction() > 0) return not_yet("held_out_fraction", "a value above 0");
   return absl::OkStatus();
 }
 
@@ -232,6 +232,45 @@ void SetIfPresent(const std::optional<T>& value, Setter set) {
   if (value.has_value()) set(*value);
 }
 
+// The settings as decided; an explicit grid stays out.
+v1::QuantizationSpec ToProto(const engine::ResolvedSpec& from) {
+  v1::QuantizationSpec to;
+  to.set_method(ToWire(from.method, kMethods));
+  to.set_bits(from.bits);
+  to.set_symmetric(from.symmetric);
+  to.set_group_size(static_cast<int32_t>(from.group_size));
+  to.set_scale_dtype(ToWire(from.scale_dtype, kDataTypes));
+  to.set_group_scales(ToWire(from.group_scales, kGroupScales));
+  to.set_scale(ToWire(from.scale, kScaleRules));
+  to.set_rounding(ToWire(from.rounding, kRoundings));
+  to.set_seed(from.seed);
+  to.set_order(ToWire(from.order, kOrders));
+  to.set_format(ToWire(from.format, kFormats));
+  v1::Damping* const damping = to.mutable_damping();
+  switch (from.damping_rule.value_or(engine::DampingRule::kRelativeTrace)) {
+    case engine::DampingRule::kRelativeTrace:
+      damping->set_relative_trace(from.damping_value);
+      break;
+    case engine::DampingRule::kAbsolute:
+      damping->set_absolute(from.damping_value);
+      break;
+    case engine::DampingRule::kRelativeSigmaMax:
+      damping->set_relative_sigma_max(from.damping_value);
+      break;
+    case engine::DampingRule::kHeldOut:
+      damping->mutable_held_out()->mutable_ladder()->Add(from.damping_ladder.begin(),
+                                                         from.damping_ladder.end());
+      break;
+  }
+  damping->set_max_attempts(from.max_attempts);
+  damping->set_factor(from.damping_factor);
+  damping->set_on_failure(ToWire(from.on_failure, kOnFailures));
+  to.mutable_certificate()->set_per_row(from.per_row);
+  to.mutable_certificate()->set_failure_probability(from.failure_probability);
+  to.mutable_certificate()->set_compare_nearest(from.compare_nearest);
+  return to;
+}
+
 // Everything but the rows.
 v1::Certificate Summary(const engine::LayerCertificate& from, const CallFacts& facts) {
   v1::Certificate to;
@@ -240,6 +279,7 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CallFacts& f
   to.set_isa(engine::EngineIsa());
   to.set_weights_sha256(facts.weights_sha256);
   to.set_x_sha256(facts.x_sha256);
+  to.set_x_quantized_sha256(facts.x_quantized_sha256);
   to.set_rows(from.rows);
   to.set_features(from.features);
   to.set_tokens(from.tokens);
@@ -275,6 +315,23 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CallFacts& f
   to.set_dead_features(from.dead_features);
   SetIfPresent(from.predicted_squared_error, [&](double v) { to.set_predicted_squared_error(v); });
   SetIfPresent(from.rate_gap_bits, [&](double v) { to.set_rate_gap_bits(v); });
+  SetIfPresent(from.bits_needed, [&](int32_t v) { to.set_bits_needed(v); });
+  SetIfPresent(from.linf_bound, [&](double v) { to.set_linf_bound(v); });
+  SetIfPresent(from.linf_probability, [&](double v) { to.set_linf_probability(v); });
+  SetIfPresent(from.qronos_initial, [&](double v) { to.set_qronos_initial(v); });
+  SetIfPresent(from.optq_initial, [&](double v) { to.set_optq_initial(v); });
+  SetIfPresent(from.floor, [&](double v) { to.set_floor(v); });
+  to.set_held_out_tokens(from.held_out_tokens);
+  SetIfPresent(from.held_out_relative_error,
+               [&](double v) { to.set_held_out_relative_error(v); });
+  for (const engine::LadderStep& step : from.ladder) {
+    v1::LadderStep* const entry = to.add_ladder();
+    entry->set_lambda(step.lambda);
+    entry->set_held_out_relative_error(step.held_out_relative_error);
+  }
+  *to.mutable_spec() = ToProto(from.spec);
+  to.set_held_out_fraction(facts.held_out_fraction);
+  to.set_held_out_block_rows(facts.held_out_fraction > 0 ? facts.held_out_block_rows : 0);
   v1::PhaseSeconds* const seconds = to.mutable_phase_seconds();
   seconds->set_receive(facts.receive_seconds);
   seconds->set_queue(facts.queue_seconds);
@@ -358,6 +415,20 @@ absl::StatusOr<QuantizeCall> FromProto(const v1::QuantizeHeader& header) {
   call.layer.tokens = x->rows;
   call.layer.x_features = x->columns;
   call.layer.x_dtype = x->dtype;
+  if (header.has_x_quantized()) {
+    const absl::StatusOr<MatrixShape> x_quantized =
+        ReadMatrix(true, header.x_quantized(), "x_quantized", "[tokens, input features]");
+    if (!x_quantized.ok()) return x_quantized.status();
+    call.layer.x_quantized_dtype = x_quantized->dtype;
+    call.layer.x_quantized_tokens = x_quantized->rows;
+    call.layer.x_quantized_features = x_quantized->columns;
+  }
+  if (header.has_held_out_fraction()) {
+    call.layer.held_out_fraction = header.held_out_fraction();
+  } else if (call.layer.spec.NeedsHeldOut()) {
+    call.layer.held_out_fraction = kDefaultHeldOut;
+  }
+  call.layer.sequence_rows = header.sequence_rows();
   return call;
 }
 

@@ -37,6 +37,9 @@ v1::DataType ToProto(engine::DType dtype);
 struct CallFacts {
   std::string weights_sha256;
   std::string x_sha256;
+  std::string x_quantized_sha256;
+  double held_out_fraction = 0;
+  int64_t held_out_block_rows = 0;
   double receive_seconds = 0;
   double queue_seconds = 0;
 };

@@ -349,13 +349,12 @@ absl::Status QuantizeReactor::FoldWeights(const v1::TensorChunk& chunk) {
 }
 
 absl::Status QuantizeReactor::FoldActivations(const v1::ActivationChunk& chunk) {
-  if (!chunk.x_quantized().empty()) {
-    return engine::InvalidField("activation.x_quantized",
-                                absl::StrCat("expected none as the header announced none, got ",
-                                             chunk.x_quantized().size(), " bytes"));
+  absl::Status status = intake_->AppendActivations(chunk.row_offset(), AsBytes(chunk.x()),
+                                                   AsBytes(chunk.x_quantized()));
+  if (status.ok()) {
+    x_digest_.Update(chunk.x());
+    x_quantized_digest_.Update(chunk.x_quantized());
   }
-  absl::Status status = intake_->AppendActivations(chunk.row_offset(), AsBytes(chunk.x()));
-  if (status.ok()) x_digest_.Update(chunk.x());
   return status;
 }
 
@@ -365,6 +364,9 @@ absl::Status QuantizeReactor::FinishIntake() {
   ready_ = *std::move(ready);
   facts_.weights_sha256 = weights_digest_.Finish();
   facts_.x_sha256 = x_digest_.Finish();
+  if (intake_->request().mismatched()) facts_.x_quantized_sha256 = x_quantized_digest_.Finish();
+  facts_.held_out_fraction = intake_->split().fraction();
+  facts_.held_out_block_rows = intake_->split().block_rows();
   return absl::OkStatus();
 }
 

@@ -136,6 +136,7 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   std::unique_ptr<jobs::LayerIntake> intake_;
   Sha256 weights_digest_;
   Sha256 x_digest_;
+  Sha256 x_quantized_digest_;
   CallFacts facts_;
   // Between FinishIntake and the job.
   std::optional<jobs::ReadyLayer> ready_;

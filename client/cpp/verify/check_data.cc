@@ -1,0 +1,90 @@
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "absl/strings/str_cat.h"
+#include "checks.h"
+
+namespace certiq::verify {
+namespace {
+
+// Static groups belong to the original columns; dynamic ones are runs of group_size in the order of
+// work, the last one perhaps shorter.
+void CheckGroups(const Evidence& evidence, Ledger& ledger) {
+  const int64_t size = evidence.spec().group_size();
+  if (size == 0) return;
+  const Layer& layer = evidence.layer;
+  const bool runs = evidence.spec().group_scales() == v1::GROUP_SCALES_DYNAMIC;
+  bool holds = true;
+  for (size_t i = 0; i < layer.order.size(); ++i) {
+    // layer.order sorts by group first where groups are runs, so that this leaves norms to check.
+    const auto feature = static_cast<size_t>(runs ? layer.order[i] : static_cast<int64_t>(i));
+    holds = holds && layer.q.group_of[feature] == static_cast<int64_t>(i) / size;
+    if (!runs || i == 0) continue;
+    const bool natural = evidence.spec().order() != v1::ORDER_DECREASING_NORM;
+    const auto before = layer.order[i - 1];
+    const auto here = layer.order[i];
+    // Norms within 1e-5 may have changed places in float32 sums.
+    holds = holds && (natural || layer.gram(here, here) <= layer.gram(before, before) * (1 + 1e-5));
+  }
+  ledger.Claim("groups", holds,
+               runs ? "runs of group_size in the order of work" : "runs of original columns");
+}
+
+// Every code is the nearest one, or one of the two around the target, or an outermost one.
+void CheckRounding(const Evidence& evidence, Ledger& ledger) {
+  const Quantized& q = evidence.layer.q;
+  const auto [least, most] = std::minmax_element(q.codes.begin(), q.codes.end());
+  // Rounded levels lie at most half a unit of bfloat16 off their multiple.
+  const double level_rounding = q.level_type == v1::DATA_TYPE_F32 ? 0 : 0x1p-8;
+  int64_t strange = 0;
+  for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
+    for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
+      const int32_t code = q.Code(r, evidence.Feature(i));
+      // An explicit grid may have used fewer codes.
+      if (code == 0 || code == q.top || code == *least || code == *most) continue;
+      const double reach = (evidence.nearest() ? 0.5 : 1.0) * evidence.Step(r, i) * (1 + 1e-5) +
+                           evidence.ErrorSlack(r, i) +
+                           level_rounding * std::abs(q.levels(r, evidence.Feature(i)));
+      strange += std::abs(evidence.e(r, i)) <= reach ? 0 : 1;
+    }
+  }
+  ledger.Claim("codes", strange == 0,
+               strange == 0 ? absl::StrCat("each in its grid and ",
+                                           evidence.nearest() ? "the nearest to its target"
+                                                              : "next to its target")
+                            : absl::StrCat(strange, " are not what ",
+                                           v1::Rounding_Name(evidence.spec().rounding()),
+                                           " gives in this order"));
+}
+
+}  // namespace
+
+double Evidence::ErrorSlack(Eigen::Index r, Eigen::Index i) const {
+  const double w = std::abs(layer.live_w(r, Feature(i)));
+  const double v = std::abs(Target(r, i));
+  const double slack = feedback.has_value() ? feedback->slack : 0;
+  return 0x1p-21 * (v + w) + slack * std::abs(v + w) + 0x1p-21 * Step(r, i);
+}
+
+void CheckData(const Evidence& evidence, Ledger& ledger) {
+  const v1::Certificate& c = evidence.certificate;
+  const Layer& layer = evidence.layer;
+  ledger.Count("tokens", c.tokens(), layer.fit.x.rows(), layer.fit.x.rows());
+  ledger.Count("held_out_tokens", c.held_out_tokens(), layer.held_out.x.rows(),
+               layer.held_out.x.rows());
+  ledger.Claim("held_out_fraction, held_out_block_rows", true,
+               layer.held_out.x.rows() == 0 ? "nothing was held out"
+                                            : "rows were held out by their rule");
+  const auto dead = std::count(layer.dead.begin(), layer.dead.end(), true);
+  ledger.Count("dead_features", c.dead_features(), dead, dead);
+  CheckGroups(evidence, ledger);
+  CheckRounding(evidence, ledger);
+  if (evidence.feedback.has_value() && evidence.feedback->swapped > 0) {
+    ledger.NotChecked("order", absl::StrCat(evidence.feedback->swapped,
+                                            " neighbours of equal norm to 1e-5 were worked on the "
+                                            "other way round"));
+  }
+}
+
+}  // namespace certiq::verify

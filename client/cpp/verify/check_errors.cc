@@ -1,0 +1,79 @@
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "checks.h"
+
+namespace certiq::verify {
+namespace {
+
+std::vector<double> ToStd(const Vector& v) { return {v.begin(), v.end()}; }
+
+// |W - Q|_F^2 with W zero at dead features, which take no part (D3).
+double LiveChange(const Layer& layer) {
+  double sum = 0;
+  for (Eigen::Index j = 0; j < layer.w.cols(); ++j) {
+    if (layer.dead[static_cast<size_t>(j)]) continue;
+    sum += (layer.w.col(j) - layer.q.levels.col(j)).squaredNorm();
+  }
+  return sum;
+}
+
+void CheckNearest(const Evidence& evidence, Ledger& ledger) {
+  const v1::Certificate& c = evidence.certificate;
+  const Layer& layer = evidence.layer;
+  const auto error = [&](int32_t low, int32_t high) {
+    const OutputErrors errors =
+        ErrorsOn(layer.fit, layer.w, RoundPlainly(layer, low, high), /*with_residual=*/false);
+    return Relative(errors.squared.sum(), errors.energy.sum());
+  };
+  std::optional<double> expected;
+  if (evidence.spec().certificate().compare_nearest()) {
+    expected = error(0, layer.q.top);
+    // An explicit grid may leave codes out, which the report does not say; those used tell.
+    const auto [least, most] = std::minmax_element(layer.q.codes.begin(), layer.q.codes.end());
+    if (std::abs(c.nearest_relative_error() - *expected) > kPromise * *expected &&
+        (*least > 0 || *most < layer.q.top)) {
+      expected = error(*least, *most);
+    }
+  }
+  OptionalClose("nearest_relative_error", c.has_nearest_relative_error(), c.nearest_relative_error(),
+                expected, kPromise, ledger);
+}
+
+}  // namespace
+
+void CheckErrors(const Evidence& evidence, Ledger& ledger) {
+  const v1::Certificate& c = evidence.certificate;
+  const Layer& layer = evidence.layer;
+  const OutputErrors& errors = evidence.errors;
+  const double squared = errors.squared.sum();
+  const double energy = errors.energy.sum();
+  ledger.Close("squared_error", c.squared_error(), squared, evidence.tolerance());
+  const double lambda = evidence.feedback.has_value() ? c.lambda_used() : 0;
+  ledger.Close("damped_squared_error", c.damped_squared_error(),
+               squared + lambda * LiveChange(layer), evidence.tolerance());
+  ledger.Close("reference_energy", c.reference_energy(), energy, kPromise);
+  ledger.Close("relative_error", c.relative_error(), Relative(squared, energy),
+               evidence.tolerance());
+  CheckNearest(evidence, ledger);
+  const std::vector<double> rows = ToStd(errors.squared.cwiseSqrt());
+  if (evidence.spec().certificate().per_row()) {
+    std::vector<Range> ranges;
+    for (const double row : rows) ranges.push_back(Around(row, evidence.tolerance()));
+    ledger.Rows("row_error", {c.row_error().begin(), c.row_error().end()}, rows, ranges);
+  } else {
+    ledger.Count("row_error", c.row_error_size(), 0, 0);
+  }
+  if (layer.ladder) return;
+  std::optional<double> held_out;
+  if (layer.held_out.x.rows() > 0) {
+    const OutputErrors unseen =
+        ErrorsOn(layer.held_out, layer.w, layer.q.levels, /*with_residual=*/false);
+    held_out = Relative(unseen.squared.sum(), unseen.energy.sum());
+  }
+  OptionalClose("held_out_relative_error", c.has_held_out_relative_error(),
+                c.held_out_relative_error(), held_out, kPromise, ledger);
+}
+
+}  // namespace certiq::verify

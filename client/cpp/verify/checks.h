@@ -1,0 +1,72 @@
+// The comparisons, by subject. Every function adds one finding for each field it speaks of.
+#ifndef CERTIQ_CLIENT_CPP_VERIFY_CHECKS_H_
+#define CERTIQ_CLIENT_CPP_VERIFY_CHECKS_H_
+
+#include <optional>
+
+#include "certiq/v1/certificate.pb.h"
+#include "errors.h"
+#include "feedback.h"
+#include "layer.h"
+#include "ledger.h"
+
+namespace certiq::verify {
+
+// Certified numbers are promised to this, relative.
+inline constexpr double kPromise = 1e-4;
+// Bounds are evaluated outward by the service: eps_j by 2^-22 |v_j|, which with 8 bits is 1.3e-4 of
+// half a step, initial terms by 1e-6, sigma_max(X~) by at most 1e-3. True bounds are never below.
+inline constexpr double kOutward = 1e-3;
+
+// Everything that was recomputed.
+struct Evidence {
+  const v1::Certificate& certificate;
+  const Layer& layer;
+  // On the fit.
+  OutputErrors errors;
+  // Unset for NEAREST and where the service fell back to it.
+  std::optional<Feedback> feedback;
+  // v - q [R, N] in the order of `order`; W - Q without feedback.
+  Matrix e;
+  std::vector<int64_t> order;
+  // D_j, 0 at dead features; |X~_j|^2 without feedback.
+  Vector d;
+
+  const v1::QuantizationSpec& spec() const { return certificate.spec(); }
+  bool nearest() const { return spec().rounding() != v1::ROUNDING_STOCHASTIC; }
+  bool mismatched() const { return layer.fit.x_quantized.has_value(); }
+  // kPromise, and what the service's sums may be off.
+  double tolerance() const {
+    return kPromise + (feedback.has_value() ? 2 * feedback->slack : 0);
+  }
+  int64_t Feature(Eigen::Index i) const { return order[static_cast<size_t>(i)]; }
+  bool Dead(Eigen::Index i) const { return layer.dead[static_cast<size_t>(Feature(i))]; }
+  double Step(Eigen::Index r, Eigen::Index i) const { return layer.q.Step(r, Feature(i)); }
+  double Target(Eigen::Index r, Eigen::Index i) const {
+    return e(r, i) + layer.q.levels(r, Feature(i));
+  }
+  // How far the service's float32 sum e may be from ours: each of v and w - v was rounded a few
+  // times (2^-21 in all), and its U belongs to sums that are off by `slack`.
+  double ErrorSlack(Eigen::Index r, Eigen::Index i) const;
+};
+
+// Digests, shapes, what the spec says, what leaves no trace.
+void CheckIdentity(const Sources& sources, const v1::Certificate& certificate, Ledger& ledger);
+// Rows held out, groups, dead features, codes.
+void CheckData(const Evidence& evidence, Ledger& ledger);
+// lambda by its rule, attempts, ladder, condition.
+void CheckDamping(const Evidence& evidence, Ledger& ledger);
+// Errors on the tokens, and plain rounding's.
+void CheckErrors(const Evidence& evidence, Ledger& ledger);
+// C2, bounds, predictions and initial terms; that the bounds hold.
+void CheckBounds(const Evidence& evidence, Ledger& ledger);
+// Clipping, bits needed.
+void CheckAlphabet(const Evidence& evidence, Ledger& ledger);
+
+// An optional field: present where `expected` is, and then close to it.
+void OptionalClose(absl::string_view name, bool present, double certified,
+                   std::optional<double> expected, double relative, Ledger& ledger);
+
+}  // namespace certiq::verify
+
+#endif  // CERTIQ_CLIENT_CPP_VERIFY_CHECKS_H_

@@ -1,0 +1,32 @@
+// Checks a certificate against the raw data and the result, in float64 and from the formulas
+// alone: nothing of the service is trusted, and nothing of it is linked.
+#ifndef CERTIQ_CLIENT_CPP_VERIFY_VERIFY_H_
+#define CERTIQ_CLIENT_CPP_VERIFY_VERIFY_H_
+
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "certiq/v1/certificate.pb.h"
+#include "layer.h"
+#include "ledger.h"
+
+namespace certiq::verify {
+
+// Reads a report: protobuf JSON. INVALID_ARGUMENT for anything malformed, for fields this version
+// does not know, and where the resolved spec is missing.
+absl::StatusOr<v1::Certificate> ParseReport(absl::string_view json);
+
+// Recomputes every number that can be and compares. INVALID_ARGUMENT where the files do not fit
+// together so that nothing can be said; what merely is wrong is a finding. Never throws.
+absl::StatusOr<Ledger> Verify(const Sources& sources, const v1::Certificate& certificate);
+
+// A line a finding.
+std::string FindingsText(const Ledger& ledger);
+
+// One line.
+std::string VerdictText(const Ledger& ledger);
+
+}  // namespace certiq::verify
+
+#endif  // CERTIQ_CLIENT_CPP_VERIFY_VERIFY_H_
