@@ -5,6 +5,7 @@
 #include "CLI/CLI.hpp"
 #include "quantize_flags.h"
 #include "quantize_verb.h"
+#include "verify_verb.h"
 
 namespace certiq::cli {
 namespace {
@@ -16,6 +17,8 @@ int Run(const std::vector<std::string>& arguments, const Io& io) {
 
   QuantizeFlags flags;
   CLI::App* const quantize = AddQuantizeVerb(&app, &flags);
+  VerifyFlags verify_flags;
+  CLI::App* const verify = AddVerifyVerb(&app, &verify_flags);
   CLI::App* const version = app.add_subcommand("version", "Print the version");
   AddLaterVerbs(&app);
   // After the verbs, which would inherit it.
@@ -29,6 +32,7 @@ int Run(const std::vector<std::string>& arguments, const Io& io) {
     return app.exit(error, io.out, io.err) == 0 ? kExitOk : kExitUsage;
   }
   if (*quantize) return RunQuantize(flags, io);
+  if (*verify) return RunVerify(verify_flags, io);
   if (*version) return RunVersion(io);
   return RunLaterVerb(app.get_subcommands().front()->get_name(), io);
 }

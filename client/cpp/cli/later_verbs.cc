@@ -8,8 +8,7 @@
 namespace certiq::cli {
 namespace {
 
-constexpr std::array<std::pair<const char*, const char*>, 9> kLaterVerbs = {{
-    {"verify", "Check a result against its weights and certificate"},
+constexpr std::array<std::pair<const char*, const char*>, 8> kLaterVerbs = {{
     {"calibrations", "Create, list and finalize calibrations"},
     {"jobs", "List jobs"},
     {"submit", "Queue a job"},

@@ -101,8 +101,8 @@ void CheckDamping(const Evidence& evidence, Ledger& ledger) {
                v1::Outcome_Name(c.outcome()));
   if (nearest) {
     ledger.Claim("lambda_requested, lambda_used, damping_attempts, condition_estimate",
-                 c.lambda_requested() == 0 && c.lambda_used() == 0 && c.damping_attempts().empty() &&
-                     c.condition_estimate() == 0,
+                 c.lambda_requested() == 0 && c.lambda_used() == 0 &&
+                     c.damping_attempts().empty() && c.condition_estimate() == 0,
                  "none, since plain rounding has no damping");
   } else {
     double ratio = 0;

@@ -49,13 +49,13 @@ void CheckRounding(const Evidence& evidence, Ledger& ledger) {
       strange += std::abs(evidence.e(r, i)) <= reach ? 0 : 1;
     }
   }
-  ledger.Claim("codes", strange == 0,
-               strange == 0 ? absl::StrCat("each in its grid and ",
-                                           evidence.nearest() ? "the nearest to its target"
-                                                              : "next to its target")
-                            : absl::StrCat(strange, " are not what ",
-                                           v1::Rounding_Name(evidence.spec().rounding()),
-                                           " gives in this order"));
+  ledger.Claim(
+      "codes", strange == 0,
+      strange == 0
+          ? absl::StrCat("each in its grid and ",
+                         evidence.nearest() ? "the nearest to its target" : "next to its target")
+          : absl::StrCat(strange, " are not what ", v1::Rounding_Name(evidence.spec().rounding()),
+                         " gives in this order"));
 }
 
 }  // namespace
@@ -73,9 +73,9 @@ void CheckData(const Evidence& evidence, Ledger& ledger) {
   ledger.Count("tokens", c.tokens(), layer.fit.x.rows(), layer.fit.x.rows());
   ledger.Count("held_out_tokens", c.held_out_tokens(), layer.held_out.x.rows(),
                layer.held_out.x.rows());
-  ledger.Claim("held_out_fraction, held_out_block_rows", true,
-               layer.held_out.x.rows() == 0 ? "nothing was held out"
-                                            : "rows were held out by their rule");
+  ledger.Claim(
+      "held_out_fraction, held_out_block_rows", true,
+      layer.held_out.x.rows() == 0 ? "nothing was held out" : "rows were held out by their rule");
   const auto dead = std::count(layer.dead.begin(), layer.dead.end(), true);
   ledger.Count("dead_features", c.dead_features(), dead, dead);
   CheckGroups(evidence, ledger);

@@ -37,8 +37,8 @@ void CheckNearest(const Evidence& evidence, Ledger& ledger) {
       expected = error(*least, *most);
     }
   }
-  OptionalClose("nearest_relative_error", c.has_nearest_relative_error(), c.nearest_relative_error(),
-                expected, kPromise, ledger);
+  OptionalClose("nearest_relative_error", c.has_nearest_relative_error(),
+                c.nearest_relative_error(), expected, kPromise, ledger);
 }
 
 }  // namespace

@@ -5,10 +5,10 @@
 #include <optional>
 
 #include "certiq/v1/certificate.pb.h"
-#include "errors.h"
 #include "feedback.h"
 #include "layer.h"
 #include "ledger.h"
+#include "token_errors.h"
 
 namespace certiq::verify {
 
@@ -36,9 +36,7 @@ struct Evidence {
   bool nearest() const { return spec().rounding() != v1::ROUNDING_STOCHASTIC; }
   bool mismatched() const { return layer.fit.x_quantized.has_value(); }
   // kPromise, and what the service's sums may be off.
-  double tolerance() const {
-    return kPromise + (feedback.has_value() ? 2 * feedback->slack : 0);
-  }
+  double tolerance() const { return kPromise + (feedback.has_value() ? 2 * feedback->slack : 0); }
   int64_t Feature(Eigen::Index i) const { return order[static_cast<size_t>(i)]; }
   bool Dead(Eigen::Index i) const { return layer.dead[static_cast<size_t>(Feature(i))]; }
   double Step(Eigen::Index r, Eigen::Index i) const { return layer.q.Step(r, Feature(i)); }

@@ -107,9 +107,8 @@ absl::StatusOr<Feedback> RecomputeIn(const std::vector<int64_t>& order, const La
   }
   f.e.resize(w.rows(), w.cols());
   InPieces(w.rows(), 256, [&](int64_t begin, int64_t end) {
-    f.e.middleRows(begin, end - begin).noalias() =
-        (f.start - q).middleRows(begin, end - begin) *
-        f.factor.u.triangularView<Eigen::UnitUpper>();
+    f.e.middleRows(begin, end - begin).noalias() = (f.start - q).middleRows(begin, end - begin) *
+                                                   f.factor.u.triangularView<Eigen::UnitUpper>();
   });
   if (f.first_target.size() > 0) f.e.col(0) = f.first_target - q.col(0);
   return f;

@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "errors.h"
 #include "layer.h"
 #include "linear_algebra.h"
+#include "token_errors.h"
 
 namespace certiq::verify {
 

@@ -27,8 +27,8 @@ absl::StatusOr<Matrix> DecodeRows(const TensorView& tensor, const std::vector<bo
     for (int64_t j = 0; j < columns; ++j) {
       const float value = row[static_cast<size_t>(j)];
       if (!std::isfinite(value)) {
-        return absl::InvalidArgumentError(absl::StrCat(tensor.name, ": row ", r, ", column ", j,
-                                                       " is not finite in float32"));
+        return absl::InvalidArgumentError(
+            absl::StrCat(tensor.name, ": row ", r, ", column ", j, " is not finite in float32"));
       }
       result(to, j) = static_cast<double>(value);
     }
@@ -70,9 +70,9 @@ absl::Status CheckShapes(const Sources& sources) {
   if (!sources.x_quantized.has_value()) return absl::OkStatus();
   if (absl::Status status = ExpectMatrix(*sources.x_quantized); !status.ok()) return status;
   if (sources.x_quantized->shape != sources.x.shape) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        sources.x_quantized->name, ": expected the shape of x, ", ShapeText(sources.x.shape),
-        ", got ", ShapeText(sources.x_quantized->shape)));
+    return absl::InvalidArgumentError(
+        absl::StrCat(sources.x_quantized->name, ": expected the shape of x, ",
+                     ShapeText(sources.x.shape), ", got ", ShapeText(sources.x_quantized->shape)));
   }
   return absl::OkStatus();
 }
@@ -101,9 +101,9 @@ absl::StatusOr<Layer> LoadLayer(const Sources& sources, const v1::Certificate& c
   const double fraction = certificate.held_out_fraction();
   if (!(fraction >= 0 && fraction <= 0.5) ||
       (fraction > 0 && certificate.held_out_block_rows() < 1)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("held_out_fraction, held_out_block_rows: expected 0 to 0.5 and at least 1, got ",
-                     fraction, " and ", certificate.held_out_block_rows()));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "held_out_fraction, held_out_block_rows: expected 0 to 0.5 and at least 1, got ", fraction,
+        " and ", certificate.held_out_block_rows()));
   }
   Layer layer;
   absl::StatusOr<Quantized> q =
@@ -115,8 +115,8 @@ absl::StatusOr<Layer> LoadLayer(const Sources& sources, const v1::Certificate& c
   if (!w.ok()) return w.status();
   layer.w = *std::move(w);
 
-  const std::vector<bool> held =
-      HeldOutRows(sources.x.shape[0], fraction, std::max<int64_t>(1, certificate.held_out_block_rows()));
+  const std::vector<bool> held = HeldOutRows(
+      sources.x.shape[0], fraction, std::max<int64_t>(1, certificate.held_out_block_rows()));
   const bool any = std::find(held.begin(), held.end(), true) != held.end();
   layer.ladder = any && spec.method() != v1::METHOD_NEAREST &&
                  spec.damping().rule_case() == v1::Damping::kHeldOut;

@@ -36,8 +36,7 @@ void Ledger::Close(absl::string_view name, double certified, double recomputed, 
 void Ledger::Rows(absl::string_view name, const std::vector<double>& certified,
                   const std::vector<double>& recomputed, const std::vector<Range>& ranges) {
   if (certified.size() != recomputed.size()) {
-    Claim(name, false,
-          absl::StrCat(certified.size(), " rows, expected ", recomputed.size()));
+    Claim(name, false, absl::StrCat(certified.size(), " rows, expected ", recomputed.size()));
     return;
   }
   bool holds = true;
@@ -58,9 +57,11 @@ void Ledger::Rows(absl::string_view name, const std::vector<double>& certified,
     holds = holds && row_holds;
   }
   if (certified.empty()) return;
-  std::string text = absl::StrCat("row ", worst, ": ", Comparison(certified[worst], recomputed[worst]));
+  std::string text =
+      absl::StrCat("row ", worst, ": ", Comparison(certified[worst], recomputed[worst]));
   if (holds) {
-    text = absl::StrFormat("%d rows  (the worst, row %d, off by %.0e)", certified.size(), worst, most);
+    text =
+        absl::StrFormat("%d rows  (the worst, row %d, off by %.0e)", certified.size(), worst, most);
   } else {
     absl::StrAppend(&text, "; ", bad, " of ", certified.size(), " rows are wrong");
   }
@@ -88,8 +89,7 @@ void Ledger::Claim(absl::string_view name, bool holds, absl::string_view text) {
 }
 
 void Ledger::NotChecked(absl::string_view name, absl::string_view reason) {
-  findings_.push_back(
-      {Verdict::kNotChecked, std::string(name), absl::StrCat("(", reason, ")")});
+  findings_.push_back({Verdict::kNotChecked, std::string(name), absl::StrCat("(", reason, ")")});
 }
 
 int64_t Ledger::count(Verdict verdict) const {

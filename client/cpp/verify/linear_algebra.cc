@@ -90,7 +90,8 @@ double OneNormCondition(const Matrix& h, const Matrix& inverse_u, const Vector& 
   const Matrix scaled = d.cwiseInverse().asDiagonal() * inverse_u;
   Vector sums(n);
   InPieces(n, kPiece, [&](int64_t begin, int64_t end) {
-    const Matrix rows = inverse_u.block(0, begin, end, end - begin).transpose() * scaled.topRows(end);
+    const Matrix rows =
+        inverse_u.block(0, begin, end, end - begin).transpose() * scaled.topRows(end);
     sums.segment(begin, end - begin) = rows.cwiseAbs().rowwise().sum();
   });
   return h.cwiseAbs().colwise().sum().maxCoeff() * sums.maxCoeff();

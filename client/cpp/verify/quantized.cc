@@ -76,8 +76,8 @@ absl::Status Reader::Groups(const std::string& role) {
     const int64_t group = (*values)[j];
     if (group < 0 || group >= q_.groups) {
       return absl::InvalidArgumentError(absl::StrCat(tensor->name, ": expected groups 0 to ",
-                                                     q_.groups - 1, ", got ", group,
-                                                     " at feature ", j));
+                                                     q_.groups - 1, ", got ", group, " at feature ",
+                                                     j));
     }
     q_.group_of[j] = static_cast<int32_t>(group);
   }
@@ -85,8 +85,8 @@ absl::Status Reader::Groups(const std::string& role) {
 }
 
 absl::Status Reader::Scales(const std::string& role, v1::DataType dtype, bool groups_first) {
-  const std::vector<int64_t> shape =
-      groups_first ? std::vector<int64_t>{q_.groups, q_.rows} : std::vector<int64_t>{q_.rows, q_.groups};
+  const std::vector<int64_t> shape = groups_first ? std::vector<int64_t>{q_.groups, q_.rows}
+                                                  : std::vector<int64_t>{q_.rows, q_.groups};
   const absl::StatusOr<TensorView> tensor = Get(role, dtype, shape);
   if (!tensor.ok()) return tensor.status();
   std::vector<float> values(q_.scale.size());
@@ -116,8 +116,8 @@ absl::Status Reader::CodesFromLevels(const TensorView& weight) {
       const float value = row[static_cast<size_t>(j)];
       int32_t code = -1;
       if (std::isfinite(value)) {
-        const double near = std::nearbyint(static_cast<double>(value) / q_.Step(r, j)) +
-                            q_.zero[q_.Cell(r, j)];
+        const double near =
+            std::nearbyint(static_cast<double>(value) / q_.Step(r, j)) + q_.zero[q_.Cell(r, j)];
         // Rounded levels may have left their own cell by one.
         for (const double candidate : {near, near - 1, near + 1}) {
           if (!(candidate >= 0 && candidate <= q_.top)) continue;
@@ -149,8 +149,8 @@ absl::Status Reader::Dense() {
     for (size_t at = 0; at < values->size(); ++at) {
       const int64_t zero = (*values)[at];
       if (zero < 0 || zero > q_.top) {
-        return absl::InvalidArgumentError(absl::StrCat(zeros->name, ": expected 0 to ", q_.top,
-                                                       ", got ", zero, " at ", at));
+        return absl::InvalidArgumentError(
+            absl::StrCat(zeros->name, ": expected 0 to ", q_.top, ", got ", zero, " at ", at));
       }
       q_.zero[at] = static_cast<int32_t>(zero);
     }
@@ -213,9 +213,8 @@ absl::Status Reader::Compressed() {
     if (!zeros.ok()) return zeros.status();
     for (int64_t r = 0; r < q_.rows; ++r) {
       for (int64_t g = 0; g < q_.groups; ++g) {
-        q_.zero[static_cast<size_t>(r * q_.groups + g)] = Unpack(r, bits, [&](int64_t w) {
-          return (*zeros)[static_cast<size_t>(w * q_.groups + g)];
-        });
+        q_.zero[static_cast<size_t>(r * q_.groups + g)] = Unpack(
+            r, bits, [&](int64_t w) { return (*zeros)[static_cast<size_t>(w * q_.groups + g)]; });
       }
     }
   }
@@ -226,8 +225,8 @@ absl::Status Reader::Compressed() {
   }
   for (int64_t r = 0; r < q_.rows; ++r) {
     for (int64_t j = 0; j < q_.features; ++j) {
-      q_.codes[static_cast<size_t>(r * q_.features + j)] = Unpack(
-          j, bits, [&](int64_t w) { return (*codes)[static_cast<size_t>(r * words + w)]; });
+      q_.codes[static_cast<size_t>(r * q_.features + j)] =
+          Unpack(j, bits, [&](int64_t w) { return (*codes)[static_cast<size_t>(r * words + w)]; });
     }
   }
   return absl::OkStatus();
@@ -242,10 +241,10 @@ float Quantized::Level(int64_t row, int64_t feature, int32_t code) const {
 
 int32_t Quantized::NearestCode(int64_t row, int64_t feature, float value, int32_t low,
                                int32_t high) const {
-  const double free = std::nearbyint(static_cast<double>(value) / Step(row, feature)) +
-                      zero[Cell(row, feature)];
-  const auto even = static_cast<int32_t>(
-      std::clamp(free, static_cast<double>(low), static_cast<double>(high)));
+  const double free =
+      std::nearbyint(static_cast<double>(value) / Step(row, feature)) + zero[Cell(row, feature)];
+  const auto even =
+      static_cast<int32_t>(std::clamp(free, static_cast<double>(low), static_cast<double>(high)));
   if (level_type == v1::DATA_TYPE_F32) return even;
   int32_t best = even;
   for (const int32_t candidate : {even - 1, even + 1}) {
@@ -261,9 +260,9 @@ int32_t Quantized::NearestCode(int64_t row, int64_t feature, float value, int32_
 absl::StatusOr<Quantized> ReadQuantized(const v1::QuantizationSpec& spec, int64_t rows,
                                         int64_t features, const TensorByRole& tensor) {
   if (spec.bits() < 2 || spec.bits() > 8 || spec.group_size() < 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "spec: expected 2 to 8 bits and no negative group_size, got ", spec.bits(), " and ",
-        spec.group_size()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("spec: expected 2 to 8 bits and no negative group_size, got ", spec.bits(),
+                     " and ", spec.group_size()));
   }
   Quantized q;
   q.rows = rows;
@@ -297,14 +296,15 @@ absl::StatusOr<Quantized> ReadQuantized(const v1::QuantizationSpec& spec, int64_
       status = reader.Compressed();
       break;
     default:
-      status = absl::InvalidArgumentError("spec.format: the report names no format this version knows");
+      status =
+          absl::InvalidArgumentError("spec.format: the report names no format this version knows");
   }
   if (!status.ok()) return status;
   for (size_t at = 0; at < q.zero.size(); ++at) {
     if (!spec.symmetric() || q.zero[at] == 1 << (spec.bits() - 1)) continue;
     return absl::InvalidArgumentError(absl::StrCat("zero points: expected ", 1 << (spec.bits() - 1),
-                                                   " throughout a symmetric grid, got ",
-                                                   q.zero[at], " at ", at));
+                                                   " throughout a symmetric grid, got ", q.zero[at],
+                                                   " at ", at));
   }
   q.levels.resize(rows, features);
   for (int64_t r = 0; r < rows; ++r) {

@@ -121,8 +121,8 @@ absl::Status ExpectTensor(const TensorView& tensor, v1::DataType dtype,
   const absl::StatusOr<int64_t> bytes = TensorBytes(dtype, shape);
   if (!bytes.ok()) return bytes.status();
   if (static_cast<int64_t>(tensor.data.size()) != *bytes) {
-    return absl::InvalidArgumentError(absl::StrCat(tensor.name, ": expected ", *bytes,
-                                                   " bytes, got ", tensor.data.size()));
+    return absl::InvalidArgumentError(
+        absl::StrCat(tensor.name, ": expected ", *bytes, " bytes, got ", tensor.data.size()));
   }
   return absl::OkStatus();
 }

@@ -1,6 +1,6 @@
 // Errors of a quantized layer on tokens, straight from the definition: no sums, no factor.
-#ifndef CERTIQ_CLIENT_CPP_VERIFY_ERRORS_H_
-#define CERTIQ_CLIENT_CPP_VERIFY_ERRORS_H_
+#ifndef CERTIQ_CLIENT_CPP_VERIFY_TOKEN_ERRORS_H_
+#define CERTIQ_CLIENT_CPP_VERIFY_TOKEN_ERRORS_H_
 
 #include "layer.h"
 #include "tensors.h"
@@ -31,4 +31,4 @@ Matrix RoundPlainly(const Layer& layer, int32_t low, int32_t high);
 
 }  // namespace certiq::verify
 
-#endif  // CERTIQ_CLIENT_CPP_VERIFY_ERRORS_H_
+#endif  // CERTIQ_CLIENT_CPP_VERIFY_TOKEN_ERRORS_H_

@@ -1,4 +1,4 @@
-#include "errors.h"
+#include "token_errors.h"
 
 #include <cmath>
 
@@ -39,7 +39,8 @@ OutputErrors ErrorsOn(const Tokens& tokens, const Matrix& w, const Matrix& q, bo
       errors.largest[begin + r] = error.cols() == 0 ? 0 : error.row(r).cwiseAbs().maxCoeff();
     }
     if (!mismatched || !with_residual) return;
-    const Matrix residual = w.middleRows(begin, count) * (tokens.x - *tokens.x_quantized).transpose();
+    const Matrix residual =
+        w.middleRows(begin, count) * (tokens.x - *tokens.x_quantized).transpose();
     errors.residual.segment(begin, count) = residual.rowwise().squaredNorm();
     errors.residual_products.middleRows(begin, count) = residual * *tokens.x_quantized;
   });
@@ -56,8 +57,8 @@ Matrix RoundPlainly(const Layer& layer, int32_t low, int32_t high) {
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t j = 0; j < levels.cols(); ++j) {
         const auto value = static_cast<float>(layer.live_w(r, j));
-        levels(r, j) = static_cast<double>(
-            layer.q.Level(r, j, layer.q.NearestCode(r, j, value, low, high)));
+        levels(r, j) =
+            static_cast<double>(layer.q.Level(r, j, layer.q.NearestCode(r, j, value, low, high)));
       }
     }
   });

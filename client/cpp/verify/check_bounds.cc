@@ -1,0 +1,228 @@
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "checks.h"
+#include "linear_algebra.h"
+
+namespace certiq::verify {
+namespace {
+
+// sqrt(sum_j eps_j^2 D_j), eps_j = max(delta_j / 2, |e_j|) (B1).
+double Width(const Evidence& evidence, Eigen::Index r) {
+  double sum = 0;
+  for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
+    const double eps = std::max(evidence.Step(r, i) / 2, std::abs(evidence.e(r, i)));
+    sum += eps * eps * evidence.d[i];
+  }
+  return std::sqrt(sum);
+}
+
+// (B1), (B2), (B3): a bound for every row.
+std::vector<double> RowBounds(const Evidence& evidence) {
+  std::vector<double> bounds;
+  const double sigma = evidence.feedback.has_value() ? 0 : LargestEigenvalue(evidence.layer.gram);
+  for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
+    if (evidence.feedback.has_value()) {
+      bounds.push_back(std::sqrt(evidence.feedback->prior_initial[r]) + Width(evidence, r));
+      continue;
+    }
+    double reach = 0;
+    double squares = 0;
+    for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
+      if (evidence.Dead(i)) continue;
+      const double eps = std::max(evidence.Step(r, i) / 2, std::abs(evidence.e(r, i)));
+      reach += eps * std::sqrt(evidence.d[i]);
+      squares += eps * eps;
+    }
+    const double initial = evidence.mismatched() ? std::sqrt(evidence.errors.residual[r]) : 0;
+    bounds.push_back(std::min(reach, std::sqrt(squares * sigma)) + initial);
+  }
+  return bounds;
+}
+
+// C2, C_inf, (P2): of the factor alone.
+void CheckFactor(const Evidence& evidence, Ledger& ledger) {
+  const v1::Certificate& c = evidence.certificate;
+  if (!evidence.feedback.has_value()) {
+    ledger.Claim("c2, c_inf", c.c2() == 0 && c.c_inf() == 0, "none without a factor");
+    OptionalClose("rate_gap_bits", c.has_rate_gap_bits(), c.rate_gap_bits(), std::nullopt, 0,
+                  ledger);
+    return;
+  }
+  double sum = 0;
+  double logs = 0;
+  double live = 0;
+  for (Eigen::Index i = 0; i < evidence.d.size(); ++i) {
+    if (evidence.Dead(i)) continue;
+    sum += evidence.d[i];
+    logs += std::log2(evidence.d[i]);
+    ++live;
+  }
+  ledger.Close("c2", c.c2(), std::sqrt(sum / live), evidence.tolerance());
+  ledger.Close("c_inf", c.c_inf(), std::sqrt(evidence.d.maxCoeff()), evidence.tolerance());
+  const double gap = 0.5 * (std::log2(sum / live) - logs / live);
+  if (!c.has_rate_gap_bits()) {
+    ledger.Claim("rate_gap_bits", false, "missing");
+    return;
+  }
+  // D_j off by 1e-6 (float32 sums), or by the slack, moves a logarithm by 1.44 times that.
+  ledger.Number("rate_gap_bits", c.rate_gap_bits(), gap,
+                Around(gap, kPromise, 1.5e-6 + 1.5 * evidence.feedback->slack));
+}
+
+// (P1): half-step uniform errors delta^2 / 12, stochastic ones delta^2 / 6, plus initial terms.
+double Predicted(const Evidence& evidence) {
+  double sum = 0;
+  for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
+    for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
+      sum += evidence.Step(r, i) * evidence.Step(r, i) * evidence.d[i];
+    }
+  }
+  sum /= evidence.nearest() ? 12 : 6;
+  if (evidence.feedback.has_value()) return sum + evidence.feedback->initial.sum();
+  return sum + (evidence.mismatched() ? evidence.errors.residual.sum() : 0);
+}
+
+// (B3), (M8). Set for methods with feedback: the first for Qronos, with zeros where inputs match;
+// for OPTQ what it starts with, where inputs do not match.
+void CheckInitialTerms(const Evidence& evidence, Ledger& ledger) {
+  const v1::Certificate& c = evidence.certificate;
+  const bool qronos =
+      evidence.feedback.has_value() && evidence.spec().method() == v1::METHOD_QRONOS;
+  std::optional<double> ours;
+  std::optional<double> optq;
+  std::optional<double> floor;
+  if (qronos) {
+    ours = std::sqrt(evidence.feedback->prior_initial.sum());
+    floor = std::sqrt(evidence.feedback->floor.sum());
+  }
+  if (qronos || (evidence.feedback.has_value() && evidence.mismatched())) {
+    optq = evidence.mismatched() ? std::sqrt(evidence.errors.residual.sum()) : 0;
+  }
+  OptionalClose("qronos_initial", c.has_qronos_initial(), c.qronos_initial(), ours,
+                evidence.tolerance(), ledger);
+  OptionalClose("optq_initial", c.has_optq_initial(), c.optq_initial(), optq, kPromise, ledger);
+  OptionalClose("floor", c.has_floor(), c.floor(), floor, evidence.tolerance(), ledger);
+}
+
+// (B5) over the tokens and rows of the fit; a target that lies within its slack of the outermost
+// level may have counted as clipped or not: the least and the most that allows.
+Range LikelyLargest(const Evidence& evidence) {
+  const Quantized& q = evidence.layer.q;
+  const double pairs =
+      static_cast<double>(evidence.certificate.tokens()) * static_cast<double>(q.rows);
+  const double deviations =
+      std::sqrt(0.5 * std::log(2 * pairs / evidence.spec().certificate().failure_probability()));
+  Range most;
+  for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
+    Range widest;
+    Range reach;
+    // Qronos' first feature is rounded before the sweep: its initial term has the actual q_1.
+    const bool skip_first =
+        evidence.feedback.has_value() && evidence.feedback->first_target.size() > 0;
+    for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
+      const double root = std::sqrt(evidence.d[i]);
+      const double step = evidence.Step(r, i);
+      const double error = std::abs(evidence.e(r, i));
+      const double position = evidence.Target(r, i) / step + q.zero[q.Cell(r, evidence.Feature(i))];
+      const double beyond = std::max(-position, position - q.top);
+      const double slack = evidence.ErrorSlack(r, i) / step + 1e-6 + 0x1p-22 * q.top;
+      if (i == 0 && skip_first) {
+        widest.high = std::max(widest.high, step * root);
+        continue;
+      }
+      if (beyond < slack) widest.high = std::max(widest.high, step * root);
+      if (beyond < -slack) widest.low = std::max(widest.low, step * root);
+      if (beyond > slack) reach.low += error * root;
+      if (beyond > -slack) reach.high += error * root;
+    }
+    const double initial = std::sqrt(evidence.feedback->initial[r]);
+    most.low = std::max(most.low, deviations * widest.low + reach.low + initial);
+    most.high = std::max(most.high, deviations * widest.high + reach.high + initial);
+  }
+  return most;
+}
+
+void CheckLargest(const Evidence& evidence, const std::vector<double>& bounds, Ledger& ledger) {
+  const v1::Certificate& c = evidence.certificate;
+  const double always = *std::max_element(bounds.begin(), bounds.end());
+  const double high = 1 + kOutward + evidence.tolerance();
+  Range range = {always * (1 - evidence.tolerance()), always * high};
+  double shown = always;
+  bool certain = true;
+  if (evidence.feedback.has_value() && !evidence.nearest()) {
+    const Range likely = LikelyLargest(evidence);
+    range.low = std::min(range.low, likely.low * (1 - evidence.tolerance()));
+    range.high = std::min(range.high, likely.high * high);
+    certain = likely.low >= always;
+    shown = std::min(always, likely.high);
+  }
+  if (!c.has_linf_bound() || !c.has_linf_probability()) {
+    ledger.Claim("linf_bound, linf_probability", false, "missing");
+    return;
+  }
+  ledger.Number("linf_bound", c.linf_bound(), shown, range);
+  const double likely = 1 - evidence.spec().certificate().failure_probability();
+  // A bound that always holds also holds with any probability.
+  const bool stochastic = evidence.feedback.has_value() && !evidence.nearest();
+  const bool said = (certain && c.linf_probability() == 1) ||
+                    (stochastic && std::abs(c.linf_probability() - likely) <= 1e-12);
+  ledger.Claim("linf_probability", said,
+               absl::StrFormat("%.9g  (%s)", c.linf_probability(),
+                               certain ? "the largest row_bound always holds" : "(B5)"));
+  const double largest = evidence.errors.largest.maxCoeff();
+  ledger.Claim(
+      "the largest error of any token is within linf_bound", largest <= c.linf_bound() * (1 + 1e-6),
+      absl::StrFormat(
+          "%.6g of %.6g%s", largest, c.linf_bound(),
+          c.linf_probability() < 1 ? ", which was only promised with linf_probability" : ""));
+}
+
+}  // namespace
+
+void CheckBounds(const Evidence& evidence, Ledger& ledger) {
+  const v1::Certificate& c = evidence.certificate;
+  CheckFactor(evidence, ledger);
+  const std::vector<double> bounds = RowBounds(evidence);
+  double squares = 0;
+  std::vector<Range> ranges;
+  for (const double bound : bounds) {
+    squares += bound * bound;
+    ranges.push_back(
+        {bound * (1 - evidence.tolerance()), bound * (1 + kOutward + evidence.tolerance())});
+  }
+  const double l2 = std::sqrt(squares);
+  ledger.Number("l2_bound", c.l2_bound(), l2,
+                {l2 * (1 - evidence.tolerance()), l2 * (1 + kOutward + evidence.tolerance())});
+  if (evidence.spec().certificate().per_row()) {
+    ledger.Rows("row_bound", {c.row_bound().begin(), c.row_bound().end()}, bounds, ranges);
+  } else {
+    ledger.Count("row_bound", c.row_bound_size(), 0, 0);
+  }
+  OptionalClose("predicted_squared_error", c.has_predicted_squared_error(),
+                c.predicted_squared_error(), Predicted(evidence), evidence.tolerance(), ledger);
+  CheckInitialTerms(evidence, ledger);
+  CheckLargest(evidence, bounds, ledger);
+
+  // The claims themselves. Our own sums are off by 1e-12 or so.
+  int64_t broken = 0;
+  double tightest = 0;
+  for (int r = 0; r < std::min(c.row_bound_size(), static_cast<int>(bounds.size())); ++r) {
+    const double error = std::sqrt(evidence.errors.squared[r]);
+    broken += error <= c.row_bound(r) * (1 + 1e-9) ? 0 : 1;
+    if (c.row_bound(r) > 0) tightest = std::max(tightest, error / c.row_bound(r));
+  }
+  if (c.row_bound_size() > 0) {
+    ledger.Claim("every row's error is within its row_bound", broken == 0,
+                 broken == 0 ? absl::StrFormat("at most %.3g of it", tightest)
+                             : absl::StrCat(broken, " rows pass theirs"));
+  }
+  const double total = std::sqrt(evidence.errors.squared.sum());
+  ledger.Claim("the layer's error is within l2_bound", total <= c.l2_bound() * (1 + 1e-9),
+               absl::StrFormat("%.6g of %.6g", total, c.l2_bound()));
+}
+
+}  // namespace certiq::verify
