@@ -39,10 +39,10 @@ absl::Status CheckSizes(const LayerRequest& request) {
   }
   if (request.mismatched() && (request.x_quantized_tokens != request.tokens ||
                                request.x_quantized_features != request.x_features)) {
-    return InvalidField("x_quantized.shape",
-                        absl::StrCat("expected [", request.tokens, ", ", request.x_features,
-                                     "] as x, got [", request.x_quantized_tokens, ", ",
-                                     request.x_quantized_features, "]"));
+    return InvalidField(
+        "x_quantized.shape",
+        absl::StrCat("expected [", request.tokens, ", ", request.x_features, "] as x, got [",
+                     request.x_quantized_tokens, ", ", request.x_quantized_features, "]"));
   }
   if (!engine::IsFloating(request.weight_dtype)) {
     return InvalidField("weight.dtype", absl::StrCat("expected a floating type, got ",
@@ -169,9 +169,9 @@ absl::Status LayerIntake::AppendActivations(int64_t row_offset, std::span<const 
     const int64_t first_row = x_rows_ + begin;
     const int64_t block = std::min({engine::StatisticsAccumulator::kBlockRows, *rows - begin,
                                     split_.BlockEnd(first_row) - first_row});
-    absl::Status folded =
-        FoldBlock(first_row, block, x.data() + begin * row_bytes,
-                  request_.mismatched() ? x_quantized.data() + begin * quantized_row_bytes : nullptr);
+    absl::Status folded = FoldBlock(
+        first_row, block, x.data() + begin * row_bytes,
+        request_.mismatched() ? x_quantized.data() + begin * quantized_row_bytes : nullptr);
     if (!folded.ok()) return folded;
     begin += block;
   }

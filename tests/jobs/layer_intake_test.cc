@@ -209,6 +209,64 @@ TEST_F(LayerIntakeTest, NonFiniteValuesAreRefusedWithTheirPosition) {
   ExpectInvalid(Activations(*another, layer, 270, 300), "activation.x", "row 290, column 11");
 }
 
+// Rows that are held out are in sums of their own, whatever the chunks.
+TEST_F(LayerIntakeTest, HeldOutRowsStayApart) {
+  LayerRequest request = LayerRequestFor(layer_);
+  request.held_out_fraction = 0.25;
+  request.sequence_rows = 20;
+  const engine::HeldOutSplit split(0.25, 20, "");
+  double fit = 0;
+  double held = 0;
+  int64_t held_tokens = 0;
+  for (int64_t t = 0; t < 300; ++t) {
+    const double square = std::pow(static_cast<double>(layer_.x[t * 12 + 5]), 2);
+    (split.IsHeldOut(t) ? held : fit) += square;
+    held_tokens += split.IsHeldOut(t) ? 1 : 0;
+  }
+  ASSERT_GT(held_tokens, 40);
+  for (const int64_t step : {1, 7, 300}) {
+    auto intake = MustCreate(request);
+    ASSERT_TRUE(Weights(*intake, layer_, 0, 5).ok());
+    for (int64_t t = 0; t < 300; t += step) {
+      ASSERT_TRUE(Activations(*intake, layer_, t, std::min<int64_t>(t + step, 300)).ok());
+    }
+    auto ready = intake->Finish();
+    ASSERT_TRUE(ready.ok()) << ready.status();
+    ASSERT_TRUE(ready->problem.held_out.has_value());
+    EXPECT_EQ(ready->problem.held_out->tokens, held_tokens);
+    EXPECT_EQ(ready->problem.statistics.tokens, 300 - held_tokens);
+    EXPECT_NEAR(ready->problem.held_out->gram.at(5, 5), held, 1e-5 * held);
+    EXPECT_NEAR(ready->problem.statistics.gram.at(5, 5), fit, 1e-5 * fit);
+  }
+}
+
+TEST_F(LayerIntakeTest, MismatchedInputsKeepTheirDifference) {
+  LayerRequest request = LayerRequestFor(layer_);
+  request.x_quantized_dtype = engine::DType::kF32;
+  request.x_quantized_tokens = request.tokens;
+  request.x_quantized_features = request.features;
+  auto intake = MustCreate(request);
+  ASSERT_TRUE(Weights(*intake, layer_, 0, 5).ok());
+  const auto x = RowBytes(layer_.x, 12, 0, 300);
+  // X~ = X: nothing differs.
+  ASSERT_TRUE(intake->AppendActivations(0, x, x).ok());
+  auto ready = intake->Finish();
+  ASSERT_TRUE(ready.ok()) << ready.status();
+  ASSERT_TRUE(ready->problem.statistics.mismatch.has_value());
+  EXPECT_GT(ready->problem.statistics.gram.at(2, 2), 0);
+  EXPECT_EQ(ready->problem.statistics.mismatch->residual.at(2, 2), 0);
+}
+
+TEST_F(LayerIntakeTest, NonFiniteRowIsCountedAsTheClientCounts) {
+  Layer bad = layer_;
+  bad.x[static_cast<size_t>(217 * 12 + 4)] = std::numeric_limits<float>::infinity();
+  LayerRequest request = LayerRequestFor(bad);
+  request.held_out_fraction = 0.25;
+  request.sequence_rows = 20;
+  auto intake = MustCreate(request);
+  ExpectInvalid(Activations(*intake, bad, 0, 300), "activation.x", "row 217, column 4");
+}
+
 TEST_F(LayerIntakeTest, MissingRowsAreCounted) {
   auto intake = MustCreate(LayerRequestFor(layer_));
   ExpectInvalid(intake->Finish().status(), "weight", "expected 5 rows, got 0");

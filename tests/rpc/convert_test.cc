@@ -203,26 +203,71 @@ INSTANTIATE_TEST_SUITE_P(
                   [](auto& h) { h.set_held_out_fraction(std::nan("")); }},
         BadHeader{"sequence_rows", "got -1", [](auto& h) { h.set_sequence_rows(-1); }}));
 
-INSTANTIATE_TEST_SUITE_P(
-    NotOffered, BadHeaderTest,
-    ::testing::Values(BadHeader{"x_quantized", "does not offer",
-                                [](auto& h) { *h.mutable_x_quantized() = h.x(); },
-                                absl::StatusCode::kUnimplemented},
-                      BadHeader{"held_out_fraction", "does not offer",
-                                [](auto& h) { h.set_held_out_fraction(0.125); },
-                                absl::StatusCode::kUnimplemented},
-                      BadHeader{"calibration_id", "does not offer",
-                                [](auto& h) {
-                                  h.clear_x();
-                                  h.set_calibration_id("c");
-                                },
-                                absl::StatusCode::kUnimplemented}));
+INSTANTIATE_TEST_SUITE_P(NotOffered, BadHeaderTest,
+                         ::testing::Values(BadHeader{"calibration_id", "does not offer",
+                                                     [](auto& h) {
+                                                       h.clear_x();
+                                                       h.set_calibration_id("c");
+                                                     },
+                                                     absl::StatusCode::kUnimplemented}));
 
 TEST(ConvertTest, NoHeldOutShareIsFine) {
   v1::QuantizeHeader header = ValidHeader();
   header.set_held_out_fraction(0);
   header.set_sequence_rows(128);
   EXPECT_TRUE(FromProto(header).ok());
+}
+
+TEST(ConvertTest, MismatchedInputsAndHeldOutRowsArrive) {
+  v1::QuantizeHeader header = ValidHeader();
+  *header.mutable_x_quantized() = header.x();
+  header.mutable_x_quantized()->set_dtype(v1::DATA_TYPE_BF16);
+  header.set_held_out_fraction(0.25);
+  header.set_sequence_rows(128);
+  const auto call = FromProto(header);
+  ASSERT_TRUE(call.ok()) << call.status();
+  EXPECT_EQ(call->layer.x_quantized_dtype, engine::DType::kBF16);
+  EXPECT_EQ(call->layer.x_quantized_tokens, call->layer.tokens);
+  EXPECT_EQ(call->layer.x_quantized_features, call->layer.x_features);
+  EXPECT_EQ(call->layer.held_out_fraction, 0.25);
+  EXPECT_EQ(call->layer.sequence_rows, 128);
+}
+
+TEST(ConvertTest, HeldOutDampingHoldsOutAnEighthByDefault) {
+  v1::QuantizeHeader header = ValidHeader();
+  EXPECT_EQ(FromProto(header)->layer.held_out_fraction, 0);
+  header.mutable_spec()->mutable_damping()->mutable_held_out();
+  EXPECT_EQ(FromProto(header)->layer.held_out_fraction, 0.125);
+  header.set_held_out_fraction(0);
+  EXPECT_EQ(FromProto(header)->layer.held_out_fraction, 0) << "what is said is kept";
+}
+
+// The settings as decided come back in the certificate as they could be sent.
+TEST(ConvertTest, CertificateEchoesTheSpec) {
+  v1::QuantizationSpec spec;
+  spec.set_method(v1::METHOD_QRONOS);
+  spec.set_bits(3);
+  spec.set_symmetric(false);
+  spec.set_group_size(32);
+  spec.set_group_scales(v1::GROUP_SCALES_DYNAMIC);
+  spec.set_scale(v1::SCALE_RULE_MSE);
+  spec.set_rounding(v1::ROUNDING_STOCHASTIC);
+  spec.set_seed(77);
+  spec.set_order(v1::ORDER_DECREASING_NORM);
+  spec.set_format(v1::FORMAT_GPTQ_V2);
+  spec.mutable_damping()->mutable_held_out()->add_ladder(0.5);
+  spec.mutable_damping()->set_max_attempts(3);
+  spec.mutable_certificate()->set_compare_nearest(true);
+  engine::LayerCertificate certificate;
+  certificate.spec = *engine::ResolveSpec(*FromProto(spec));
+  const v1::QuantizationSpec echo = ToProto(certificate, CallFacts())[0].spec();
+  v1::QuantizationSpec expected = spec;
+  expected.set_scale_dtype(v1::DATA_TYPE_F16);
+  expected.mutable_damping()->set_factor(10);
+  expected.mutable_damping()->set_on_failure(v1::ON_FAILURE_FAIL);
+  expected.mutable_certificate()->set_per_row(true);
+  expected.mutable_certificate()->set_failure_probability(1e-3);
+  EXPECT_EQ(echo.SerializeAsString(), expected.SerializeAsString()) << echo.DebugString();
 }
 
 engine::LayerCertificate SomeCertificate(int64_t rows) {
@@ -252,7 +297,11 @@ v1::Certificate Merged(const std::vector<v1::Certificate>& parts) {
 
 TEST(ConvertTest, CertificateSurvivesAnyCut) {
   const engine::LayerCertificate certificate = SomeCertificate(10);
-  const CallFacts facts{"aa", "bb", 1.5, 2.5};
+  CallFacts facts;
+  facts.weights_sha256 = "aa";
+  facts.x_sha256 = "bb";
+  facts.receive_seconds = 1.5;
+  facts.queue_seconds = 2.5;
   const std::string whole = Merged(ToProto(certificate, facts)).SerializeAsString();
   for (const int64_t step : {1, 3, 5, 10, 11}) {
     const auto parts = ToProto(certificate, facts, step);

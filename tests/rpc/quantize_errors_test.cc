@@ -68,8 +68,8 @@ TEST_F(QuantizeErrorsTest, HeaderThatMakesNoSense) {
 
 TEST_F(QuantizeErrorsTest, NotOffered) {
   v1::QuantizeRequest header = HeaderFor(layer_);
-  header.mutable_header()->mutable_spec()->set_method(v1::METHOD_QRONOS);
-  ExpectRefused({header}, "spec.method", "not offer", StatusCode::UNIMPLEMENTED);
+  header.mutable_header()->mutable_spec()->set_polish(2);
+  ExpectRefused({header}, "spec.polish", "not offer", StatusCode::UNIMPLEMENTED);
 }
 
 TEST_F(QuantizeErrorsTest, ChunkBeyondTheShape) {
@@ -86,6 +86,17 @@ TEST_F(QuantizeErrorsTest, SecondSetOfActivationsUnannounced) {
   v1::QuantizeRequest chunk = ActivationChunk(layer_, 0, 40);
   chunk.mutable_activation()->set_x_quantized("1234");
   ExpectRefused({HeaderFor(layer_), chunk}, "activation.x_quantized", "got 4 bytes");
+}
+
+TEST_F(QuantizeErrorsTest, SecondSetOfActivationsMustMatchTheFirst) {
+  v1::QuantizeRequest header = HeaderFor(layer_);
+  *header.mutable_header()->mutable_x_quantized() = header.header().x();
+  v1::QuantizeRequest chunk = ActivationChunk(layer_, 0, 40);
+  ExpectRefused({header, chunk}, "activation.x_quantized", "got 0 bytes");
+  chunk.mutable_activation()->set_x_quantized(chunk.activation().x().substr(64));
+  ExpectRefused({header, chunk}, "activation.x_quantized", "expected the 40 rows of x");
+  header.mutable_header()->mutable_x_quantized()->set_shape(0, 39);
+  ExpectRefused({header}, "x_quantized.shape", "got [39, 16]");
 }
 
 TEST_F(QuantizeErrorsTest, HalfClosedEarly) {

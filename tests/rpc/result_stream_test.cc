@@ -29,7 +29,7 @@ TEST(ResultStreamTest, FramesAddUpToTheTensors) {
                             Tensor("scales", {5, 1})};
     const auto tensors = result.layer.tensors;
     {
-      ResultStream stream(std::move(result), {"w", "x", 1, 0}, frame_bytes);
+      ResultStream stream(std::move(result), CallFacts(), frame_bytes);
       v1::QuantizeResponse frame;
       ASSERT_TRUE(stream.Next(frame));
       ASSERT_TRUE(frame.has_result());

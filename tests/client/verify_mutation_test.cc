@@ -1,0 +1,214 @@
+// A report in which one number was changed is caught, whatever the number.
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "google/protobuf/descriptor.h"
+#include "verify.h"
+#include "verify_layers.h"
+
+namespace certiq::verify {
+namespace {
+
+using google::protobuf::FieldDescriptor;
+using google::protobuf::Message;
+using testing::LayerOptions;
+using testing::QuantizeRandom;
+using testing::VerifiedLayer;
+
+// Fields that leave no trace in weights, tokens and codes, with the reason.
+const std::set<std::string>& Uncheckable() {
+  static const auto* const kFields = new std::set<std::string>{
+      // Says who and when, or is for people.
+      "engine_version", "isa", "warnings", "damping_attempts.detail", "phase_seconds.receive",
+      "phase_seconds.queue", "phase_seconds.factor", "phase_seconds.round", "phase_seconds.certify",
+      "phase_seconds.reference", "phase_seconds.pack",
+      // What the service's own rounding left.
+      "identity_residual",
+      // Higham's estimate may be anywhere between a tenth of the truth and the truth.
+      "condition_estimate",
+      // Each step of the ladder but the chosen one is a run whose result is gone.
+      "ladder.held_out_relative_error",
+      // Another split by the same rule may be the same split.
+      "held_out_fraction", "held_out_block_rows",
+      // How scales were found; the scales are checked as they are. The type only sets a precision.
+      "spec.scale", "spec.scale_dtype", "spec.group_scales",
+      // What would have been done.
+      "spec.damping.max_attempts", "spec.damping.factor", "spec.damping.on_failure",
+      // A ladder's ratio that was a candidate and not the best.
+      "spec.damping.held_out.ladder",
+      // Stored zeros and ones of absent choices: where nothing is stochastic.
+      "spec.certificate.failure_probability"};
+  return *kFields;
+}
+
+// One field at a time, of a copy.
+void ForEachChange(
+    const Message& message, const std::string& prefix,
+    const std::function<void(const std::string&, const std::function<void(Message*)>&)>& visit) {
+  const auto* const reflection = message.GetReflection();
+  std::vector<const FieldDescriptor*> fields;
+  reflection->ListFields(message, &fields);
+  // Zeros are not listed, and may be changed too.
+  for (int i = 0; i < message.GetDescriptor()->field_count(); ++i) {
+    const FieldDescriptor* const field = message.GetDescriptor()->field(i);
+    if (!field->has_presence() && !field->is_repeated() && !reflection->HasField(message, field)) {
+      fields.push_back(field);
+    }
+  }
+  for (const FieldDescriptor* const field : fields) {
+    const std::string name = absl::StrCat(prefix, field->name());
+    if (field->cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE) {
+      const Message& child = field->is_repeated()
+                                 ? reflection->GetRepeatedMessage(message, field, 0)
+                                 : reflection->GetMessage(message, field);
+      ForEachChange(child, name + ".", [&](const std::string& path, const auto& change) {
+        visit(path, [&](Message* copy) {
+          change(field->is_repeated() ? reflection->MutableRepeatedMessage(copy, field, 0)
+                                      : reflection->MutableMessage(copy, field));
+        });
+      });
+      continue;
+    }
+    visit(name, [&, field](Message* copy) {
+      const auto* const r = copy->GetReflection();
+      const bool repeated = field->is_repeated();
+      switch (field->cpp_type()) {
+        case FieldDescriptor::CPPTYPE_DOUBLE: {
+          const double old =
+              repeated ? r->GetRepeatedDouble(*copy, field, 0) : r->GetDouble(*copy, field);
+          // One percent; what a bound may be off outward is a tenth of that.
+          const double value = old == 0 ? 0.01 : 1.01 * old;
+          repeated ? r->SetRepeatedDouble(copy, field, 0, value) : r->SetDouble(copy, field, value);
+          break;
+        }
+        case FieldDescriptor::CPPTYPE_INT32:
+          r->SetInt32(copy, field, r->GetInt32(*copy, field) + 1);
+          break;
+        case FieldDescriptor::CPPTYPE_INT64: {
+          // Rows whose largest weight is half a step outside may count as clipped or not.
+          const bool slack = field->name() == "clipped_weights" || field->name() == "clipped_rows";
+          r->SetInt64(copy, field, r->GetInt64(*copy, field) + (slack ? 25 : 1));
+          break;
+        }
+        case FieldDescriptor::CPPTYPE_UINT64:
+          r->SetUInt64(copy, field, r->GetUInt64(*copy, field) + 1);
+          break;
+        case FieldDescriptor::CPPTYPE_BOOL:
+          r->SetBool(copy, field, !r->GetBool(*copy, field));
+          break;
+        case FieldDescriptor::CPPTYPE_ENUM: {
+          const int old = r->GetEnumValue(*copy, field);
+          r->SetEnumValue(copy, field, old == 1 ? 2 : 1);
+          break;
+        }
+        case FieldDescriptor::CPPTYPE_STRING:
+          repeated ? r->SetRepeatedString(copy, field, 0, "0") : r->SetString(copy, field, "0");
+          break;
+        default:
+          FAIL() << name;
+      }
+    });
+  }
+}
+
+bool Holds(const VerifiedLayer& layer, const v1::Certificate& certificate) {
+  const auto ledger = Verify(layer.Sources(), certificate);
+  return ledger.ok() && ledger->count(Verdict::kWrong) == 0;
+}
+
+void ExpectEveryChangeCaught(const LayerOptions& options, const engine::QuantizationSpec& spec) {
+  const auto layer = QuantizeRandom(options, spec);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  ASSERT_TRUE(Holds(*layer, layer->certificate));
+  int64_t changed = 0;
+  ForEachChange(layer->certificate, "", [&](const std::string& name, const auto& change) {
+    if (Uncheckable().contains(name)) return;
+    v1::Certificate copy = layer->certificate;
+    change(&copy);
+    ++changed;
+    EXPECT_FALSE(Holds(*layer, copy)) << name << " may be changed unnoticed";
+  });
+  EXPECT_GT(changed, 40);
+}
+
+TEST(VerifyMutationTest, Optq) {
+  engine::QuantizationSpec spec;
+  spec.group_size = 16;
+  spec.order = engine::Order::kDecreasingNorm;
+  spec.compare_nearest = true;
+  LayerOptions options;
+  options.held_out_fraction = 0.125;
+  options.dead = {5};
+  ExpectEveryChangeCaught(options, spec);
+}
+
+TEST(VerifyMutationTest, QronosWithALadder) {
+  engine::QuantizationSpec spec;
+  spec.method = engine::Method::kQronos;
+  spec.group_size = 16;
+  spec.order = engine::Order::kDecreasingNorm;
+  spec.damping_rule = engine::DampingRule::kHeldOut;
+  LayerOptions options;
+  options.mismatched = true;
+  options.held_out_fraction = 0.125;
+  ExpectEveryChangeCaught(options, spec);
+}
+
+TEST(VerifyMutationTest, Stochastic) {
+  engine::QuantizationSpec spec;
+  spec.rounding = engine::Rounding::kStochastic;
+  spec.seed = 9;
+  spec.group_size = 16;
+  spec.order = engine::Order::kDecreasingNorm;
+  LayerOptions options;
+  options.mismatched = true;
+  ExpectEveryChangeCaught(options, spec);
+}
+
+TEST(VerifyMutationTest, Nearest) {
+  engine::QuantizationSpec spec;
+  spec.method = engine::Method::kNearest;
+  spec.group_size = 16;
+  LayerOptions options;
+  options.mismatched = true;
+  ExpectEveryChangeCaught(options, spec);
+}
+
+// A code, a scale or a weight that is not what was certified.
+TEST(VerifyMutationTest, ChangedTensors) {
+  engine::QuantizationSpec spec;
+  spec.format = engine::Format::kGptqV2;
+  spec.symmetric = true;
+  LayerOptions options;
+  options.rows = 32;
+  options.features = 64;
+  const auto layer = QuantizeRandom(options, spec);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  ASSERT_TRUE(Holds(*layer, layer->certificate));
+  for (size_t t = 0; t < layer->result.size(); ++t) {
+    VerifiedLayer other = *layer;
+    other.result[t].data[0] = static_cast<char>(other.result[t].data[0] ^ 4);
+    EXPECT_FALSE(Holds(other, other.certificate)) << other.result[t].name;
+    other = *layer;
+    other.result[t].shape.back() += 1;
+    EXPECT_FALSE(Holds(other, other.certificate)) << other.result[t].name;
+    other = *layer;
+    other.result.erase(other.result.begin() + static_cast<int64_t>(t));
+    EXPECT_FALSE(Holds(other, other.certificate)) << layer->result[t].name;
+  }
+  VerifiedLayer other = *layer;
+  other.weight.data[2] = static_cast<char>(other.weight.data[2] ^ 0x40);
+  EXPECT_FALSE(Holds(other, other.certificate));
+  other = *layer;
+  other.x.data[2] = static_cast<char>(other.x.data[2] ^ 0x40);
+  EXPECT_FALSE(Holds(other, other.certificate));
+}
+
+}  // namespace
+}  // namespace certiq::verify
