@@ -116,6 +116,8 @@ void QuantizeReactor::OnReadDone(bool ok) {
 }
 
 void QuantizeReactor::OnWriteDone(bool ok) {
+  // Writes fail only where the call is over; without this the rest would be thrown after it.
+  if (!ok) OnCancel();
   const std::lock_guard lock(mu_);
   writing_ = false;
   if (ok) {
@@ -123,7 +125,6 @@ void QuantizeReactor::OnWriteDone(bool ok) {
     summary_.sent_bytes += static_cast<int64_t>(outgoing_.Length());
   }
   outgoing_.Clear();
-  // Where the write failed the call is cancelled: OnCancel says why.
   Advance();
 }
 
