@@ -214,8 +214,8 @@ TEST_F(CommandTest, VersionAndHelp) {
 }
 
 TEST_F(CommandTest, LaterVerbsSaySo) {
-  for (const char* verb : {"calibrations", "jobs", "submit", "watch", "result", "cancel",
-                           "import", "export"}) {
+  for (const char* verb :
+       {"calibrations", "jobs", "submit", "watch", "result", "cancel", "import", "export"}) {
     EXPECT_EQ(Run({verb, "--any=flag", "argument"}), kExitFailed);
     EXPECT_TRUE(Contains(err_.str(), "certiq " + std::string(verb) + ": not there yet"));
   }

@@ -25,25 +25,30 @@ struct Clipping {
 Clipping CountClipped(const Evidence& evidence) {
   const Quantized& q = evidence.layer.q;
   Clipping clipping;
+  // An explicit grid may have left codes out, which the report does not say: targets beyond those
+  // in use may count.
+  const auto [least, most] = std::minmax_element(q.codes.begin(), q.codes.end());
   for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
     int64_t certain = 0;
     int64_t possible = 0;
     for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
       const double step = evidence.Step(r, i);
       double over = std::abs(evidence.e(r, i)) / step - 0.5;
+      double most_over = over;
       double slack = evidence.ErrorSlack(r, i) / step;
       if (!evidence.nearest()) {
         const double position =
             evidence.Target(r, i) / step + q.zero[q.Cell(r, evidence.Feature(i))];
         over = std::max(-position, position - q.top);
+        most_over = std::max(*least - position, position - *most);
         // The position is a float32.
         slack += 0x1p-22 * (std::abs(position) + q.top);
       }
       const double edge = evidence.nearest() ? 0.5e-6 : 1e-6;
       if (over - slack > edge) ++certain;
-      if (over + slack > edge) {
+      if (most_over + slack > edge) {
         ++possible;
-        clipping.overshoot.high = std::max(clipping.overshoot.high, over + slack);
+        clipping.overshoot.high = std::max(clipping.overshoot.high, most_over + slack);
         clipping.overshoot.low = std::max(clipping.overshoot.low, over - slack);
       }
     }
@@ -128,12 +133,17 @@ double LevelsNeeded(const Evidence& evidence, Eigen::Index first, double shift) 
 void CheckBits(const Evidence& evidence, Ledger& ledger) {
   const v1::Certificate& c = evidence.certificate;
   const bool qronos = evidence.feedback.has_value() && evidence.feedback->first_target.size() > 0;
-  const double shift = evidence.tolerance();
+  // Without feedback the extremes are weights, known exactly; half a step of the largest absmax
+  // weight, or a weight on the outermost level, is then a tie, which the rounding of scales to
+  // float32 (6e-8 of up to 2^bits steps) may tip: it counts as inside.
+  const bool feedback = evidence.feedback.has_value();
+  const double inward = feedback ? evidence.tolerance() : 1e-6;
+  const double outward = feedback ? evidence.tolerance() : 0;
   // Qronos' first error has no feedback; counting it all the same only asks for more.
-  const double least = LevelsNeeded(evidence, qronos ? 1 : 0, -shift);
-  const double most = LevelsNeeded(evidence, 0, shift);
-  const double low = std::max(1.0, std::ceil(std::log2(least) - 1e-9));
-  const double high = std::max(1.0, std::ceil(std::log2(most) - 1e-9));
+  const double least = LevelsNeeded(evidence, qronos ? 1 : 0, -inward);
+  const double most = LevelsNeeded(evidence, 0, outward);
+  const double low = std::max(1.0, std::ceil(std::log2(least) - 1e-6));
+  const double high = std::max(1.0, std::ceil(std::log2(most) - 1e-6));
   if (!c.has_bits_needed()) {
     ledger.Claim("bits_needed", high > 31, absl::StrCat("unset  (recomputed ", high, ")"));
     return;

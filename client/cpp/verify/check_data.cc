@@ -43,9 +43,10 @@ void CheckRounding(const Evidence& evidence, Ledger& ledger) {
       const int32_t code = q.Code(r, evidence.Feature(i));
       // An explicit grid may have used fewer codes.
       if (code == 0 || code == q.top || code == *least || code == *most) continue;
-      const double reach = (evidence.nearest() ? 0.5 : 1.0) * evidence.Step(r, i) * (1 + 1e-5) +
-                           evidence.ErrorSlack(r, i) +
-                           level_rounding * std::abs(q.levels(r, evidence.Feature(i)));
+      const double reach =
+          (evidence.nearest() ? 0.5 : 1.0) * evidence.Step(r, i) * (1 + 1e-5) +
+          evidence.ErrorSlack(r, i) +
+          level_rounding * (std::abs(q.levels(r, evidence.Feature(i))) + evidence.Step(r, i));
       strange += std::abs(evidence.e(r, i)) <= reach ? 0 : 1;
     }
   }
@@ -82,7 +83,7 @@ void CheckData(const Evidence& evidence, Ledger& ledger) {
   CheckRounding(evidence, ledger);
   if (evidence.feedback.has_value() && evidence.feedback->swapped > 0) {
     ledger.NotChecked("order", absl::StrCat(evidence.feedback->swapped,
-                                            " neighbours of equal norm to 1e-5 were worked on the "
+                                            " neighbours of equal norm to 2e-6 were worked on the "
                                             "other way round"));
   }
 }

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include "checks.h"
 
@@ -32,9 +33,10 @@ void CheckNearest(const Evidence& evidence, Ledger& ledger) {
     expected = error(0, layer.q.top);
     // An explicit grid may leave codes out, which the report does not say; those used tell.
     const auto [least, most] = std::minmax_element(layer.q.codes.begin(), layer.q.codes.end());
-    if (std::abs(c.nearest_relative_error() - *expected) > kPromise * *expected &&
-        (*least > 0 || *most < layer.q.top)) {
-      expected = error(*least, *most);
+    for (const auto& [low, high] :
+         {std::pair(*least, *most), std::pair(*least, layer.q.top), std::pair(int32_t{0}, *most)}) {
+      if (std::abs(c.nearest_relative_error() - *expected) <= kPromise * *expected) break;
+      if (low > 0 || high < layer.q.top) expected = error(low, high);
     }
   }
   OptionalClose("nearest_relative_error", c.has_nearest_relative_error(),
