@@ -8,6 +8,12 @@
 #include "engine/simd.h"
 
 namespace certiq::engine {
+namespace {
+
+// In steps: the rounding of a scale to float32 moves the edge of 8-bit grids by 2^-17.
+constexpr double kTie = 1e-5;
+
+}  // namespace
 
 absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, const Grid& grid,
                                                       const FeedbackColumns& u,
@@ -101,12 +107,14 @@ std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
     for (int64_t c = 0; c < live; ++c) {
       for (int64_t g = 0; g < grid.groups; ++g) {
         const auto cell = static_cast<size_t>(g * kStripRows + c);
-        // Cells reach half a step beyond the outermost levels; unbiased
-        // rounding must stay between these.
+        // Cells reach half a step beyond the outermost levels; unbiased rounding must stay between
+        // these. A weight at the very edge, as absmax puts the largest one, is a tie and no clip.
         const double beyond = nearest ? 0.5 : 0.0;
-        const double levels = spec.symmetric
-                                  ? 2 * std::max(-low[cell] - beyond, high[cell] - beyond + 1)
-                                  : high[cell] - low[cell] - 2 * beyond + 1;
+        const double bottom = low[cell] + beyond + kTie;
+        const double top = high[cell] - beyond - kTie;
+        // A symmetric grid has as many levels below zero as at and above it; zero points are whole.
+        const double levels = spec.symmetric ? 2 * std::max(-bottom, top + 1)
+                                             : std::ceil(top) - std::floor(bottom) + 1;
         strip_largest = std::isfinite(levels) ? std::max(strip_largest, levels) : INFINITY;
         if (!std::isfinite(strip_largest)) break;
       }
@@ -114,8 +122,7 @@ std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
     const std::lock_guard<std::mutex> lock(mutex);
     largest = std::max(largest, strip_largest);
   });
-  // Half a step of the largest absmax weight is a tie, not a clip.
-  const double bits = std::ceil(std::log2(std::max(2.0, largest)) - 1e-6);
+  const double bits = std::ceil(std::log2(std::max(2.0, largest)));
   if (!(bits <= 31)) return std::nullopt;
   return static_cast<int32_t>(std::max(1.0, bits));
 }

@@ -25,8 +25,8 @@ absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, 
                                                       const std::vector<bool>& dead,
                                                       const RunContext& context);
 
-// The bits at which no weight would clip with the grid's steps (zero points
-// free where the grid is asymmetric): targets stay within start +- m,
+// The bits at which no weight would clip with the grid's steps (with the best whole zero points
+// where the grid is asymmetric): targets stay within start +- m,
 //   nearest     m_j = sum_k (delta_k / 2) |(U^-1)_kj|, always;
 //   stochastic  m_j = sqrt(2 ln(2 R N / eps) sum_k delta_k^2 (U^-1)_kj^2 / 4), with probability
 //               1 - eps, eps the spec's failure probability, for all weights at once.

@@ -180,8 +180,12 @@ absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
   const int64_t n = gram.size();
   f.u = gram;
   f.d.assign(static_cast<size_t>(n), 0.0);
+  // In the units of the others, so that it does not pass for ill-conditioning.
+  double trace = 0;
+  for (int64_t i = 0; i < n; ++i) trace += gram.at(i, i);
+  const double dead_pivot = lambda > 0 ? lambda : trace / static_cast<double>(n);
   for (int64_t i = 0; i < n; ++i) {
-    f.u.at(i, i) = dead[i] ? (lambda > 0 ? lambda : 1.0) : gram.at(i, i) + lambda;
+    f.u.at(i, i) = dead[i] ? dead_pivot : gram.at(i, i) + lambda;
   }
   const auto reject = [&](StabilityCause cause, std::string detail) {
     attempt.cause = cause;

@@ -39,7 +39,7 @@ struct FactorAttempt {
 
 // Factors H = gram + lambda I. `gram` is a symmetric matrix of which the upper
 // triangle is given. Features marked in `dead` (zero rows and columns of gram) are left
-// out: their row and column of U are those of the identity, their D is lambda (1 if that is
+// out: their row and column of U are those of the identity, their D is lambda (trace / N if that is
 // 0). Costs N^3/3 multiply-adds of two flops; blocked and left-looking, the
 // result does not depend on the executor. Fails only by cancellation; a
 // stability failure is reported in the attempt.

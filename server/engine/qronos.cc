@@ -89,6 +89,19 @@ std::vector<float> FirstLevels(const ResolvedSpec& spec, const Grid& grid,
   return levels;
 }
 
+// How far v_1 of row r clipped, in steps, as the sweep counts; 0 if it did not. `halves` is
+// |e_1| in half steps.
+double FirstOvershoot(const ResolvedSpec& spec, const Grid& grid, int64_t r, double target,
+                      double halves) {
+  if (spec.rounding == Rounding::kNearest) {
+    return halves > 1 + 1e-6 ? 0.5 * (halves - 1) : 0;
+  }
+  const size_t at = grid.At(r, 0);
+  const double position = target / static_cast<double>(grid.scale[at]) + grid.zero[at];
+  const double beyond = std::max(grid.lowest_code - position, position - grid.highest_code);
+  return beyond > 1e-6 ? beyond : 0;
+}
+
 }  // namespace
 
 absl::StatusOr<QronosStart> StartQronos(const MethodInput& input, const Factor& factor,
@@ -185,6 +198,7 @@ absl::StatusOr<QronosStart> StartQronos(const MethodInput& input, const Factor& 
     }
   });
   if (context.cancelled()) return context.CancellationStatus();
+  start.first_target = std::move(v1);
   start.unchanged = std::move(m);
   return start;
 }
@@ -199,8 +213,8 @@ absl::StatusOr<MethodOutput> Qronos(const MethodInput& input, const Factor& fact
   absl::StatusOr<QronosStart> start = StartQronos(input, factor, lambda, grid, context);
   if (!start.ok()) return start.status();
   const int64_t first_dynamic = input.spec.group_scales == GroupScales::kDynamic ? 1 : grid.groups;
-  absl::StatusOr<MethodOutput> output =
-      Sweep(input, factor, first_dynamic, grid, std::move(start->targets), context);
+  absl::StatusOr<MethodOutput> output = Sweep(input, factor, first_dynamic, start->first_target,
+                                              grid, std::move(start->targets), context);
   if (!output.ok()) return output;
 
   // The sweep left targets minus levels; the error counts from W.
@@ -226,9 +240,11 @@ absl::StatusOr<MethodOutput> Qronos(const MethodInput& input, const Factor& fact
       const double half = 0.5 * static_cast<double>(grid.scale[grid.At(r, 0)]);
       const double eps = std::max(half, std::abs(start->first_error[at]));
       output->bound[at] += (eps * eps - half * half) * factor.d[0];
-      if (input.spec.rounding == Rounding::kNearest && eps > half * (1 + 1e-6)) {
+      const double beyond =
+          FirstOvershoot(input.spec, grid, r, start->first_target[at], eps / half);
+      if (beyond > 0) {
         ++output->clipped[at];
-        output->worst_overshoot = std::max(output->worst_overshoot, 0.5 * (eps / half - 1));
+        output->worst_overshoot = std::max(output->worst_overshoot, beyond);
       }
     }
     output->bound[at] =

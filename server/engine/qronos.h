@@ -16,7 +16,8 @@ struct QronosStart {
   // Feature 0 (in working order): the level q_1 itself, so that the sweep leaves it as it is;
   // the others: v of (M5).
   StripMatrix targets;
-  // e_1 = v_1 - q_1.
+  // v_1, and e_1 = v_1 - q_1.
+  std::vector<double> first_target;
   std::vector<double> first_error;
   // The first term of (M7), squared and damped, with the actual q_1.
   std::vector<double> initial;

@@ -135,10 +135,17 @@ absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
         absl::StrCat("expected positive finite values that scale_dtype ",
                      Name(resolved.scale_dtype), " holds exactly, got ", scale, " at ", i));
   }
+  // Every group can express 0, which dead features need (D3).
+  const int32_t middle = 1 << (resolved.bits - 1);
+  if (resolved.symmetric && (middle < low || middle > high)) {
+    return InvalidField("spec.grid.lowest_code", absl::StrCat("expected codes around the zero, ",
+                                                              middle, ", got ", low, " to ", high));
+  }
   for (size_t i = 0; i < grid.zero_points.size(); ++i) {
-    if (grid.zero_points[i] >= 0 && grid.zero_points[i] <= top) continue;
-    return InvalidField("spec.grid.zero_points", absl::StrCat("expected 0 to ", top, ", got ",
-                                                              grid.zero_points[i], " at ", i));
+    if (grid.zero_points[i] >= low && grid.zero_points[i] <= high) continue;
+    return InvalidField("spec.grid.zero_points",
+                        absl::StrCat("expected ", low, " to ", high, ", the codes in use, got ",
+                                     grid.zero_points[i], " at ", i));
   }
   resolved.grid = std::make_shared<const ExplicitGrid>(grid);
   return absl::OkStatus();

@@ -6,6 +6,23 @@
 
 namespace certiq::engine {
 
+namespace {
+
+// Puts values, one a row, into feature 0 and returns what was there; nothing for no values.
+std::vector<double> ExchangeFirst(const std::vector<double>& values, StripMatrix& rows) {
+  const int64_t width = StripMatrix::StripRows();
+  std::vector<double> before;
+  for (size_t r = 0; r < values.size(); ++r) {
+    const auto at = static_cast<int64_t>(r);
+    float& first = rows.strip(at / width)[at % width];
+    before.push_back(first);
+    first = static_cast<float>(values[r]);
+  }
+  return before;
+}
+
+}  // namespace
+
 std::vector<double> RowNorms(const StripMatrix& rows) {
   std::vector<double> norms(static_cast<size_t>(rows.rows()));
   const int64_t width = StripMatrix::StripRows();
@@ -30,17 +47,25 @@ std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead) {
 }
 
 absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& factor,
-                                   int64_t first_dynamic_group, Grid& grid, StripMatrix targets,
-                                   const RunContext& context) {
+                                   int64_t first_dynamic_group,
+                                   const std::vector<double>& first_targets, Grid& grid,
+                                   StripMatrix targets, const RunContext& context) {
   const FeedbackColumns u(factor, *context.executor);
   const absl::StatusOr<std::vector<double>> moves =
       InverseColumnSums(input.spec, grid, u, input.dead, context);
   if (!moves.ok()) return moves.status();
   // Dynamic steps are known after the sweep only, and its start is gone then.
   const bool dynamic = first_dynamic_group < grid.groups;
-  const StripMatrix start = dynamic ? targets : StripMatrix();
+  StripMatrix start = dynamic ? targets : StripMatrix();
   MethodOutput output;
-  if (!dynamic) output.bits_needed = BitsNeeded(input.spec, grid, *moves, targets, context);
+  {
+    StripMatrix& aims = dynamic ? start : targets;
+    const std::vector<double> levels = ExchangeFirst(first_targets, aims);
+    if (!dynamic) {
+      output.bits_needed = BitsNeeded(input.spec, grid, *moves, aims, context);
+      ExchangeFirst(levels, aims);
+    }
+  }
 
   SweepRules rules;
   rules.order = &input.order;

@@ -254,7 +254,7 @@ def check_errors(run: Run) -> None:
         E = np.where(run.calibration.live, run.W - run.nearest, 0.0)
         nearest = float(np.linalg.norm(run.calibration.X @ E.T)) / np.sqrt(energy)
         # The largest weight of a group lies on a tie (S1), decided by the last bit of w / delta.
-        assert_close(found.nearest_relative_error, nearest, 5e-3, "nearest_relative_error")
+        assert_close(found.nearest_relative_error, nearest, 5e-3, "nearest_relative_error", NOISE)
 
 
 def check_bounds(run: Run) -> None:
@@ -295,7 +295,9 @@ def check_bounds(run: Run) -> None:
         assert_close(found.predicted_squared_error, predicted, FROM_FACTOR, "(P1)")
     if found.HasField("rate_gap_bits"):
         gap = (np.log2(np.mean(D)) - np.mean(np.log2(D))) / 2
-        np.testing.assert_allclose(found.rate_gap_bits, gap, rtol=FROM_FACTOR, atol=1e-6)
+        # The smallest D feel the noise of the sums as much as H is ill-conditioned.
+        rtol = max(FROM_FACTOR, 3e-10 * found.condition_estimate)
+        np.testing.assert_allclose(found.rate_gap_bits, gap, rtol=rtol, atol=1e-6)
 
 
 def check_everything(run: Run) -> None:

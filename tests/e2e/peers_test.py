@@ -59,13 +59,13 @@ class Problem:
         layer = raw.Layer(self.W, self.X)
         layer.header.spec.CopyFrom(spec)
         if self.X_quantized is not None:
-            layer.header.x_quantized.CopyFrom(
-                raw.announce("x_quantized", self.X_quantized.shape)
-            )
+            layer.header.x_quantized.CopyFrom(raw.announce("x_quantized", self.X_quantized.shape))
         yield layer.header_frame()
         yield from layer.weight_frames()
         for row in range(0, len(layer.X), rows):
-            other = b"" if self.X_quantized is None else self.X_quantized[row : row + rows].tobytes()
+            other = (
+                b"" if self.X_quantized is None else self.X_quantized[row : row + rows].tobytes()
+            )
             yield raw.activation_frame(row, layer.X[row : row + rows].tobytes(), other)
 
     def quantize(self, server: Server, spec: spec_pb2.QuantizationSpec) -> raw.Result:
@@ -145,9 +145,7 @@ def test_brevitas_qronos(server: Server, brevitas: tuple[Problem, dict]) -> None
     assert found.optq_initial == pytest.approx(without, rel=1e-4)
 
 
-def test_brevitas_gptq_on_quantized_inputs(
-    server: Server, brevitas: tuple[Problem, dict]
-) -> None:
+def test_brevitas_gptq_on_quantized_inputs(server: Server, brevitas: tuple[Problem, dict]) -> None:
     problem, entry = brevitas
     spec = narrow(problem, entry, spec_pb2.METHOD_OPTQ, entry["gptq_lambda"])
     result = problem.quantize(server, spec)
