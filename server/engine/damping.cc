@@ -6,6 +6,13 @@
 #include "engine/spectrum.h"
 
 namespace certiq::engine {
+namespace {
+
+// From lambda = 0 (D2): float32's epsilon, since products of activations are float32. Less would
+// be lost in their noise.
+constexpr double kFirstStep = 0x1p-23;
+
+}  // namespace
 double MeanDiagonal(const UpperPanels<double>& gram) {
   double trace = 0;
   for (int64_t i = 0; i < gram.size(); ++i) trace += gram.at(i, i);
@@ -44,7 +51,7 @@ absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double 
       result.factor = std::move(tried->factor);
       return result;
     }
-    lambda = lambda == 0 ? 0x1p-52 * MeanDiagonal(gram) : lambda * spec.damping_factor;
+    lambda = lambda == 0 ? kFirstStep * MeanDiagonal(gram) : lambda * spec.damping_factor;
   }
   return result;
 }

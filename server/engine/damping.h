@@ -40,7 +40,8 @@ absl::StatusOr<double> LambdaOf(DampingRule rule, double value, const UpperPanel
 
 // Factors gram + lambda I; after a stability failure multiplies lambda by the
 // spec's factor and tries again, max_attempts in all. From lambda = 0 the
-// first step is eps trace / N, eps = 2^-52 (D2). Fails only by cancellation.
+// first step is eps trace / N, eps = 2^-23, the precision of the sums' products (D2). Fails only by
+// cancellation.
 absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double lambda,
                                                const UpperPanels<double>& gram,
                                                const std::vector<bool>& dead,

@@ -132,7 +132,6 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   engine::Cancellation cancellation_;
   jobs::WorkerPool::Slot slot_;
   Clock::time_point header_at_;
-  double receive_seconds_ = 0;
   std::unique_ptr<jobs::LayerIntake> intake_;
   Sha256 weights_digest_;
   Sha256 x_digest_;

@@ -74,7 +74,7 @@ class Problem:
 
 
 def codes_of(result: raw.Result, bits: int) -> np.ndarray:
-    groups = result.tensors["g_idx"] if "g_idx" in result.tensors else None
+    groups = result.tensors.get("g_idx")
     weight = result.tensors["weight"].astype(np.float64)
     index = np.zeros(weight.shape[1], int) if groups is None else groups
     scales = result.tensors["scales"].astype(np.float64)[:, index]

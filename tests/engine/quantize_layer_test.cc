@@ -53,8 +53,9 @@ TEST(QuantizeLayerTest, ReturnsDenseWeightsOnTheirGrid) {
   ASSERT_EQ(groups.size(), 50u);
   for (size_t r = 0; r < 7; ++r) {
     for (size_t j = 0; j < 50; ++j) {
-      ASSERT_EQ(groups[j], static_cast<double>(j / 16));
-      const size_t g = r * 4 + j / 16;
+      const size_t group = j / 16;
+      ASSERT_EQ(groups[j], static_cast<double>(group));
+      const size_t g = r * 4 + group;
       const double code = std::round(weight[r * 50 + j] / scales[g] + zeros[g]);
       EXPECT_GE(code, 0);
       EXPECT_LE(code, 7);

@@ -67,7 +67,7 @@ class Watcher : public Observer {
 
 class QuantizeJobTest : public ::testing::Test {
  protected:
-  ReadyLayer Take(const Layer& layer, engine::ResolvedSpec spec = {}) {
+  ReadyLayer Take(const Layer& layer, const engine::ResolvedSpec& spec = {}) {
     LayerRequest request = testing::LayerRequestFor(layer);
     request.spec = spec;
     auto intake = LayerIntake::Create(request, budget_, pool_, cancelled_);

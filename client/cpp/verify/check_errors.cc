@@ -62,6 +62,7 @@ void CheckErrors(const Evidence& evidence, Ledger& ledger) {
   const std::vector<double> rows = ToStd(errors.squared.cwiseSqrt());
   if (evidence.spec().certificate().per_row()) {
     std::vector<Range> ranges;
+    ranges.reserve(rows.size());
     for (const double row : rows) ranges.push_back(Around(row, evidence.tolerance()));
     ledger.Rows("row_error", {c.row_error().begin(), c.row_error().end()}, rows, ranges);
   } else {

@@ -20,7 +20,8 @@ std::vector<bool> HeldOutRows(int64_t rows, double fraction, int64_t block_rows)
   if (fraction <= 0 || rows == 0) return held;
   // FNV-1a of no bytes at all is its offset basis.
   constexpr uint64_t kStream = 0xcbf29ce484222325u;
-  const double blocks = static_cast<double>((rows - 1) / block_rows + 1);
+  const int64_t whole_blocks = (rows - 1) / block_rows + 1;
+  const auto blocks = static_cast<double>(whole_blocks);
   for (uint64_t s = 0; static_cast<double>(s) / fraction < blocks; ++s) {
     const uint64_t bits = Finalise(kStream + s * 0x9e3779b97f4a7c15u) >> 11;
     const double u = std::ldexp(static_cast<double>(bits), -53);
