@@ -110,7 +110,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
   AddFlag(
       app, "memory_budget_bytes", flags.memory_budget_bytes,
       "bytes that clients may make the server hold; default 80 % of the machine's or container's")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 60));
   AddText(app, "tls_cert", flags.tls_cert, "server certificate, PEM");
   AddText(app, "tls_key", flags.tls_key, "its key, PEM");
   AddText(app, "tls_client_ca", flags.tls_client_ca, "authorities of client certificates, PEM");
