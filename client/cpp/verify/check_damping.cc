@@ -83,7 +83,7 @@ bool AttemptsFollow(const v1::Certificate& c, double unit) {
     if ((attempts[i].cause() == v1::STABILITY_CAUSE_NONE) != accepted) return false;
     // 0 is followed by epsilon trace / N, from sums that are off by 1e-6.
     if (std::abs(attempts[i].lambda() - expected) > 1e-5 * expected) return false;
-    expected = attempts[i].lambda() == 0 ? 0x1p-52 * unit : attempts[i].lambda() * damping.factor();
+    expected = attempts[i].lambda() == 0 ? 0x1p-23 * unit : attempts[i].lambda() * damping.factor();
   }
   return true;
 }
