@@ -9,10 +9,9 @@
 #include "engine/certificate.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
+#include "jobs/job_state.h"
 
 namespace certiq::jobs {
-
-enum class JobState { kQueued, kRunning, kSucceeded, kFailed, kCancelled, kExpired };
 
 // Why a request was not taken on.
 enum class Rejection { kInvalid, kNotOffered, kQueueFull, kOverBudget, kDraining };
