@@ -3,6 +3,10 @@
 #ifndef CERTIQ_ENGINE_DAMPING_H_
 #define CERTIQ_ENGINE_DAMPING_H_
 
+#include <compare>
+#include <cstdint>
+#include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -28,6 +32,31 @@ struct DampedFactor {
   // In order; the last one succeeded where `factor` is there.
   std::vector<DampingAttempt> attempts;
   std::optional<Factor> factor;
+};
+
+using SharedFactor = std::shared_ptr<const DampedFactor>;
+
+// What a damped factor depends on, besides the sums.
+struct FactorKey {
+  Order order = Order::kNatural;
+  // Of the sums with the held-out tokens merged in.
+  bool with_held_out = false;
+  double lambda = 0;
+  // The ladder (D2).
+  int32_t max_attempts = 0;
+  double growth = 0;
+
+  auto operator<=>(const FactorKey&) const = default;
+};
+
+// Where layers that use the same sums share factors. Thread-safe.
+class FactorCache {
+ public:
+  virtual ~FactorCache() = default;
+  // The factor of this key: one kept from before, or what `make` returns. `make` may run here, or,
+  // where another layer is making the same factor, not at all. Its errors are not kept.
+  virtual absl::StatusOr<SharedFactor> Get(
+      const FactorKey& key, const std::function<absl::StatusOr<DampedFactor>()>& make) = 0;
 };
 
 // trace(X~^T X~) / N, the unit of relative_trace.
