@@ -68,9 +68,9 @@ absl::StatusOr<double> LambdaOf(DampingRule rule, double value, const UpperPanel
                                 const RunContext& context);
 
 // Factors gram + lambda I; after a stability failure multiplies lambda by the
-// spec's factor and tries again, max_attempts in all. From lambda = 0 the
-// first step is eps trace / N, eps = 2^-23, the precision of the sums' products (D2). Fails only by
-// cancellation.
+// spec's factor and tries again, max_attempts in all (fewer where lambda would leave float64). From
+// lambda = 0 the first step is eps trace / N, eps = 2^-23, the precision of the sums' products
+// (D2). Fails only by cancellation.
 absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double lambda,
                                                const UpperPanels<double>& gram,
                                                const std::vector<bool>& dead,

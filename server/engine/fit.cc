@@ -27,6 +27,18 @@ void ZeroFeatures(const std::vector<bool>& dead, StripMatrix& weights) {
   }
 }
 
+absl::Status DampingFailure(const std::vector<DampingAttempt>& attempts) {
+  absl::Status status =
+      PreconditionError("DAMPING", "spec.damping",
+                        absl::StrCat("H = X^T X + lambda I could not be factored in ",
+                                     attempts.size(), " attempts (", DescribeAttempts(attempts),
+                                     "); raise spec.damping or spec.damping.max_attempts"));
+  std::vector<StabilityCause> causes;
+  for (const DampingAttempt& attempt : attempts) causes.push_back(attempt.cause);
+  AttachFailedAttempts(causes, status);
+  return status;
+}
+
 // NEAREST with its bound (B2): min(sum_j eps_j |X~_j|, sqrt(sum_j eps_j^2) sigma_max(X~)), plus
 // |(X - X~) w| where inputs are mismatched.
 absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
@@ -37,6 +49,8 @@ absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
   NearestRounded rounded = RoundAlone(input.spec, input.order, grid, norms, input.weights, context);
   const absl::StatusOr<double> sigma = LargestEigenvalueBound(gram, context);
   if (!sigma.ok()) return sigma.status();
+  if (!std::isfinite(*sigma))
+    return InvalidField("x", "expected activations whose sums are finite");
   auto errors =
       SquaredErrors(input.statistics, input.reference, rounded.change, Phase::kRound, context);
   if (!errors.ok()) return errors.status();
@@ -118,6 +132,10 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, 
   if (spec.method != Method::kNearest) {
     const Stopwatch watch(seconds.factor);
     context.Report(Phase::kFactor, 0);
+    if (!std::isfinite(lambda)) {
+      return InvalidField("spec.damping", absl::StrCat("expected a finite lambda, got ", lambda,
+                                                       " from activations of this size"));
+    }
     absl::StatusOr<SharedFactor> damped =
         FactorOf(spec, layer, lambda, context, fit.factorisations);
     if (!damped.ok()) return damped.status();
@@ -126,11 +144,7 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, 
   const bool factored = fit.damping->factor.has_value();
   if (spec.method != Method::kNearest && !factored) {
     if (spec.on_failure == OnFailure::kFail) {
-      return PreconditionError("DAMPING", "spec.damping",
-                               absl::StrCat("H = X^T X + lambda I could not be factored in ",
-                                            fit.damping->attempts.size(), " attempts (",
-                                            DescribeAttempts(fit.damping->attempts),
-                                            "); raise spec.damping or spec.damping.max_attempts"));
+      return DampingFailure(fit.damping->attempts);
     }
     fit.outcome = Outcome::kFellBackToNearest;
   }

@@ -49,7 +49,8 @@ struct Fit {
 
 // Damps and factors, fills the grid, runs the spec's method. When every
 // damping attempt failed: NEAREST where the spec says so, else FAILED_PRECONDITION of type
-// "DAMPING" with the attempts. Seconds of the factor and round phases are added to `seconds`.
+// "DAMPING" with the attempts, causes attached (status.h). Seconds of the factor and round phases
+// are added to `seconds`.
 absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, double lambda,
                            const RunContext& context, EngineSeconds& seconds);
 

@@ -118,12 +118,15 @@ absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSp
   double best_ratio = 0;
   double least = std::numeric_limits<double>::infinity();
   absl::Status last;
+  std::vector<StabilityCause> failures;
   for (const double ratio : spec.damping_ladder) {
     absl::StatusOr<Fit> fit = RunFit(step_spec, layer, ratio * unit, context, certificate.seconds);
     if (!fit.ok()) {
       // A step that cannot be factored is not a candidate.
       if (!PreconditionOf(fit.status()).has_value()) return fit.status();
       last = fit.status();
+      const std::vector<StabilityCause> causes = FailedAttemptsOf(last);
+      failures.insert(failures.end(), causes.begin(), causes.end());
       certificate.warnings.push_back(
           absl::StrCat("ladder step ", ratio, " was left out: ", last.message()));
       continue;
@@ -137,7 +140,10 @@ absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSp
       best_ratio = fit->damping->lambda_used / unit;
     }
   }
-  if (certificate.ladder.empty()) return last;
+  if (certificate.ladder.empty()) {
+    AttachFailedAttempts(failures, last);
+    return last;
+  }
   certificate.held_out_relative_error = least;
   return best_ratio;
 }
