@@ -14,7 +14,7 @@
 
 namespace certiq::jobs {
 
-absl::Status DiskError(const std::string& name, const std::string& what, int error) {
+absl::Status DiskError(const std::string& name, absl::string_view what, int error) {
   const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
   absl::Status status(full ? absl::StatusCode::kResourceExhausted : absl::StatusCode::kUnavailable,
                       absl::StrCat(name.empty() ? "data directory" : name, ": ", what, ": ",
@@ -36,13 +36,13 @@ void DiskFile::Close() {
   if (descriptor_ >= 0) close(std::exchange(descriptor_, -1));
 }
 
-int Disk::Interfere(size_t& /*bytes*/) { return 0; }
+int Disk::Interfere(absl::string_view /*call*/, size_t& /*bytes*/) { return 0; }
 
-ssize_t Disk::Try(size_t bytes, absl::FunctionRef<ssize_t(size_t)> call) {
+ssize_t Disk::Try(absl::string_view name, size_t bytes, absl::FunctionRef<ssize_t(size_t)> call) {
   for (;;) {
     size_t allowed = bytes;
     ssize_t result = -1;
-    if (const int fault = Interfere(allowed); fault != 0) {
+    if (const int fault = Interfere(name, allowed); fault != 0) {
       errno = fault;
     } else {
       result = call(allowed);
@@ -56,7 +56,7 @@ std::string Disk::Path(const std::string& name) const {
 }
 
 absl::Status Disk::MakeDirectory(const std::string& name) {
-  if (Try(0, [&](size_t) { return mkdir(Path(name).c_str(), 0700); }) < 0) {
+  if (Try("mkdir", 0, [&](size_t) { return mkdir(Path(name).c_str(), 0700); }) < 0) {
     return errno == EEXIST ? absl::OkStatus() : DiskError(name, "make directory", errno);
   }
   return SyncDirectory(name.empty() ? ".." : "");
@@ -64,7 +64,7 @@ absl::Status Disk::MakeDirectory(const std::string& name) {
 
 absl::StatusOr<std::vector<std::string>> Disk::List(const std::string& directory) {
   std::vector<std::string> names;
-  const ssize_t result = Try(0, [&](size_t) -> ssize_t {
+  const ssize_t result = Try("list", 0, [&](size_t) -> ssize_t {
     std::error_code error;
     names.clear();
     std::filesystem::directory_iterator entry(Path(directory), error);
@@ -84,8 +84,9 @@ absl::Status Disk::SyncDirectory(const std::string& name) {
 }
 
 absl::StatusOr<DiskFile> Disk::Open(const std::string& name, int flags) {
-  const ssize_t descriptor =
-      Try(0, [&](size_t) { return open(Path(name).c_str(), flags | O_CLOEXEC | O_NOCTTY, 0600); });
+  const ssize_t descriptor = Try("open", 0, [&](size_t) {
+    return open(Path(name).c_str(), flags | O_CLOEXEC | O_NOCTTY, 0600);
+  });
   if (descriptor >= 0) return DiskFile(static_cast<int>(descriptor), name);
   if (errno == ENOENT && flags == O_RDONLY) {
     return absl::NotFoundError(absl::StrCat(name, ": is not there"));
@@ -104,7 +105,7 @@ absl::StatusOr<DiskFile> Disk::OpenOrCreate(const std::string& name) {
 absl::StatusOr<DiskFile> Disk::OpenToRead(const std::string& name) { return Open(name, O_RDONLY); }
 
 absl::Status Disk::Lock(const DiskFile& file) {
-  if (Try(0, [&](size_t) { return flock(file.descriptor(), LOCK_EX | LOCK_NB); }) == 0) {
+  if (Try("flock", 0, [&](size_t) { return flock(file.descriptor(), LOCK_EX | LOCK_NB); }) == 0) {
     return absl::OkStatus();
   }
   if (errno != EWOULDBLOCK) return DiskError(file.name(), "lock", errno);
@@ -114,8 +115,9 @@ absl::Status Disk::Lock(const DiskFile& file) {
 
 absl::Status Disk::Write(const DiskFile& file, std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
-    const ssize_t written = Try(
-        bytes.size(), [&](size_t count) { return write(file.descriptor(), bytes.data(), count); });
+    const ssize_t written = Try("write", bytes.size(), [&](size_t count) {
+      return write(file.descriptor(), bytes.data(), count);
+    });
     if (written < 0) return DiskError(file.name(), "write", errno);
     bytes = bytes.subspan(static_cast<size_t>(written));
   }
@@ -123,13 +125,15 @@ absl::Status Disk::Write(const DiskFile& file, std::span<const std::byte> bytes)
 }
 
 absl::Status Disk::Sync(const DiskFile& file) {
-  if (Try(0, [&](size_t) { return fsync(file.descriptor()); }) == 0) return absl::OkStatus();
+  if (Try("fsync", 0, [&](size_t) { return fsync(file.descriptor()); }) == 0) {
+    return absl::OkStatus();
+  }
   return DiskError(file.name(), "sync", errno);
 }
 
 absl::StatusOr<int64_t> Disk::Size(const DiskFile& file) {
   struct stat status = {};
-  if (Try(0, [&](size_t) { return fstat(file.descriptor(), &status); }) == 0) {
+  if (Try("fstat", 0, [&](size_t) { return fstat(file.descriptor(), &status); }) == 0) {
     return static_cast<int64_t>(status.st_size);
   }
   return DiskError(file.name(), "stat", errno);
@@ -137,7 +141,7 @@ absl::StatusOr<int64_t> Disk::Size(const DiskFile& file) {
 
 absl::Status Disk::Read(const DiskFile& file, int64_t offset, std::span<std::byte> to) {
   while (!to.empty()) {
-    const ssize_t read = Try(to.size(), [&](size_t count) {
+    const ssize_t read = Try("pread", to.size(), [&](size_t count) {
       return pread(file.descriptor(), to.data(), count, offset);
     });
     if (read < 0) return DiskError(file.name(), "read", errno);
@@ -149,14 +153,15 @@ absl::Status Disk::Read(const DiskFile& file, int64_t offset, std::span<std::byt
 }
 
 absl::Status Disk::Rename(const std::string& from, const std::string& to) {
-  if (Try(0, [&](size_t) { return rename(Path(from).c_str(), Path(to).c_str()); }) == 0) {
+  if (Try("rename", 0, [&](size_t) { return rename(Path(from).c_str(), Path(to).c_str()); }) == 0) {
     return absl::OkStatus();
   }
   return DiskError(from, absl::StrCat("rename to ", to), errno);
 }
 
 absl::Status Disk::Remove(const std::string& name) {
-  if (Try(0, [&](size_t) { return unlink(Path(name).c_str()); }) == 0 || errno == ENOENT) {
+  if (Try("unlink", 0, [&](size_t) { return unlink(Path(name).c_str()); }) == 0 ||
+      errno == ENOENT) {
     return absl::OkStatus();
   }
   return DiskError(name, "remove", errno);

@@ -15,12 +15,13 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 
 namespace certiq::jobs {
 
 // `error` is an errno. RESOURCE_EXHAUSTED where space or quota is used up, UNAVAILABLE otherwise;
 // both with a retry delay. The message starts with `name`.
-absl::Status DiskError(const std::string& name, const std::string& what, int error);
+absl::Status DiskError(const std::string& name, absl::string_view what, int error);
 
 // An open file, closed on destruction.
 class DiskFile {
@@ -81,11 +82,11 @@ class Disk {
  protected:
   // Asked before every system call, for tests: 0 lets it happen, an errno makes it fail. Reads and
   // writes may be cut short by lowering `bytes`.
-  virtual int Interfere(size_t& bytes);
+  virtual int Interfere(absl::string_view call, size_t& bytes);
 
  private:
   // Makes a system call until it is not interrupted; -1 leaves errno.
-  ssize_t Try(size_t bytes, absl::FunctionRef<ssize_t(size_t)> call);
+  ssize_t Try(absl::string_view name, size_t bytes, absl::FunctionRef<ssize_t(size_t)> call);
   absl::StatusOr<DiskFile> Open(const std::string& name, int flags);
 
   const std::string root_;

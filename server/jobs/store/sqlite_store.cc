@@ -27,7 +27,7 @@ absl::StatusOr<int64_t> CheckVersion(SqlDatabase& database) {
                      *version, ", expected at most ", kSchemaVersion, ")"));
   }
   const absl::StatusOr<int64_t> tables = database.Number("SELECT count(*) FROM sqlite_schema");
-  if (!tables.ok()) return tables;
+  if (!tables.ok()) return tables.status();
   if (*version == 0 && *tables != 0) {
     return absl::FailedPreconditionError(
         absl::StrCat(kDatabaseName, ": is the database of another program"));
