@@ -216,9 +216,9 @@ TEST_F(StoreDamageTest, ChangedValuesAreFound) {
   const CalibrationRecord calibration = FullCalibration("c");
   const char* changes[] = {
       "UPDATE jobs SET rows = rows + 1",
-      "UPDATE jobs SET weight_dtype = weight_dtype + (1 << 32)",
+      "UPDATE jobs SET weight_dtype = weight_dtype + 1",
       "UPDATE jobs SET relative_error = 0",
-      "UPDATE calibrations SET mismatched = 2",
+      "UPDATE calibrations SET mismatched = 0",
       "UPDATE calibration_streams SET tokens = tokens + 1 WHERE position = 1",
       "DELETE FROM calibration_streams WHERE position = 2",
       "DELETE FROM calibration_labels WHERE position = 0",

@@ -92,7 +92,7 @@ struct Writer {
 struct Reader {
   SqlStatement& statement;
 
-  // What does not fit its type is found by the checksum.
+  // What no longer fits its type either reads as another value, which the checksum finds, or not.
   template <typename Number>
   void Integer(Number& value) {
     value = static_cast<Number>(statement.NextInteger());

@@ -80,6 +80,7 @@ void SqlStatement::BindBlob(absl::string_view value) {
 absl::StatusOr<bool> SqlStatement::Step() {
   next_column_ = 0;
   if (bind_error_ != SQLITE_OK) return database_->Error(bind_error_);
+  errno = 0;
   const int code = sqlite3_step(statement_.get());
   if (code == SQLITE_ROW || code == SQLITE_DONE) return code == SQLITE_ROW;
   absl::Status status = database_->Error(code);
@@ -136,6 +137,7 @@ absl::StatusOr<std::unique_ptr<SqlDatabase>> SqlDatabase::Open(const std::string
 }
 
 absl::Status SqlDatabase::Run(const char* sql) {
+  errno = 0;
   const int code = sqlite3_exec(database_.get(), sql, nullptr, nullptr, nullptr);
   return code == SQLITE_OK ? absl::OkStatus() : Error(code);
 }
@@ -158,6 +160,7 @@ absl::StatusOr<std::string> SqlDatabase::Text(const char* sql) {
 
 absl::StatusOr<SqlStatement> SqlDatabase::Prepare(const char* sql) {
   sqlite3_stmt* handle = nullptr;
+  errno = 0;
   const int code = sqlite3_prepare_v2(database_.get(), sql, -1, &handle, nullptr);
   SqlStatement statement;
   statement.database_ = this;
@@ -170,12 +173,13 @@ absl::StatusOr<SqlStatement> SqlDatabase::Prepare(const char* sql) {
 bool SqlDatabase::in_transaction() const { return sqlite3_get_autocommit(database_.get()) == 0; }
 
 absl::Status SqlDatabase::Error(int code) const {
-  // Without a handle there was no memory for it.
-  const int error = database_ == nullptr ? 0 : sqlite3_system_errno(database_.get());
+  // sqlite3_system_errno() is the same, but not told of a COMMIT that fails.
+  const int error = errno;
   const bool says_errno = (code & 0xff) == SQLITE_IOERR || (code & 0xff) == SQLITE_CANTOPEN;
   absl::Status status(
       CodeOf(code, error),
       absl::StrCat(name_, ": ",
+                   // Without a handle there was no memory for it.
                    database_ == nullptr ? sqlite3_errstr(code) : sqlite3_errmsg(database_.get()),
                    " (", code, ")",
                    says_errno && error != 0

@@ -68,7 +68,8 @@ class SqlDatabase {
   bool in_transaction() const;
 
   // What a result code means: RESOURCE_EXHAUSTED or UNAVAILABLE with a retry delay, DATA_LOSS,
-  // or INTERNAL for what only a mistake of ours can cause.
+  // or INTERNAL for what only a mistake of ours can cause. Right after the call that gave it, whose
+  // errno it reads.
   absl::Status Error(int code) const;
   absl::Status Damaged(absl::string_view why) const;
 
