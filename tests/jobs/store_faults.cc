@@ -33,15 +33,13 @@ int Fail(int full, int broken) {
   return is_broken ? broken : full;
 }
 
-bool Strikes(const char* operation, bool may_be_half = false) {
-  return the_plan->Strikes(absl::StrCat("sqlite ", operation), may_be_half);
+bool Strikes(const char* operation, bool is_write = false) {
+  return the_plan->Strikes(absl::StrCat("sqlite ", operation), is_write);
 }
 
 // A full disk does not keep anyone from reading or deleting.
 bool StrikesUnlessFull(const char* operation) {
-  const bool full =
-      the_plan->failure == Failure::kFull || the_plan->failure == Failure::kHalfWritten;
-  return !full && Strikes(operation);
+  return the_plan->failure != Failure::kFull && Strikes(operation);
 }
 
 int Close(sqlite3_file* file) { return Real(file)->pMethods->xClose(Real(file)); }
@@ -54,10 +52,7 @@ int Read(sqlite3_file* file, void* to, int bytes, sqlite3_int64 offset) {
 int Write(sqlite3_file* file, const void* from, int bytes, sqlite3_int64 offset) {
   const auto* methods = Real(file)->pMethods;
   if (!Strikes("write", true)) return methods->xWrite(Real(file), from, bytes, offset);
-  if (the_plan->failure == Failure::kHalfWritten ||
-      the_plan->failure == Failure::kCrashHalfWritten) {
-    methods->xWrite(Real(file), from, bytes / 2, offset);
-  }
+  if (the_plan->WantsHalf()) methods->xWrite(Real(file), from, bytes / 2, offset);
   if (the_plan->failure == Failure::kCrashHalfWritten) _exit(kCrashed);
   return Fail(SQLITE_FULL, SQLITE_IOERR_WRITE);
 }
@@ -125,21 +120,17 @@ int Delete(sqlite3_vfs* /*vfs*/, const char* name, int sync_directory) {
 
 }  // namespace
 
-bool FaultPlan::Strikes(const std::string& operation, bool may_be_half) {
+bool FaultPlan::Strikes(const std::string& operation, bool is_write) {
   trace.push_back(operation);
-  if (failure == Failure::kNone) return false;
+  if (failure == Failure::kNone || (WantsHalf() && !is_write)) return false;
   if (struck) return lasting;
   if (left-- > 0) return false;
   struck = true;
-  const bool half = may_be_half && failure == Failure::kCrashHalfWritten;
-  if (failure == Failure::kCrash || (failure == Failure::kCrashHalfWritten && !half)) {
-    _exit(kCrashed);
-  }
+  if (failure == Failure::kCrash) _exit(kCrashed);
   return true;
 }
 
 int FaultyDisk::Interfere(absl::string_view call, size_t& bytes) {
-  const bool can_be_half = call == "write" && bytes > 1;
   if (plan_.half_done) {
     plan_.half_done = false;
     if (plan_.failure == Failure::kCrashHalfWritten) _exit(kCrashed);
@@ -147,10 +138,8 @@ int FaultyDisk::Interfere(absl::string_view call, size_t& bytes) {
   }
   // What lasts is SQLite's.
   if (plan_.struck && plan_.lasting) return 0;
-  if (!plan_.Strikes(std::string(call), can_be_half)) return 0;
-  const bool half =
-      plan_.failure == Failure::kHalfWritten || plan_.failure == Failure::kCrashHalfWritten;
-  if (half && can_be_half) {
+  if (!plan_.Strikes(std::string(call), call == "write")) return 0;
+  if (plan_.WantsHalf()) {
     bytes /= 2;
     plan_.half_done = true;
     return 0;

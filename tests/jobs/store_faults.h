@@ -20,10 +20,11 @@ enum class Failure {
   kFull,
   // EIO, SQLITE_IOERR.
   kBroken,
-  // As kFull, but half of a write is done.
+  // As kFull, but half of it is done; of writes alone, which alone are counted.
   kHalfWritten,
-  // The process ends before the operation, or in the middle of a write.
+  // The process ends before the operation.
   kCrash,
+  // It ends in the middle of one; of writes alone as well.
   kCrashHalfWritten,
 };
 
@@ -43,9 +44,11 @@ struct FaultPlan {
   // Names of all operations so far.
   std::vector<std::string> trace;
 
-  // Whether this operation is the one. Does not return if it is to be a crash and `may_be_half` is
-  // false or the plan wants no half.
-  bool Strikes(const std::string& operation, bool may_be_half);
+  bool WantsHalf() const {
+    return failure == Failure::kHalfWritten || failure == Failure::kCrashHalfWritten;
+  }
+  // Whether this operation is the one; kCrash does not return then.
+  bool Strikes(const std::string& operation, bool is_write);
 };
 
 class FaultyDisk final : public Disk {

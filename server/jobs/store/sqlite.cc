@@ -127,6 +127,7 @@ absl::StatusOr<std::unique_ptr<SqlDatabase>> SqlDatabase::Open(const std::string
                                                                std::string name, const char* vfs) {
   std::unique_ptr<SqlDatabase> database(new SqlDatabase(std::move(name)));
   sqlite3* handle = nullptr;
+  errno = 0;
   const int code = sqlite3_open_v2(
       path.c_str(), &handle, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_NOMUTEX, vfs);
   database->database_.reset(handle);
