@@ -258,8 +258,8 @@ TEST_F(AuthServerTest, RefusesBeforeReading) {
     EXPECT_EQ(call.received_bytes, 0);
     EXPECT_EQ(call.tenant, "");
   }
-  EXPECT_EQ(Handled("UNAUTHENTICATED"), 5);
-  EXPECT_EQ(Handled("PERMISSION_DENIED"), 1);
+  EXPECT_EQ(Handled("Unauthenticated"), 5);
+  EXPECT_EQ(Handled("PermissionDenied"), 1);
 }
 
 TEST_F(AuthServerTest, HugeHeadersAreRefused) {
