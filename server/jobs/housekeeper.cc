@@ -1,19 +1,14 @@
 #include "jobs/housekeeper.h"
 
-#include <utility>
-
 namespace certiq::jobs {
 
-Housekeeper::Housekeeper(std::function<void()> work, std::chrono::milliseconds interval)
-    : work_(std::move(work)), interval_(interval), thread_([this] { Run(); }) {}
-
-Housekeeper::~Housekeeper() {
+void Housekeeper::Stop() {
   {
     const std::lock_guard lock(mu_);
     done_ = true;
   }
   changed_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
 }
 
 void Housekeeper::Wake() {

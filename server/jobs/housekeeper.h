@@ -8,19 +8,24 @@
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace certiq::jobs {
 
 // Calls `work` every `interval`, and soon after Wake. Thread-safe.
 class Housekeeper {
  public:
-  Housekeeper(std::function<void()> work, std::chrono::milliseconds interval);
-  // Waits for `work` to end.
-  ~Housekeeper();
+  Housekeeper(std::function<void()> work, std::chrono::milliseconds interval)
+      : work_(std::move(work)), interval_(interval) {}
+  ~Housekeeper() { Stop(); }
   Housekeeper(const Housekeeper&) = delete;
   Housekeeper& operator=(const Housekeeper&) = delete;
 
+  // Once.
+  void Start() { thread_ = std::thread([this] { Run(); }); }
   void Wake();
+  // Waits for `work` to end. Idempotent.
+  void Stop();
 
  private:
   void Run();
@@ -31,7 +36,7 @@ class Housekeeper {
   std::condition_variable changed_;
   bool woken_ = false;  // guarded by mu_
   bool done_ = false;   // guarded by mu_
-  std::thread thread_;  // last: it uses the rest
+  std::thread thread_;
 };
 
 }  // namespace certiq::jobs

@@ -16,18 +16,13 @@ using engine::InvalidField;
 // Held out where the damping rule needs tokens and the header says nothing.
 constexpr double kDefaultHeldOut = 0.125;
 
+}  // namespace
+
 absl::Status CheckName(absl::string_view field, absl::string_view value, size_t limit) {
   if (value.size() <= limit) return absl::OkStatus();
   return InvalidField(
       field, absl::StrCat("expected at most ", limit, " bytes, got ", value.size(), " bytes"));
 }
-
-// What a matrix header announces.
-struct MatrixShape {
-  int64_t rows = 0;
-  int64_t columns = 0;
-  engine::DType dtype = engine::DType::kF32;
-};
 
 absl::StatusOr<MatrixShape> ReadMatrix(bool has, const v1::TensorHeader& header,
                                        absl::string_view field, absl::string_view dimensions) {
@@ -46,20 +41,6 @@ absl::StatusOr<MatrixShape> ReadMatrix(bool has, const v1::TensorHeader& header,
   }
   return MatrixShape{header.shape(0), header.shape(1), *dtype};
 }
-
-// What the contract has and this server does not offer yet, other than in the spec
-// (engine::ResolveSpec answers for that).
-absl::Status CheckOffered(const v1::QuantizeHeader& header) {
-  const auto not_yet = [](absl::string_view field, absl::string_view what) {
-    return FieldError(
-        absl::StatusCode::kUnimplemented, field,
-        absl::StrCat(what, " is part of the contract but this server does not offer it yet"));
-  };
-  if (!header.calibration_id().empty()) return not_yet("calibration_id", "a stored calibration");
-  return absl::OkStatus();
-}
-
-}  // namespace
 
 absl::Status FirstError(std::initializer_list<absl::Status> statuses) {
   for (const absl::Status& status : statuses) {
@@ -91,11 +72,6 @@ absl::StatusOr<QuantizeCall> FromProto(const v1::QuantizeHeader& header) {
   const absl::StatusOr<MatrixShape> weight = ReadMatrix(
       header.has_weight(), header.weight(), "weight", "[output channels, input features]");
   if (!weight.ok()) return weight.status();
-  if (absl::Status offered = CheckOffered(header); !offered.ok()) return offered;
-  const absl::StatusOr<MatrixShape> x =
-      ReadMatrix(header.has_x(), header.x(), "x", "[tokens, input features]");
-  if (!x.ok()) return x.status();
-
   QuantizeCall call;
   call.request_id = header.request_id();
   call.layer_name = header.layer_name();
@@ -103,6 +79,18 @@ absl::StatusOr<QuantizeCall> FromProto(const v1::QuantizeHeader& header) {
   call.layer.rows = weight->rows;
   call.layer.features = weight->columns;
   call.layer.weight_dtype = weight->dtype;
+  if (!header.calibration_id().empty()) {
+    if (header.has_x() || header.has_x_quantized() || header.has_held_out_fraction() ||
+        header.sequence_rows() != 0) {
+      return InvalidField("calibration_id",
+                          "expected either a calibration, or x with how to hold rows out");
+    }
+    call.calibration_id = header.calibration_id();
+    return call;
+  }
+  const absl::StatusOr<MatrixShape> x =
+      ReadMatrix(header.has_x(), header.x(), "x", "[tokens, input features]");
+  if (!x.ok()) return x.status();
   call.layer.tokens = x->rows;
   call.layer.x_features = x->columns;
   call.layer.x_dtype = x->dtype;

@@ -82,6 +82,8 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CallFacts& f
     entry->set_held_out_relative_error(step.held_out_relative_error);
   }
   *to.mutable_spec() = ToProto(from.spec);
+  to.set_calibration_id(facts.calibration_id);
+  to.set_sums_sha256(facts.sums_sha256);
   to.set_held_out_fraction(facts.held_out_fraction);
   to.set_held_out_block_rows(facts.held_out_fraction > 0 ? facts.held_out_block_rows : 0);
   v1::PhaseSeconds* const seconds = to.mutable_phase_seconds();

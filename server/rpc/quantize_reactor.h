@@ -24,25 +24,13 @@
 #include "jobs/quantize_job.h"
 #include "jobs/tenant.h"
 #include "jobs/worker_pool.h"
-#include "rpc/auth.h"
+#include "rpc/call_life.h"
 #include "rpc/call_registry.h"
-#include "rpc/call_summary.h"
 #include "rpc/convert.h"
 #include "rpc/result_stream.h"
 #include "jobs/sha256.h"
 
 namespace certiq::rpc {
-
-// What calls work with; all of it outlives them.
-struct CallEnvironment {
-  jobs::WorkerPool& pool;
-  jobs::ByteBudget& budget;
-  jobs::Observer& observer;
-  jobs::CallObserver& calls;
-  CallRegistry& registry;
-  CallLog log;
-  Authenticator* auth;
-};
 
 // The life of a call:
 //  1. kHeader: one read is outstanding and nothing is reserved. The header is parsed and
@@ -91,7 +79,7 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   void WriteMore();
   void HandleHeader(const grpc::ByteBuffer& message);
   absl::Status ReadHeader(const grpc::ByteBuffer& message);
-  absl::Status Admit(const QuantizeCall& call);
+  absl::Status Admit(QuantizeCall& call);
   void PostNextMessage();
   void PostFinish();
   void PushProgress(engine::Phase phase, double fraction);
@@ -114,9 +102,9 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   void OnJobDone(absl::StatusOr<jobs::QuantizeResult> result);
 
   grpc::CallbackServerContext* const context_;
-  const CallEnvironment env_;
-  const Clock::time_point started_ = Clock::now();
-  const std::chrono::system_clock::time_point wall_started_ = std::chrono::system_clock::now();
+  const CallEnvironment& env_;
+  const jobs::Tenant tenant_;
+  CallLife life_;
 
   std::mutex mu_;
   Stage stage_ = Stage::kHeader;
@@ -126,7 +114,6 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   bool task_running_ = false;  // a task is on the pool
   bool finished_ = false;      // Finish was called
   absl::Status status_;        // the first failure
-  CallSummary summary_;
 
   grpc::ByteBuffer incoming_;
   grpc::ByteBuffer outgoing_;
@@ -136,6 +123,7 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   // Read by the intake without mu_; an atomic.
   engine::Cancellation cancellation_;
   jobs::WorkerPool::Slot slot_;
+  jobs::CountQuota::Place place_;
   Clock::time_point header_at_;
   std::unique_ptr<jobs::LayerIntake> intake_;
   jobs::Sha256 weights_digest_;
