@@ -66,8 +66,8 @@ class EverySize : public ::testing::TestWithParam<int64_t> {
   EverySize() {
     context_.executor = &executor_;
     spec_ = *ResolveSpec(QuantizationSpec());
-    // 4096 features of 600 tokens: without lambda there is no factor.
-    const int64_t tokens = n_ <= 65 ? 3 * n_ + 5 : n_ == 4096 ? 600 : n_ + 100;
+    // 4096 features of 300 tokens: without lambda there is no factor.
+    const int64_t tokens = n_ <= 65 ? 3 * n_ + 5 : n_ == 4096 ? 300 : n_ + 100;
     problem_ = testing::MakeLayer(tokens, n_, kRows, testing::Inputs::kCorrelated, 400 + n_);
     problem_.x_quantized = testing::Disturbed(problem_.x, 0.3, 401 + n_);
     inputs_ = Columns(problem_.x_quantized);
