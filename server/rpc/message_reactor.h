@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -144,6 +145,8 @@ class MessageReactor : public Base, public LiveCall {
     SetFailure(std::move(status));
     Advance();
   }
+  // With the lock. The client has no more to say.
+  bool half_closed() const { return half_closed_; }
   // With the lock. Keeps the first failure.
   void SetFailure(absl::Status status) {
     if (status_.ok()) status_ = std::move(status);
