@@ -26,17 +26,20 @@
 #include <thread>
 #include <utility>
 
+#include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "engine/quantize_layer.h"
-#include "jobs/byte_budget.h"
+#include "jobs/backend.h"
 #include "jobs/memory_limit.h"
-#include "jobs/worker_pool.h"
+#include "jobs/store/memory_store.h"
+#include "jobs/store/sqlite_store.h"
 #include "metrics/http_server.h"
 #include "metrics/log.h"
 #include "metrics/metrics.h"
 #include "rpc/address.h"
 #include "rpc/auth.h"
 #include "rpc/call_summary.h"
+#include "rpc/convert_job.h"
 #include "rpc/credentials.h"
 #include "rpc/file.h"
 #include "rpc/library_log.h"
@@ -61,6 +64,8 @@ struct Flags {
   int workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   int queue_limit = 256;
   int64_t memory_budget_bytes = jobs::MemoryLimitBytes() / 5 * 4;
+  int64_t disk_budget_bytes = int64_t{1} << 60;
+  double commit_seconds = 5;
   rpc::TlsFiles tls;
   std::string token_file;
   double drain_seconds = 30;
@@ -104,7 +109,8 @@ void AddFlags(CLI::App& app, Flags& flags) {
           "gRPC on HOST:PORT, [IPV6]:PORT or unix:PATH; port 0: a free one");
   AddText(app, "metrics_listen", flags.metrics_listen,
           "/metrics and /healthz over HTTP on HOST:PORT; empty: off");
-  AddText(app, "data_dir", flags.data_dir, "where results are kept; empty: in memory");
+  AddText(app, "data_dir", flags.data_dir,
+          "folder for calibrations, jobs and results; empty: in memory, gone with the process");
   AddFlag(app, "workers", flags.workers, "compute threads")->check(CLI::Range(1, 4096));
   AddFlag(app, "queue_limit", flags.queue_limit, "layers that may upload or wait")
       ->check(CLI::Range(1, 1000000));
@@ -112,6 +118,12 @@ void AddFlags(CLI::App& app, Flags& flags) {
       app, "memory_budget_bytes", flags.memory_budget_bytes,
       "bytes that clients may make the server hold; default 80 % of the machine's or container's")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 60));
+  AddFlag(app, "disk_budget_bytes", flags.disk_budget_bytes,
+          "bytes that clients may make the server keep in --data_dir; default: no limit of its own")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 60));
+  AddFlag(app, "commit_seconds", flags.commit_seconds,
+          "how long rows that were received may wait to be on disk")
+      ->check(CLI::Range(0.01, 3600.0));
   AddText(app, "tls_cert", flags.tls.cert, "server certificate and chain, PEM; turns TLS on");
   AddText(app, "tls_key", flags.tls.key, "its key, PEM");
   AddText(app, "tls_client_ca", flags.tls.client_ca,
@@ -126,19 +138,6 @@ void AddFlags(CLI::App& app, Flags& flags) {
   AddSwitch(app, "allow_cleartext", flags.allow_cleartext, "serve clear text beyond loopback");
   AddSwitch(app, "reflection", flags.reflection, "gRPC server reflection (on by default)");
   AddSwitch(app, "probe", flags.probe, "ask the server at --listen for its health and exit 0 or 1");
-}
-
-// What is accepted and does not work yet; empty if nothing of it is used.
-std::string NotBuilt(const Flags& flags) {
-  const std::pair<const char*, const std::string*> later[] = {
-      {"--data_dir", &flags.data_dir},
-  };
-  for (const auto& [name, value] : later) {
-    if (!value->empty()) {
-      return std::string(name) + ": not built yet in this version; leave it empty";
-    }
-  }
-  return "";
 }
 
 // A reader sees the whole file or none. False with a reason in errno.
@@ -247,6 +246,11 @@ const char* TlsMode(const rpc::TlsFiles& tls) {
   return tls.client_ca.empty() ? "on" : "on, with client certificates";
 }
 
+absl::StatusOr<std::unique_ptr<jobs::Store>> OpenStore(const Flags& flags) {
+  if (flags.data_dir.empty()) return jobs::NewMemoryStore();
+  return jobs::OpenSqliteStore(flags.data_dir);
+}
+
 int Serve(const Flags& flags, const metrics::Log& log) {
   // Before the first thread: all inherit it.
   const sigset_t stop_signals = StopSignals::Set();
@@ -265,8 +269,18 @@ int Serve(const Flags& flags, const metrics::Log& log) {
   }
 
   metrics::Metrics counters(engine::EngineVersion(), engine::EngineIsa());
-  jobs::ByteBudget budget(flags.memory_budget_bytes, counters);
-  jobs::WorkerPool pool(flags.workers, flags.queue_limit, counters);
+  auto store = OpenStore(flags);
+  if (!store.ok()) return failed(absl::StrCat("--data_dir: ", store.status().message()));
+  const std::chrono::milliseconds commit(std::llround(flags.commit_seconds * 1000));
+  auto backend = jobs::Backend::Start({.workers = flags.workers,
+                                       .queue_limit = flags.queue_limit,
+                                       .memory_bytes = flags.memory_budget_bytes,
+                                       .disk_bytes = flags.disk_budget_bytes,
+                                       .cache_bytes = flags.memory_budget_bytes / 4,
+                                       .commit_interval = commit,
+                                       .observer = &counters},
+                                      *std::move(store), std::make_unique<rpc::JobCodec>());
+  if (!backend.ok()) return failed(absl::StrCat("--data_dir: ", backend.status().message()));
   const rpc::Warn warn = [&log](const std::string& message) {
     log.Warning("security", {{"message", message}});
   };
@@ -280,9 +294,7 @@ int Serve(const Flags& flags, const metrics::Log& log) {
                                           .tls = flags.tls,
                                           .allow_cleartext = flags.allow_cleartext,
                                           .reflection = flags.reflection,
-                                          .pool = &pool,
-                                          .budget = &budget,
-                                          .observer = &counters,
+                                          .backend = backend->get(),
                                           .calls = &counters,
                                           .log = LogCallsTo(log),
                                           .auth = auth.get(),
@@ -308,25 +320,34 @@ int Serve(const Flags& flags, const metrics::Log& log) {
         WritePort(flags.port_file, (*server)->port());
     if (!written) return failed("--port_file: cannot write " + flags.port_file);
   }
-  log.Info("listening", {{"version", std::string(engine::EngineVersion())},
-                         {"isa", std::string(engine::EngineIsa())},
-                         {"listen", flags.listen},
-                         {"port", int64_t{(*server)->port()}},
-                         {"tls", std::string(TlsMode(flags.tls))},
-                         {"tokens", auth->enabled()},
-                         {"metrics_listen", flags.metrics_listen},
-                         {"metrics_port", int64_t{http == nullptr ? 0 : http->port()}},
-                         {"workers", int64_t{flags.workers}},
-                         {"queue_limit", int64_t{flags.queue_limit}},
-                         {"memory_budget_bytes", flags.memory_budget_bytes},
-                         {"storage", std::string("in memory: nothing outlives this process")}});
+  log.Info("listening",
+           {{"version", std::string(engine::EngineVersion())},
+            {"isa", std::string(engine::EngineIsa())},
+            {"listen", flags.listen},
+            {"port", int64_t{(*server)->port()}},
+            {"tls", std::string(TlsMode(flags.tls))},
+            {"tokens", auth->enabled()},
+            {"metrics_listen", flags.metrics_listen},
+            {"metrics_port", int64_t{http == nullptr ? 0 : http->port()}},
+            {"workers", int64_t{flags.workers}},
+            {"queue_limit", int64_t{flags.queue_limit}},
+            {"memory_budget_bytes", flags.memory_budget_bytes},
+            {"storage", (*backend)->durable()
+                            ? flags.data_dir
+                            : std::string("in memory: nothing outlives this process")}});
 
   const int signal = signals.Wait();
   log.Info("draining", {{"signal", int64_t{signal}}, {"drain_seconds", flags.drain_seconds}});
-  signals.OnSecond([&server] { (*server)->Hurry(); });
-  const bool clean =
-      (*server)->Drain(std::chrono::milliseconds(std::llround(flags.drain_seconds * 1000)));
-  pool.Shutdown();
+  const auto deadline = std::chrono::steady_clock::now() +
+                        std::chrono::milliseconds(std::llround(flags.drain_seconds * 1000));
+  signals.OnSecond([&server, &backend] {
+    (*server)->Hurry();
+    (*backend)->Hurry();
+  });
+  const bool calls_ended = (*server)->Drain(std::chrono::duration_cast<std::chrono::milliseconds>(
+      deadline - std::chrono::steady_clock::now()));
+  const bool clean = (*backend)->WaitRunning(deadline) && calls_ended;
+  (*backend)->Hurry();
   log.Info("stopped", {{"all_calls_ended", clean}});
   return 0;
 }
@@ -352,10 +373,6 @@ int Run(int argc, char** argv) {
     const absl::Status healthy = rpc::Probe(flags.listen, flags.tls, kProbeLimit);
     if (!healthy.ok()) std::cerr << healthy.message() << '\n';
     return healthy.ok() ? 0 : kExitFailure;
-  }
-  if (const std::string later = NotBuilt(flags); !later.empty()) {
-    std::cerr << later << '\n';
-    return kExitFailure;
   }
   const metrics::Log log(flags.log_format == "json" ? metrics::LogFormat::kJson
                                                     : metrics::LogFormat::kText);

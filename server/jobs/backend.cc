@@ -52,8 +52,8 @@ bool Backend::WaitRunning(std::chrono::steady_clock::time_point deadline) {
   bool ended = pool_.WaitRunning(deadline);
   // What streams brought last.
   calibrations_.CommitAll();
-  return pool_.WaitRunning(std::max(deadline, std::chrono::steady_clock::now() +
-                                                  std::chrono::seconds(5))) &&
+  return pool_.WaitRunning(
+             std::max(deadline, std::chrono::steady_clock::now() + std::chrono::seconds(5))) &&
          ended;
 }
 

@@ -133,8 +133,8 @@ absl::Status Calibration::Open(const std::shared_ptr<LiveStream>& live) {
     stream.now.id = live->stream_id;
     older = std::exchange(stream.live, live);
     if (older != nullptr) {
-      ended_[older.get()] = absl::AbortedError(
-          absl::StrCat("a newer call opened the stream ", live->stream_id));
+      ended_[older.get()] =
+          absl::AbortedError(absl::StrCat("a newer call opened the stream ", live->stream_id));
     }
   }
   if (older != nullptr) older->changed.Notify();
@@ -160,11 +160,11 @@ absl::Status Calibration::FoldRows(const LiveStream& live, int64_t first_row, in
     const bool held_out = holds_out_ && split.IsHeldOut(row);
     engine::StatisticsAccumulator& sums = held_out ? *held_out_ : *fit_;
     absl::Status folded =
-        mismatched_ ? sums.AppendPair(live.x_dtype, x + begin * x_bytes, live.x_quantized_dtype,
-                                      x_quantized + begin * quantized_bytes, row, block, "chunk.x",
-                                      "chunk.x_quantized", env_.pool)
-                    : sums.Append(live.x_dtype, x + begin * x_bytes, row, block, "chunk.x",
-                                  env_.pool);
+        mismatched_
+            ? sums.AppendPair(live.x_dtype, x + begin * x_bytes, live.x_quantized_dtype,
+                              x_quantized + begin * quantized_bytes, row, block, "chunk.x",
+                              "chunk.x_quantized", env_.pool)
+            : sums.Append(live.x_dtype, x + begin * x_bytes, row, block, "chunk.x", env_.pool);
     if (!folded.ok()) return folded;
     if (held_out) held_out_rows += block;
     begin += block;
@@ -187,8 +187,8 @@ absl::Status Calibration::Fold(LiveStream& live, int64_t sequence, std::span<con
   if (sequence >= 0 && sequence < expected) return absl::OkStatus();
   if (sequence != expected) {
     return InvalidField("chunk.sequence",
-                        absl::StrCat("expected ", expected, ", the next of stream ",
-                                     live.stream_id, ", or one received before, got ", sequence));
+                        absl::StrCat("expected ", expected, ", the next of stream ", live.stream_id,
+                                     ", or one received before, got ", sequence));
   }
   const int64_t row_bytes = features_ * engine::ItemSize(live.x_dtype);
   const auto bytes = static_cast<int64_t>(x.size());
@@ -206,10 +206,10 @@ absl::Status Calibration::Fold(LiveStream& live, int64_t sequence, std::span<con
                                      ", got ", x_quantized.size(), " bytes"));
   }
   absl::Status checked =
-      mismatched_ ? fit_->CheckPair(live.x_dtype, x.data(), live.x_quantized_dtype,
-                                    x_quantized.data(), first_row, rows, "chunk.x",
-                                    "chunk.x_quantized")
-                  : fit_->Check(live.x_dtype, x.data(), first_row, rows, "chunk.x");
+      mismatched_
+          ? fit_->CheckPair(live.x_dtype, x.data(), live.x_quantized_dtype, x_quantized.data(),
+                            first_row, rows, "chunk.x", "chunk.x_quantized")
+          : fit_->Check(live.x_dtype, x.data(), first_row, rows, "chunk.x");
   if (!checked.ok()) return checked;
 
   int64_t held_out_rows = 0;
@@ -222,8 +222,8 @@ absl::Status Calibration::Fold(LiveStream& live, int64_t sequence, std::span<con
   if (!folded.ok()) {
     // Part of the chunk is in the sums.
     Lose();
-    return absl::UnavailableError(
-        absl::StrCat("the sums in memory were lost (", folded.message(), "): open the stream again"));
+    return absl::UnavailableError(absl::StrCat("the sums in memory were lost (", folded.message(),
+                                               "): open the stream again"));
   }
   {
     const std::lock_guard lock(mu_);
@@ -252,7 +252,8 @@ absl::StatusOr<bool> Calibration::Import(const std::string& stream_id, bool held
     if (absl::Status usable = Usable(); !usable.ok()) return usable;
     if (const auto found = streams_.find(stream_id); found != streams_.end()) {
       if (!found->second.now.imported) {
-        return PreconditionError("STREAM", stream_id, "this stream_id belongs to an Accumulate stream");
+        return PreconditionError("STREAM", stream_id,
+                                 "this stream_id belongs to an Accumulate stream");
       }
       known = true;
     } else if (now_.finalize_time != 0) {
@@ -300,8 +301,8 @@ absl::Status Calibration::Remove() {
     const std::lock_guard lock(mu_);
     if (deleted_) return absl::NotFoundError(absl::StrCat("calibration ", id_, " was deleted"));
     if (pins_ > 0) {
-      return PreconditionError("IN_USE", id_,
-                               absl::StrCat(pins_, " jobs that have not ended use the calibration"));
+      return PreconditionError(
+          "IN_USE", id_, absl::StrCat(pins_, " jobs that have not ended use the calibration"));
     }
     deleted_ = true;
   }

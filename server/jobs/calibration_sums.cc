@@ -33,8 +33,7 @@ class CalibrationFactors final : public engine::FactorCache {
     const auto made = [&]() -> absl::StatusOr<SharedCache::Value> {
       absl::StatusOr<engine::DampedFactor> factor = make();
       if (!factor.ok()) return factor.status();
-      return SharedCache::Value(
-          std::make_shared<const engine::DampedFactor>(*std::move(factor)));
+      return SharedCache::Value(std::make_shared<const engine::DampedFactor>(*std::move(factor)));
     };
     const int64_t bytes = engine::UpperPanels<double>::ElementsFor(features_) * 8 + features_ * 8;
     const auto found = env_.cache.Get(
@@ -195,12 +194,13 @@ void Calibration::CommitIfDue(Clock::time_point now, std::chrono::milliseconds i
   }
   const std::shared_ptr<Calibration> self = shared_from_this();
   // What fails here fails again, and is told, when the stream ends.
-  static_cast<void>(
-      strand_->Post({.run = [self] { return self->Commit(); }, .done = [self](const absl::Status&) {
-                       const std::lock_guard lock(self->mu_);
-                       self->commit_posted_ = false;
-                       self->committed_at_ = Clock::now();
-                     }}));
+  static_cast<void>(strand_->Post({.run = [self] { return self->Commit(); },
+                                   .done =
+                                       [self](const absl::Status&) {
+                                         const std::lock_guard lock(self->mu_);
+                                         self->commit_posted_ = false;
+                                         self->committed_at_ = Clock::now();
+                                       }}));
 }
 
 absl::StatusOr<Snapshot> Calibration::Export(bool held_out) {
@@ -223,8 +223,8 @@ absl::StatusOr<Snapshot> Calibration::Export(bool held_out) {
       engine::StatisticsAccumulator::BytesFor(features_, mismatched_), "this export");
   if (!reservation.ok()) return reservation.status();
   snapshot.reservation = *std::move(reservation);
-  snapshot.sums = std::make_shared<const engine::Statistics>(
-      (held_out ? *held_out_ : *fit_).Flush(env_.pool));
+  snapshot.sums =
+      std::make_shared<const engine::Statistics>((held_out ? *held_out_ : *fit_).Flush(env_.pool));
   return snapshot;
 }
 
@@ -246,8 +246,8 @@ absl::Status Calibration::Finalize(std::optional<int64_t> expected_tokens,
         return PreconditionError("STREAM", id, absl::StrCat("stream ", id, " has sent nothing"));
       }
       if (found->second.live != nullptr) {
-        return PreconditionError("STREAM", id,
-                                 absl::StrCat("stream ", id, " has an open call: it may send more"));
+        return PreconditionError(
+            "STREAM", id, absl::StrCat("stream ", id, " has an open call: it may send more"));
       }
     }
     if (now_.finalize_time != 0) return absl::OkStatus();
@@ -320,11 +320,11 @@ absl::StatusOr<CalibrationSums> Calibration::Sums() {
   if (!found.ok()) return found.status();
   const auto shared = std::static_pointer_cast<const CalibrationSums>(found->value);
   // The parts keep the whole, and its reservation.
-  return CalibrationSums{
-      engine::SharedStatistics(shared, shared->fit.get()),
-      shared->held_out == nullptr ? nullptr
-                                  : engine::SharedStatistics(shared, shared->held_out.get()),
-      shared->sha256};
+  return CalibrationSums{engine::SharedStatistics(shared, shared->fit.get()),
+                         shared->held_out == nullptr
+                             ? nullptr
+                             : engine::SharedStatistics(shared, shared->held_out.get()),
+                         shared->sha256};
 }
 
 std::unique_ptr<engine::FactorCache> Calibration::Factors() {

@@ -20,8 +20,8 @@ constexpr int64_t kMaxSequenceRows = int64_t{1} << 24;
 
 absl::Status Check(const CalibrationRequest& request) {
   if (request.features < 1 || request.features > kMaxFeatures) {
-    return InvalidField("features", absl::StrCat("expected 1 to ", kMaxFeatures, ", got ",
-                                                 request.features));
+    return InvalidField("features",
+                        absl::StrCat("expected 1 to ", kMaxFeatures, ", got ", request.features));
   }
   // A NaN is not in the range either.
   if (!(request.held_out_fraction >= 0 && request.held_out_fraction <= 0.5)) {
@@ -33,8 +33,8 @@ absl::Status Check(const CalibrationRequest& request) {
                                                       request.sequence_rows));
   }
   if (request.labels.size() > kMaxLabels) {
-    return InvalidField("labels", absl::StrCat("expected at most ", kMaxLabels, ", got ",
-                                               request.labels.size()));
+    return InvalidField(
+        "labels", absl::StrCat("expected at most ", kMaxLabels, ", got ", request.labels.size()));
   }
   for (const std::string& label : request.labels) {
     if (!label.empty() && label.size() <= kMaxLabelBytes) continue;
@@ -68,9 +68,9 @@ absl::StatusOr<std::shared_ptr<Calibration>> Calibrations::Create(
     if (const auto made = by_request_.find(key); made != by_request_.end()) {
       const std::shared_ptr<Calibration>& calibration = by_id_.at(made->second);
       if (calibration->View(false).record.request_digest == request.digest) return calibration;
-      return absl::AlreadyExistsError(absl::StrCat(
-          "request_id ", request.request_id, " made calibration ", made->second,
-          " from other content"));
+      return absl::AlreadyExistsError(absl::StrCat("request_id ", request.request_id,
+                                                   " made calibration ", made->second,
+                                                   " from other content"));
     }
     if (!creating_.insert(key).second) return BeingCreated();
   }
@@ -81,8 +81,8 @@ absl::StatusOr<std::shared_ptr<Calibration>> Calibrations::Create(
   return Make(tenant, request);
 }
 
-absl::StatusOr<std::shared_ptr<Calibration>> Calibrations::Make(
-    const Tenant& tenant, const CalibrationRequest& request) {
+absl::StatusOr<std::shared_ptr<Calibration>> Calibrations::Make(const Tenant& tenant,
+                                                                const CalibrationRequest& request) {
   CalibrationRecord record;
   record.id = NewId("cal-");
   record.tenant = tenant.name;
@@ -173,12 +173,13 @@ void Calibrations::Tick(std::chrono::steady_clock::time_point now) {
     if (calibration->Expired(wall)) {
       // What fails now is tried again with the next tick.
       static_cast<void>(calibration->strand().Post({.run =
-                                      [this, calibration, wall] {
-                                        // A job may have pinned it meanwhile.
-                                        return calibration->Expired(wall) ? Remove(calibration)
-                                                                          : absl::OkStatus();
-                                      },
-                                  .done = [](const absl::Status&) {}}));
+                                                        [this, calibration, wall] {
+                                                          // A job may have pinned it meanwhile.
+                                                          return calibration->Expired(wall)
+                                                                     ? Remove(calibration)
+                                                                     : absl::OkStatus();
+                                                        },
+                                                    .done = [](const absl::Status&) {}}));
     } else {
       calibration->CommitIfDue(now, commit_interval_);
     }
@@ -187,8 +188,9 @@ void Calibrations::Tick(std::chrono::steady_clock::time_point now) {
 
 void Calibrations::CommitAll() {
   for (const auto& calibration : All()) {
-    static_cast<void>(calibration->strand().Post({.run = [calibration] { return calibration->Commit(); },
-                                .done = [](const absl::Status&) {}}));
+    static_cast<void>(
+        calibration->strand().Post({.run = [calibration] { return calibration->Commit(); },
+                                    .done = [](const absl::Status&) {}}));
   }
 }
 

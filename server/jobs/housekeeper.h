@@ -22,7 +22,9 @@ class Housekeeper {
   Housekeeper& operator=(const Housekeeper&) = delete;
 
   // Once.
-  void Start() { thread_ = std::thread([this] { Run(); }); }
+  void Start() {
+    thread_ = std::thread([this] { Run(); });
+  }
   void Wake();
   // Waits for `work` to end. Idempotent.
   void Stop();

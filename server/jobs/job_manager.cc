@@ -17,8 +17,8 @@ using engine::PreconditionError;
 constexpr int32_t kMaxPriority = 100;
 
 absl::Status AlreadyExists(const std::string& request_id, const std::string& job_id) {
-  return absl::AlreadyExistsError(absl::StrCat("request_id ", request_id, " made job ", job_id,
-                                               " from other content"));
+  return absl::AlreadyExistsError(
+      absl::StrCat("request_id ", request_id, " made job ", job_id, " from other content"));
 }
 
 }  // namespace
@@ -31,14 +31,13 @@ JobUpload::~JobUpload() {
 
 absl::Status JobUpload::Append(int64_t row_offset, std::span<const std::byte> bytes) {
   const int64_t row_bytes = request_.features * engine::ItemSize(request_.weight_dtype);
-  const absl::StatusOr<int64_t> rows =
-      RowsIn("weight", "weight.data", row_bytes, row_offset, rows_, request_.rows,
-             static_cast<int64_t>(bytes.size()));
+  const absl::StatusOr<int64_t> rows = RowsIn("weight", "weight.data", row_bytes, row_offset, rows_,
+                                              request_.rows, static_cast<int64_t>(bytes.size()));
   if (!rows.ok()) return rows.status();
   row_.resize(static_cast<size_t>(request_.features));
   for (int64_t r = 0; r < *rows; ++r) {
-    const int64_t bad = engine::DecodeToFloat(
-        request_.weight_dtype, bytes.data() + r * row_bytes, request_.features, row_.data());
+    const int64_t bad = engine::DecodeToFloat(request_.weight_dtype, bytes.data() + r * row_bytes,
+                                              request_.features, row_.data());
     if (bad < 0) continue;
     return engine::NonFiniteValue("weight.data", row_[static_cast<size_t>(bad)], rows_ + r, bad);
   }
@@ -107,10 +106,10 @@ absl::Status JobManager::Prepare(JobUpload& upload) {
     return fits;
   }
   if (about.tokens < request.spec.min_tokens) {
-    return PreconditionError("TOKENS", "spec.min_tokens",
-                             absl::StrCat("the spec asks for ", request.spec.min_tokens,
-                                          " tokens, calibration ", about.id, " has ",
-                                          about.tokens));
+    return PreconditionError(
+        "TOKENS", "spec.min_tokens",
+        absl::StrCat("the spec asks for ", request.spec.min_tokens, " tokens, calibration ",
+                     about.id, " has ", about.tokens));
   }
   if (request.spec.NeedsHeldOut() && about.held_out_tokens == 0) {
     return PreconditionError("HELD_OUT", "spec.damping.held_out",
@@ -238,8 +237,8 @@ void JobManager::RestoreOne(JobRecord record) {
   auto stored = account.disk.Reserve(StoredJob::StoredBytes(record, resolved));
   holdings.place = account.jobs.TakeAnyway();
   record.state = JobState::kQueued;
-  const auto job = std::make_shared<StoredJob>(env_, codec_, record, resolved,
-                                               std::move(holdings), std::move(stored));
+  const auto job = std::make_shared<StoredJob>(env_, codec_, record, resolved, std::move(holdings),
+                                               std::move(stored));
   Insert(job, record);
   if (failed.ok()) {
     job->Start(env_.pool.AdmitAgain(), hold_);
@@ -267,8 +266,7 @@ absl::StatusOr<std::shared_ptr<StoredJob>> JobManager::Find(const Tenant& tenant
 
 absl::StatusOr<Page<JobView>> JobManager::List(const Tenant& tenant,
                                                const std::set<JobState>& states,
-                                               const std::string& calibration_id,
-                                               int32_t page_size,
+                                               const std::string& calibration_id, int32_t page_size,
                                                const std::string& page_token) const {
   std::vector<JobView> views;
   for (const auto& job : All()) {

@@ -100,7 +100,9 @@ int64_t LayerIntake::BytesFor(const LayerRequest& request) {
   // Staging of the sums is gone before the engine starts, so it is one or the other.
   const int64_t sums =
       engine::StatisticsAccumulator::BytesFor(request.features, request.mismatched());
-  const int64_t portions = request.calibration != nullptr ? 0 : request.held_out_fraction > 0 ? 2 : 1;
+  const int64_t portions = request.calibration != nullptr  ? 0
+                           : request.held_out_fraction > 0 ? 2
+                                                           : 1;
   const int64_t intake =
       engine::StripMatrix::BytesFor(request.rows, request.features) + portions * sums;
   return std::max(intake, EngineBytes(request)) + kMessagesHeld * LargestMessage(request);

@@ -38,12 +38,13 @@ absl::StatusOr<Page<T>> CutPage(std::vector<T> all, int32_t page_size,
   if (page_size < 0) {
     return engine::InvalidField("page_size", absl::StrCat("expected at least 0, got ", page_size));
   }
-  const auto size = static_cast<size_t>(
-      page_size == 0 ? kDefaultPageSize : std::min(page_size, kMaxPageSize));
+  const auto size =
+      static_cast<size_t>(page_size == 0 ? kDefaultPageSize : std::min(page_size, kMaxPageSize));
   std::sort(all.begin(), all.end(), [&](const T& a, const T& b) { return key(a) > key(b); });
   auto begin = all.begin();
   if (!page_token.empty()) {
-    const std::pair<std::string, std::string> parts = absl::StrSplit(page_token, absl::MaxSplits('.', 1));
+    const std::pair<std::string, std::string> parts =
+        absl::StrSplit(page_token, absl::MaxSplits('.', 1));
     UnixMicros time = 0;
     if (!absl::SimpleAtoi(parts.first, &time) || parts.second.empty()) {
       return engine::InvalidField("page_token", "expected a next_page_token of this list");
@@ -53,9 +54,9 @@ absl::StatusOr<Page<T>> CutPage(std::vector<T> all, int32_t page_size,
   }
   Page<T> page;
   const auto left = static_cast<size_t>(all.end() - begin);
-  page.items.assign(std::make_move_iterator(begin),
-                    std::make_move_iterator(begin + static_cast<std::ptrdiff_t>(
-                                                        std::min(size, left))));
+  page.items.assign(
+      std::make_move_iterator(begin),
+      std::make_move_iterator(begin + static_cast<std::ptrdiff_t>(std::min(size, left))));
   if (left > size) {
     const auto [time, id] = key(page.items.back());
     page.next_page_token = absl::StrCat(time, ".", id);

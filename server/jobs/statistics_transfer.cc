@@ -40,9 +40,9 @@ absl::Status CheckPossible(const char* name, const UpperPanels<double>& sums) {
     for (int64_t j = i + 1; j < n; ++j) {
       const double limit = std::sqrt(sums.at(i, i)) * std::sqrt(sums.at(j, j));
       if (std::abs(sums.at(i, j)) <= (1 + kBeyondCauchySchwarz) * limit) continue;
-      return InvalidField("data", absl::StrCat("expected at most sqrt(H_ii H_jj) = ", limit,
-                                               " in magnitude, got ", sums.at(i, j), " in ",
-                                               Place(name, i, j)));
+      return InvalidField(
+          "data", absl::StrCat("expected at most sqrt(H_ii H_jj) = ", limit, " in magnitude, got ",
+                               sums.at(i, j), " in ", Place(name, i, j)));
     }
   }
   return absl::OkStatus();
@@ -123,8 +123,9 @@ absl::Status StatisticsImport::Append(std::span<const std::byte> bytes) {
 
 absl::StatusOr<engine::Statistics> StatisticsImport::Finish(int64_t tokens) {
   if (part_ != Part::kEnd) {
-    return InvalidField("data", absl::StrCat("expected more bytes: the stream ended in ",
-                                             Place(kNames[static_cast<int>(part_)], row_, column_)));
+    return InvalidField("data",
+                        absl::StrCat("expected more bytes: the stream ended in ",
+                                     Place(kNames[static_cast<int>(part_)], row_, column_)));
   }
   absl::Status possible = CheckPossible(kNames[0], x_);
   if (possible.ok() && mismatched_) possible = CheckPossible(kNames[1], sums_.gram);

@@ -152,9 +152,9 @@ class CalibrationService final
                     [request, response](const jobs::Tenant&, const CalibrationPtr& calibration) {
                       std::optional<int64_t> tokens;
                       if (request->has_expected_tokens()) tokens = request->expected_tokens();
-                      absl::Status finalized = calibration->Finalize(
-                          tokens, {request->expected_stream_ids().begin(),
-                                   request->expected_stream_ids().end()});
+                      absl::Status finalized =
+                          calibration->Finalize(tokens, {request->expected_stream_ids().begin(),
+                                                         request->expected_stream_ids().end()});
                       if (finalized.ok()) *response = ToProto(calibration->View(true));
                       return finalized;
                     });

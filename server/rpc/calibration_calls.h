@@ -3,9 +3,9 @@
 #ifndef CERTIQ_RPC_CALIBRATION_CALLS_H_
 #define CERTIQ_RPC_CALIBRATION_CALLS_H_
 
-#include <memory>
-
 #include <grpcpp/impl/service_type.h>
+
+#include <memory>
 
 #include "rpc/call_life.h"
 

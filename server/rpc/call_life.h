@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "absl/status/status.h"
-#include "jobs/call_observer.h"
 #include "jobs/calibrations.h"
+#include "jobs/call_observer.h"
 #include "jobs/job_manager.h"
 #include "rpc/auth.h"
 #include "rpc/call_registry.h"
@@ -23,7 +23,6 @@ namespace certiq::rpc {
 // What calls work with; all of it outlives them.
 struct CallEnvironment {
   jobs::Environment jobs;
-  jobs::ByteBudget& budget;
   jobs::Calibrations& calibrations;
   jobs::JobManager& manager;
   jobs::CallObserver& calls;

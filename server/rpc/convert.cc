@@ -51,7 +51,7 @@ absl::Status FirstError(std::initializer_list<absl::Status> statuses) {
 
 absl::StatusOr<QuantizeCall> FromProto(const v1::QuantizeHeader& header) {
   absl::Status names = FirstError({CheckName("request_id", header.request_id(), kMaxRequestIdBytes),
-                              CheckName("layer_name", header.layer_name(), kMaxNameBytes)});
+                                   CheckName("layer_name", header.layer_name(), kMaxNameBytes)});
   if (!names.ok()) return names;
   // A NaN is not in the range either.
   if (header.has_held_out_fraction() &&

@@ -17,8 +17,8 @@ constexpr size_t kMaxStreamIdBytes = 128;
 
 absl::Status CheckStreamId(const std::string& id) {
   if (!id.empty() && id.size() <= kMaxStreamIdBytes) return absl::OkStatus();
-  return InvalidField("stream_id", absl::StrCat("expected 1 to ", kMaxStreamIdBytes,
-                                                " bytes, got ", id.size(), " bytes"));
+  return InvalidField("stream_id", absl::StrCat("expected 1 to ", kMaxStreamIdBytes, " bytes, got ",
+                                                id.size(), " bytes"));
 }
 
 absl::StatusOr<bool> Mismatched(v1::CalibrationKind kind) {
@@ -113,8 +113,8 @@ absl::StatusOr<ImportCall> FromProto(const v1::StatisticsHeader& header,
                                      const jobs::Calibration& calibration) {
   if (absl::Status id = CheckStreamId(header.stream_id()); !id.ok()) return id;
   if (header.tokens() < 1 || header.tokens() > jobs::kMaxTokens) {
-    return InvalidField("tokens", absl::StrCat("expected 1 to ", jobs::kMaxTokens, ", got ",
-                                               header.tokens()));
+    return InvalidField(
+        "tokens", absl::StrCat("expected 1 to ", jobs::kMaxTokens, ", got ", header.tokens()));
   }
   const absl::StatusOr<bool> held_out = FromProto(header.portion());
   if (!held_out.ok()) return held_out.status();
@@ -127,15 +127,15 @@ absl::StatusOr<ImportCall> FromProto(const v1::StatisticsHeader& header,
       FromProto(header.layout(), jobs::MatrixLayout::kFull);
   if (!layout.ok()) return layout.status();
   if (header.features() != 0 && header.features() != calibration.features()) {
-    return InvalidField("features", absl::StrCat("expected ", calibration.features(),
-                                                 " as the calibration has, got ",
-                                                 header.features()));
+    return InvalidField("features",
+                        absl::StrCat("expected ", calibration.features(),
+                                     " as the calibration has, got ", header.features()));
   }
   if (header.kind() != v1::CALIBRATION_KIND_UNSPECIFIED &&
       header.kind() != KindOf(calibration.mismatched())) {
-    return InvalidField("kind", absl::StrCat("expected ", NameOf(KindOf(calibration.mismatched())),
-                                             " as the calibration is, got ",
-                                             NameOf(header.kind())));
+    return InvalidField("kind",
+                        absl::StrCat("expected ", NameOf(KindOf(calibration.mismatched())),
+                                     " as the calibration is, got ", NameOf(header.kind())));
   }
   return ImportCall{header.stream_id(), header.tokens(), *held_out, *dtype, *layout};
 }

@@ -14,9 +14,8 @@ absl::StatusOr<int64_t> ReadDuration(bool has, const google::protobuf::Duration&
                                      absl::string_view field, int64_t least, int64_t unset) {
   if (!has) return unset;
   // Seconds first: their number times a million may not fit.
-  const bool sane = duration.seconds() >= 0 &&
-                    duration.seconds() <= kMaxDurationMicros / kMicros && duration.nanos() >= 0 &&
-                    duration.nanos() < 1000000000;
+  const bool sane = duration.seconds() >= 0 && duration.seconds() <= kMaxDurationMicros / kMicros &&
+                    duration.nanos() >= 0 && duration.nanos() < 1000000000;
   const int64_t micros = sane ? duration.seconds() * kMicros + duration.nanos() / 1000 : -1;
   if (micros >= least && micros <= kMaxDurationMicros) return micros;
   return engine::InvalidField(

@@ -128,7 +128,8 @@ absl::StatusOr<Ours> FromWire(Wire value, const EnumTable<Wire, Ours, N>& table,
     if (wire == value) return ours;
     absl::StrAppend(&expected, expected.empty() ? "" : ", ", NameOf(wire));
   }
-  return engine::InvalidField(field, absl::StrCat("expected one of ", expected, "; got ", NameOf(value)));
+  return engine::InvalidField(field,
+                              absl::StrCat("expected one of ", expected, "; got ", NameOf(value)));
 }
 
 template <typename Wire, typename Ours, size_t N>

@@ -34,9 +34,8 @@ absl::StatusOr<Message> Parse(const Bytes& buffer, const char* name) {
   grpc::ProtoBufferReader reader(&copy);
   Message message;
   if (reader.status().ok() && message.ParseFromZeroCopyStream(&reader)) return message;
-  return engine::InvalidField(
-      "payload", absl::StrCat("expected ", name, ", got ", buffer.Length(),
-                              " bytes that do not parse as one"));
+  return engine::InvalidField("payload", absl::StrCat("expected ", name, ", got ", buffer.Length(),
+                                                      " bytes that do not parse as one"));
 }
 
 template <typename Message>
@@ -159,8 +158,7 @@ class MessageReactor : public Base, public LiveCall {
 
  private:
   static constexpr size_t kHeld = 2;
-  static constexpr bool kWrites =
-      std::is_base_of_v<grpc::ServerBidiReactor<Bytes, Bytes>, Base>;
+  static constexpr bool kWrites = std::is_base_of_v<grpc::ServerBidiReactor<Bytes, Bytes>, Base>;
 
   void Advance() {
     if (finished_) return;

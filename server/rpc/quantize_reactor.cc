@@ -116,9 +116,7 @@ void QuantizeReactor::OnWriteDone(bool ok) {
   Advance();
 }
 
-void QuantizeReactor::OnCancel() {
-  Abort(life_.CancelReason(*context_), /*only_waiting=*/false);
-}
+void QuantizeReactor::OnCancel() { Abort(life_.CancelReason(*context_), /*only_waiting=*/false); }
 
 void QuantizeReactor::Abort(const absl::Status& reason, bool only_waiting) {
   std::shared_ptr<jobs::QuantizeJob> job;
@@ -265,8 +263,9 @@ absl::Status QuantizeReactor::Admit(QuantizeCall& call) {
     }
     if (about.features != call.layer.features) {
       return engine::InvalidField(
-          "weight.shape", absl::StrCat("expected ", about.features, " input features as calibration ",
-                                       about.id, " has, got ", call.layer.features));
+          "weight.shape",
+          absl::StrCat("expected ", about.features, " input features as calibration ", about.id,
+                       " has, got ", call.layer.features));
     }
     call.layer.calibration = *calibration;
     call.layer.held_out_fraction = about.held_out_fraction;
@@ -282,8 +281,8 @@ absl::Status QuantizeReactor::Admit(QuantizeCall& call) {
     }
     return slot.status();
   }
-  absl::StatusOr<std::unique_ptr<jobs::LayerIntake>> intake =
-      jobs::LayerIntake::Create(call.layer, account.memory, env_.jobs.pool, cancellation_, env_.jobs.observer);
+  absl::StatusOr<std::unique_ptr<jobs::LayerIntake>> intake = jobs::LayerIntake::Create(
+      call.layer, account.memory, env_.jobs.pool, cancellation_, env_.jobs.observer);
   if (!intake.ok()) {
     if (absl::IsResourceExhausted(intake.status())) {
       env_.jobs.observer.Rejected(jobs::Rejection::kOverBudget);
@@ -302,7 +301,7 @@ void QuantizeReactor::PostNextMessage() {
   task_running_ = true;
   absl::Status posted =
       env_.jobs.pool.Post({.run = [this, message] { return Fold(*message); },
-                      .done = [this](absl::Status status) { OnFolded(std::move(status)); }});
+                           .done = [this](absl::Status status) { OnFolded(std::move(status)); }});
   if (posted.ok()) return;
   task_running_ = false;
   SetFailure(std::move(posted));
@@ -359,7 +358,8 @@ absl::Status QuantizeReactor::FinishIntake() {
   ready_ = *std::move(ready);
   facts_.weights_sha256 = weights_digest_.Finish();
   facts_.x_sha256 = x_digest_.Finish();
-  if (intake_->request().x_quantized_dtype.has_value()) facts_.x_quantized_sha256 = x_quantized_digest_.Finish();
+  if (intake_->request().x_quantized_dtype.has_value())
+    facts_.x_quantized_sha256 = x_quantized_digest_.Finish();
   if (ready_->calibration.has_value()) {
     const jobs::CalibrationRecord about = (*ready_->calibration)->View(false).record;
     facts_.x_sha256.clear();

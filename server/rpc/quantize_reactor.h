@@ -22,13 +22,13 @@
 #include "jobs/layer_intake.h"
 #include "jobs/observer.h"
 #include "jobs/quantize_job.h"
+#include "jobs/sha256.h"
 #include "jobs/tenant.h"
 #include "jobs/worker_pool.h"
 #include "rpc/call_life.h"
 #include "rpc/call_registry.h"
 #include "rpc/convert.h"
 #include "rpc/result_stream.h"
-#include "jobs/sha256.h"
 
 namespace certiq::rpc {
 

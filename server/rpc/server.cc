@@ -13,9 +13,13 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "certiq/v1/calibration_service.grpc.pb.h"
+#include "certiq/v1/job_service.grpc.pb.h"
 #include "certiq/v1/quantization_service.grpc.pb.h"
 #include "rpc/address.h"
+#include "rpc/calibration_calls.h"
 #include "rpc/call_registry.h"
+#include "rpc/job_calls.h"
 #include "rpc/quantize_reactor.h"
 #include "rpc/refuse.h"
 
@@ -39,8 +43,7 @@ class QuantizationService final : public v1::QuantizationService::WithRawCallbac
  public:
   using Reactor = grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>;
 
-  explicit QuantizationService(CallEnvironment environment)
-      : environment_(std::move(environment)) {}
+  explicit QuantizationService(const CallEnvironment& environment) : environment_(environment) {}
 
   Reactor* Quantize(grpc::CallbackServerContext* context) override {
     const absl::StatusOr<jobs::Tenant> tenant =
@@ -53,7 +56,7 @@ class QuantizationService final : public v1::QuantizationService::WithRawCallbac
   }
 
  private:
-  const CallEnvironment environment_;
+  const CallEnvironment& environment_;
 };
 
 void Configure(grpc::ServerBuilder& builder, const jobs::ByteBudget& budget) {
@@ -66,7 +69,7 @@ void Configure(grpc::ServerBuilder& builder, const jobs::ByteBudget& budget) {
       std::clamp(budget.capacity() / 8, kMinTransportBytes, kMaxTransportBytes))));
   // Two servers on one port would share its connections without a word.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 256);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 4096);
   // A peer that vanished gives back its place and its bytes after a minute or so.
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60'000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
@@ -80,25 +83,32 @@ void Configure(grpc::ServerBuilder& builder, const jobs::ByteBudget& budget) {
 struct Server::Impl {
   explicit Impl(Options server_options)
       : options(std::move(server_options)),
-        service({.pool = *options.pool,
-                 .budget = *options.budget,
-                 .observer = *options.observer,
-                 .calls = *options.calls,
-                 .registry = registry,
-                 .log = options.log,
-                 .auth = options.auth == nullptr ? &everyone : options.auth}) {}
+        environment{.jobs = options.backend->environment(),
+                    .calibrations = options.backend->calibrations(),
+                    .manager = options.backend->manager(),
+                    .calls = *options.calls,
+                    .registry = registry,
+                    .log = options.log,
+                    .auth = options.auth == nullptr ? &everyone : options.auth},
+        quantization(environment),
+        calibrations(MakeCalibrationService(environment)),
+        jobs(MakeJobService(environment)) {}
 
   // Stops taking calls.
   void Close() {
     open = false;
-    options.pool->StopAdmitting();
+    options.backend->pool().StopAdmitting();
+    options.backend->StopStarting();
     grpc->GetHealthCheckService()->SetServingStatus(false);
   }
 
   const Options options;
   Authenticator everyone;
   CallRegistry registry;
-  QuantizationService service;
+  const CallEnvironment environment;
+  QuantizationService quantization;
+  const std::unique_ptr<grpc::Service> calibrations;
+  const std::unique_ptr<grpc::Service> jobs;
   int port = 0;
   std::atomic<bool> open{true};
   std::once_flag stopped;
@@ -134,10 +144,12 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
 
   auto impl = std::make_unique<Impl>(std::move(options));
   grpc::ServerBuilder builder;
-  Configure(builder, *impl->options.budget);
+  Configure(builder, impl->options.backend->memory());
   int port = 0;
   builder.AddListeningPort(impl->options.listen, *credentials, &port);
-  builder.RegisterService(&impl->service);
+  builder.RegisterService(&impl->quantization);
+  builder.RegisterService(impl->calibrations.get());
+  builder.RegisterService(impl->jobs.get());
   impl->grpc = builder.BuildAndStart();
   if (impl->grpc == nullptr) {
     return absl::UnavailableError(
@@ -145,8 +157,11 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
                      ": the port is in use or the address is not one of this machine"));
   }
   impl->port = address->is_unix() ? 0 : port;
-  impl->grpc->GetHealthCheckService()->SetServingStatus(
-      v1::QuantizationService::service_full_name(), true);
+  for (const char* const name :
+       {v1::QuantizationService::service_full_name(), v1::CalibrationService::service_full_name(),
+        v1::JobService::service_full_name()}) {
+    impl->grpc->GetHealthCheckService()->SetServingStatus(name, true);
+  }
   return std::unique_ptr<Server>(new Server(std::move(impl)));
 }
 

@@ -9,10 +9,8 @@
 #include <string>
 
 #include "absl/status/statusor.h"
-#include "jobs/byte_budget.h"
+#include "jobs/backend.h"
 #include "jobs/call_observer.h"
-#include "jobs/observer.h"
-#include "jobs/worker_pool.h"
 #include "rpc/auth.h"
 #include "rpc/call_summary.h"
 #include "rpc/credentials.h"
@@ -31,10 +29,8 @@ class Server {
     // Serve clear text to other machines too.
     bool allow_cleartext = false;
     bool reflection = true;
-    // All of these outlive the server. The first two are needed.
-    jobs::WorkerPool* pool = nullptr;
-    jobs::ByteBudget* budget = nullptr;
-    jobs::Observer* observer = &jobs::IgnoreEvents();
+    // All of these outlive the server. The first is needed.
+    jobs::Backend* backend = nullptr;
     jobs::CallObserver* calls = &jobs::IgnoreCalls();
     CallLog log = nullptr;
     // Null lets everyone in. Health and reflection ask nobody who they are.

@@ -30,9 +30,8 @@ class UnaryReactor final : public grpc::ServerUnaryReactor, public LiveCall {
 
   // Once, after construction; may end the call before it returns.
   void Begin(jobs::WorkerPool& pool, jobs::Strand* strand, std::function<absl::Status()> work) {
-    jobs::WorkerPool::Task task{.run = std::move(work), .done = [this](absl::Status status) {
-                                  End(std::move(status));
-                                }};
+    jobs::WorkerPool::Task task{.run = std::move(work),
+                                .done = [this](absl::Status status) { End(std::move(status)); }};
     absl::Status posted =
         strand != nullptr ? strand->Post(std::move(task)) : pool.Post(std::move(task));
     if (!posted.ok()) End(std::move(posted));

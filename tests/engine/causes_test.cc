@@ -57,7 +57,9 @@ class CauseTest : public ::testing::TestWithParam<Method> {
     RunContext context;
     context.executor = &executor;
     const auto weights = MakeLayer(1, kFeatures, 3, Inputs::kGaussian, 613).w;
-    return QuantizeLayer({*ResolveSpec(spec), testing::Strips(weights), std::move(sums)}, context);
+    return QuantizeLayer({*ResolveSpec(spec), testing::Strips(weights),
+                          std::make_shared<const Statistics>(std::move(sums))},
+                         context);
   }
 
   QuantizationSpec spec_;

@@ -73,7 +73,9 @@ class EverySize : public ::testing::TestWithParam<int64_t> {
     inputs_ = Columns(problem_.x_quantized);
     residual_ = Columns(problem_.x);
     for (size_t i = 0; i < inputs_.values.size(); ++i) residual_.values[i] -= inputs_.values[i];
-    layer_ = MakeWorkingLayer(spec_, testing::AccumulatePair(problem_.x, problem_.x_quantized),
+    layer_ = MakeWorkingLayer(spec_,
+                              std::make_shared<const Statistics>(
+                                  testing::AccumulatePair(problem_.x, problem_.x_quantized)),
                               testing::Strips(problem_.w), context_);
     for (int64_t j = 0; j < n_; ++j) {
       input_norm_.push_back(std::sqrt(Dot(inputs_, j, inputs_, j)));
@@ -82,7 +84,7 @@ class EverySize : public ::testing::TestWithParam<int64_t> {
   }
 
   double Gram(int64_t i, int64_t j) const {
-    return layer_.statistics.gram.at(std::min(i, j), std::max(i, j));
+    return layer_.statistics().gram.at(std::min(i, j), std::max(i, j));
   }
   double Size(const std::vector<double>& norms, int64_t i) const {
     return norms[static_cast<size_t>(i)];
@@ -108,7 +110,7 @@ class EverySize : public ::testing::TestWithParam<int64_t> {
 };
 
 void EverySize::CheckSums() const {
-  const MismatchSums& mismatch = *layer_.statistics.mismatch;
+  const MismatchSums& mismatch = *layer_.statistics().mismatch;
   for (const auto& [i, j] : Pairs(n_)) {
     const double h = Dot(inputs_, i, inputs_, j);
     ASSERT_NEAR(Gram(i, j), h, 1e-6 * Size(input_norm_, i) * Size(input_norm_, j)) << i << " " << j;
@@ -137,7 +139,7 @@ void EverySize::CheckFactor(const Factor& f, double lambda) const {
 
 // Codes are the nearest to float64 targets, and what the sweep says of its errors holds for those.
 void EverySize::CheckSweep(const Fit& fit, bool qronos) const {
-  const Factor& factor = *fit.damping.factor;
+  const Factor& factor = *fit.damping->factor;
   int64_t ties = 0;
   for (int64_t r = 0; r < kRows; ++r) {
     const uint8_t* begin = fit.output.codes.data() + r * n_;
@@ -149,7 +151,7 @@ void EverySize::CheckSweep(const Fit& fit, bool qronos) const {
     if (qronos) {
       const double q1 = fit.grid.Level(r, 0, codes[0]);
       const auto solved =
-          testing::StartOfQronos(layer_.statistics, factor, fit.damping.lambda_used, start, q1);
+          testing::StartOfQronos(layer_.statistics(), factor, fit.damping->lambda_used, start, q1);
       EXPECT_LE(solved.residual, 1);
       start = solved.targets;
       start_slack = solved.slack;
@@ -195,11 +197,11 @@ void EverySize::CheckCertificate(const Fit& fit, Method method) const {
   LayerCertificate c;
   c.rows = kRows;
   c.features = n_;
-  c.tokens = layer_.statistics.tokens;
+  c.tokens = layer_.statistics().tokens;
   c.spec = spec_;
   c.spec.method = method;
   const auto energies =
-      ReferenceEnergies(layer_.statistics, layer_.reference, Phase::kReference, context_);
+      ReferenceEnergies(layer_.statistics(), layer_.reference, Phase::kReference, context_);
   ASSERT_TRUE(energies.ok());
   c.reference_energy = Sum(*energies);
   ASSERT_TRUE(Certify(c.spec, layer_, fit, context_, c).ok());
@@ -251,11 +253,11 @@ void EverySize::CheckCertificate(const Fit& fit, Method method) const {
 
 TEST_P(EverySize, HoldsFromTokensToCertificate) {
   CheckSums();
-  const double lambda = 0.01 * MeanDiagonal(layer_.statistics.gram);
+  const double lambda = 0.01 * MeanDiagonal(layer_.statistics().gram);
   absl::StatusOr<Fit> fit = RunFit(spec_, layer_, lambda, context_, seconds_);
   ASSERT_TRUE(fit.ok()) << fit.status();
-  ASSERT_EQ(fit->damping.attempts.size(), 1u);
-  CheckFactor(*fit->damping.factor, lambda);
+  ASSERT_EQ(fit->damping->attempts.size(), 1u);
+  CheckFactor(*fit->damping->factor, lambda);
   for (int64_t r = 0; r < kRows; ++r) {
     const auto grid = textbook::AbsmaxGrid(testing::Row(problem_.w, r), 4, true, 0);
     ASSERT_EQ(static_cast<double>(fit->grid.scale[static_cast<size_t>(r)]), grid.scale[0]);
@@ -267,10 +269,10 @@ TEST_P(EverySize, HoldsFromTokensToCertificate) {
   }
   SCOPED_TRACE("Qronos");
   spec_.method = Method::kQronos;
-  const MethodInput input{spec_,        layer_.statistics, layer_.dead,
-                          layer_.order, layer_.reference,  layer_.weights()};
+  const MethodInput input{spec_,        layer_.statistics(), layer_.dead,
+                          layer_.order, layer_.reference,    layer_.weights()};
   absl::StatusOr<MethodOutput> output =
-      Qronos(input, *fit->damping.factor, lambda, fit->grid, context_);
+      Qronos(input, *fit->damping->factor, lambda, fit->grid, context_);
   ASSERT_TRUE(output.ok()) << output.status();
   fit->output = *std::move(output);
   CheckSweep(*fit, true);
@@ -311,7 +313,7 @@ class SmallSize : public EverySize {};
 TEST_P(SmallSize, IsTheTextbookFromTokensToCodes) {
   for (const Method method : {Method::kOptq, Method::kQronos}) {
     spec_.method = method;
-    const double lambda = 0.01 * MeanDiagonal(layer_.statistics.gram);
+    const double lambda = 0.01 * MeanDiagonal(layer_.statistics().gram);
     const auto fit = RunFit(spec_, layer_, lambda, context_, seconds_);
     ASSERT_TRUE(fit.ok()) << fit.status();
     textbook::Matrix h = textbook::Gram(problem_.x_quantized);

@@ -180,14 +180,12 @@ TEST_F(CredentialsTest, BeyondLoopbackWithTlsAndWarningWithoutIt) {
   folder_.Write("tokens", "alice-secret-token alice read\n");
   const auto auth = rpc::Authenticator::Open(folder_.Path("tokens"), nullptr);
   ASSERT_TRUE(auth.ok());
-  jobs::ByteBudget budget(1 << 20);
-  jobs::WorkerPool pool(1, 1);
+  const auto backend = MakeBackend();
   const auto start = [&](const TlsFiles& tls, bool allow_cleartext) {
     return rpc::Server::Start({.listen = "0.0.0.0:0",
                                .tls = tls,
                                .allow_cleartext = allow_cleartext,
-                               .pool = &pool,
-                               .budget = &budget,
+                               .backend = backend.get(),
                                .auth = auth->get(),
                                .warn = warnings_.Sink()})
         .status();

@@ -15,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "certiq/v1/calibration_service.grpc.pb.h"
+#include "test_server.h"
 
 namespace certiq::testing {
 namespace {
@@ -47,7 +48,7 @@ class CountingObserver final : public jobs::CallObserver {
 
 class RefusingService final : public v1::CalibrationService::CallbackService {
  public:
-  explicit RefusingService(rpc::CallEnvironment environment) : env_(std::move(environment)) {}
+  explicit RefusingService(const rpc::CallEnvironment& environment) : env_(environment) {}
 
   grpc::ServerUnaryReactor* GetCalibration(grpc::CallbackServerContext* /*context*/,
                                            const v1::GetCalibrationRequest* /*request*/,
@@ -72,7 +73,7 @@ class RefusingService final : public v1::CalibrationService::CallbackService {
   }
 
  private:
-  const rpc::CallEnvironment env_;
+  const rpc::CallEnvironment& env_;
   const absl::Status status_ = absl::UnauthenticatedError("who are you?");
 };
 
@@ -84,19 +85,21 @@ TEST(RefuseTest, EveryShapeEndsWithTheStatusIsCountedAndLogged) {
   rpc::Authenticator auth;
   std::mutex mu;
   std::map<std::string, int> logged;
-  RefusingService service({.pool = pool,
-                           .budget = budget,
-                           .observer = jobs::IgnoreEvents(),
-                           .calls = observer,
-                           .registry = registry,
-                           .log =
-                               [&](const rpc::CallSummary& call) {
-                                 const std::lock_guard lock(mu);
-                                 ++logged[call.method];
-                                 EXPECT_TRUE(absl::IsUnauthenticated(call.status));
-                                 EXPECT_GE(call.seconds, 0);
-                               },
-                           .auth = &auth});
+  const auto backend = MakeBackend();
+  const rpc::CallEnvironment environment{.jobs = backend->environment(),
+                                         .calibrations = backend->calibrations(),
+                                         .manager = backend->manager(),
+                                         .calls = observer,
+                                         .registry = registry,
+                                         .log =
+                                             [&](const rpc::CallSummary& call) {
+                                               const std::lock_guard lock(mu);
+                                               ++logged[call.method];
+                                               EXPECT_TRUE(absl::IsUnauthenticated(call.status));
+                                               EXPECT_GE(call.seconds, 0);
+                                             },
+                                         .auth = &auth};
+  RefusingService service(environment);
   grpc::ServerBuilder builder;
   int port = 0;
   builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);

@@ -24,12 +24,9 @@ std::string AddressOf(const TestServer& server) {
 }
 
 absl::Status StartOn(const std::string& listen, bool allow_cleartext = false) {
-  jobs::ByteBudget budget(1 << 20);
-  jobs::WorkerPool pool(1, 1);
-  return rpc::Server::Start({.listen = listen,
-                             .allow_cleartext = allow_cleartext,
-                             .pool = &pool,
-                             .budget = &budget})
+  const auto backend = MakeBackend();
+  return rpc::Server::Start(
+             {.listen = listen, .allow_cleartext = allow_cleartext, .backend = backend.get()})
       .status();
 }
 
@@ -51,10 +48,8 @@ TEST(ServerTest, ClearTextBeyondLoopbackHasToBeAllowed) {
 
 TEST(ServerTest, ListensOnAUnixSocket) {
   const std::string path = absl::StrCat(::testing::TempDir(), "certiq-server-test.sock");
-  jobs::ByteBudget budget(1 << 20);
-  jobs::WorkerPool pool(1, 1);
-  const auto server =
-      rpc::Server::Start({.listen = "unix:" + path, .pool = &pool, .budget = &budget});
+  const auto backend = MakeBackend();
+  const auto server = rpc::Server::Start({.listen = "unix:" + path, .backend = backend.get()});
   ASSERT_TRUE(server.ok()) << server.status();
   EXPECT_EQ((*server)->port(), 0);
   EXPECT_TRUE(rpc::Probe("unix:" + path, {}, kPatience).ok());

@@ -14,16 +14,42 @@
 
 #include "absl/strings/str_cat.h"
 #include "google/rpc/status.pb.h"
+#include "jobs/store/memory_store.h"
+#include "jobs/store/sqlite_store.h"
+#include "rpc/convert_job.h"
 
 namespace certiq::testing {
 
+namespace {
+
+std::unique_ptr<jobs::Backend> StartBackend(const TestServer::Options& options,
+                                            jobs::Observer& observer) {
+  absl::StatusOr<std::unique_ptr<jobs::Store>> store = jobs::NewMemoryStore();
+  if (!options.data_dir.empty()) store = jobs::OpenSqliteStore(options.data_dir);
+  EXPECT_TRUE(store.ok()) << store.status();
+  auto backend = jobs::Backend::Start({.workers = options.workers,
+                                       .queue_limit = options.queue_limit,
+                                       .memory_bytes = options.budget,
+                                       .cache_bytes = options.budget / 4,
+                                       .commit_interval = std::chrono::milliseconds(10),
+                                       .tick_interval = std::chrono::milliseconds(10),
+                                       .observer = &observer},
+                                      *std::move(store), std::make_unique<rpc::JobCodec>());
+  EXPECT_TRUE(backend.ok()) << backend.status();
+  return *std::move(backend);
+}
+
+}  // namespace
+
+std::unique_ptr<jobs::Backend> MakeBackend() {
+  return StartBackend(TestServer::Options{}, jobs::IgnoreEvents());
+}
+
 TestServer::TestServer(const Options& options)
-    : budget(options.budget, counters), pool(options.workers, options.queue_limit, counters) {
+    : backend(StartBackend(options, counters)), budget(backend->memory()), pool(backend->pool()) {
   auto started = rpc::Server::Start({.listen = options.listen,
                                      .tls = options.tls,
-                                     .pool = &pool,
-                                     .budget = &budget,
-                                     .observer = &counters,
+                                     .backend = backend.get(),
                                      .calls = &counters,
                                      .log =
                                          [this](const rpc::CallSummary& summary) {

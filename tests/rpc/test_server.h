@@ -19,6 +19,7 @@
 #include "certiq/v1/quantization_service.grpc.pb.h"
 #include "certiq/v1/quantization_service.pb.h"
 #include "google/rpc/error_details.pb.h"
+#include "jobs/backend.h"
 #include "jobs/byte_budget.h"
 #include "jobs/worker_pool.h"
 #include "metrics/http_server.h"
@@ -39,6 +40,8 @@ class TestServer {
     std::string listen = "127.0.0.1:0";
     rpc::TlsFiles tls = {};
     rpc::Authenticator* auth = nullptr;
+    // Empty: in memory.
+    std::string data_dir = {};
   };
   TestServer() : TestServer(Options{}) {}
   explicit TestServer(const Options& options);
@@ -66,8 +69,9 @@ class TestServer {
   std::vector<rpc::CallSummary> finished();
 
   metrics::Metrics counters{"test", "test"};
-  jobs::ByteBudget budget;
-  jobs::WorkerPool pool;
+  const std::unique_ptr<jobs::Backend> backend;
+  jobs::ByteBudget& budget;
+  jobs::WorkerPool& pool;
   std::unique_ptr<rpc::Server> server;
 
  private:
@@ -75,6 +79,9 @@ class TestServer {
   std::mutex mu_;
   std::vector<rpc::CallSummary> finished_;  // guarded by mu_
 };
+
+// A backend of two workers that keeps everything in memory.
+std::unique_ptr<jobs::Backend> MakeBackend();
 
 // What a call brought.
 struct Outcome {
