@@ -4,6 +4,8 @@
 #ifndef CERTIQ_JOBS_CALL_OBSERVER_H_
 #define CERTIQ_JOBS_CALL_OBSERVER_H_
 
+#include <array>
+
 #include "absl/status/status.h"
 
 namespace certiq::jobs {
@@ -21,6 +23,22 @@ struct RpcMethod {
 // The RPCs a server answers; watchers prepare for these and may ignore others.
 inline constexpr RpcMethod kQuantizeMethod{"certiq.v1.QuantizationService", "Quantize",
                                            "bidi_stream"};
+inline constexpr RpcMethod kCreateCalibrationMethod{"certiq.v1.CalibrationService", "CreateCalibration", "unary"};
+inline constexpr RpcMethod kAccumulateMethod{"certiq.v1.CalibrationService", "Accumulate", "bidi_stream"};
+inline constexpr RpcMethod kImportStatisticsMethod{"certiq.v1.CalibrationService", "ImportStatistics", "client_stream"};
+inline constexpr RpcMethod kExportStatisticsMethod{"certiq.v1.CalibrationService", "ExportStatistics", "server_stream"};
+inline constexpr RpcMethod kFinalizeCalibrationMethod{"certiq.v1.CalibrationService", "FinalizeCalibration", "unary"};
+inline constexpr RpcMethod kGetCalibrationMethod{"certiq.v1.CalibrationService", "GetCalibration", "unary"};
+inline constexpr RpcMethod kListCalibrationsMethod{"certiq.v1.CalibrationService", "ListCalibrations", "unary"};
+inline constexpr RpcMethod kDeleteCalibrationMethod{"certiq.v1.CalibrationService", "DeleteCalibration", "unary"};
+inline constexpr RpcMethod kCreateJobMethod{"certiq.v1.JobService", "CreateJob", "client_stream"};
+inline constexpr RpcMethod kGetJobMethod{"certiq.v1.JobService", "GetJob", "unary"};
+inline constexpr RpcMethod kListJobsMethod{"certiq.v1.JobService", "ListJobs", "unary"};
+inline constexpr RpcMethod kCancelJobMethod{"certiq.v1.JobService", "CancelJob", "unary"};
+inline constexpr RpcMethod kDeleteJobMethod{"certiq.v1.JobService", "DeleteJob", "unary"};
+inline constexpr RpcMethod kWatchJobMethod{"certiq.v1.JobService", "WatchJob", "server_stream"};
+inline constexpr RpcMethod kReadResultMethod{"certiq.v1.JobService", "ReadResult", "server_stream"};
+inline constexpr std::array kRpcMethods = {kQuantizeMethod, kCreateCalibrationMethod, kAccumulateMethod, kImportStatisticsMethod, kExportStatisticsMethod, kFinalizeCalibrationMethod, kGetCalibrationMethod, kListCalibrationsMethod, kDeleteCalibrationMethod, kCreateJobMethod, kGetJobMethod, kListJobsMethod, kCancelJobMethod, kDeleteJobMethod, kWatchJobMethod, kReadResultMethod};
 
 // Does nothing by default. Thread-safe; handlers do not block.
 class CallObserver {

@@ -44,7 +44,7 @@ constexpr std::array kCodes = {
     "NotFound", "AlreadyExists",  "PermissionDenied", "ResourceExhausted", "FailedPrecondition",
     "Aborted",  "OutOfRange",     "Unimplemented",    "Internal",          "Unavailable",
     "DataLoss", "Unauthenticated"};
-constexpr std::array kRpcs = {jobs::kQuantizeMethod};
+constexpr auto& kRpcs = jobs::kRpcMethods;
 
 template <typename T, size_t M, size_t N = 1>
 using Table = std::array<std::array<T*, N>, M>;

@@ -3,16 +3,22 @@
 #ifndef CERTIQ_RPC_CONVERT_H_
 #define CERTIQ_RPC_CONVERT_H_
 
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "certiq/v1/certificate.pb.h"
 #include "certiq/v1/quantization_service.pb.h"
 #include "certiq/v1/spec.pb.h"
 #include "engine/quantize_layer.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
+#include "jobs/codec.h"
 #include "jobs/layer_intake.h"
 
 namespace certiq::rpc {
@@ -21,6 +27,8 @@ namespace certiq::rpc {
 struct QuantizeCall {
   std::string request_id;
   std::string layer_name;
+  // Empty, or what the layer has instead of activations.
+  std::string calibration_id;
   jobs::LayerRequest layer;
 };
 
@@ -30,19 +38,31 @@ absl::StatusOr<QuantizeCall> FromProto(const v1::QuantizeHeader& header);
 // rest.
 absl::StatusOr<engine::QuantizationSpec> FromProto(const v1::QuantizationSpec& spec);
 
+// The settings as decided; an explicit grid stays out.
+v1::QuantizationSpec ToProto(const engine::ResolvedSpec& spec);
+
+// The first that is not OK.
+absl::Status FirstError(std::initializer_list<absl::Status> statuses);
+
+inline constexpr size_t kMaxRequestIdBytes = 128;
+inline constexpr size_t kMaxNameBytes = 256;
+// INVALID_ARGUMENT where the value is longer.
+absl::Status CheckName(absl::string_view field, absl::string_view value, size_t limit);
+
+// What a matrix header announces.
+struct MatrixShape {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  engine::DType dtype = engine::DType::kF32;
+};
+// `dimensions` says what they are: "[tokens, input features]".
+absl::StatusOr<MatrixShape> ReadMatrix(bool has, const v1::TensorHeader& header,
+                                       absl::string_view field, absl::string_view dimensions);
+
 v1::Phase ToProto(engine::Phase phase);
 v1::DataType ToProto(engine::DType dtype);
 
-// What the certificate tells about the call and the engine does not know.
-struct CallFacts {
-  std::string weights_sha256;
-  std::string x_sha256;
-  std::string x_quantized_sha256;
-  double held_out_fraction = 0;
-  int64_t held_out_block_rows = 0;
-  double receive_seconds = 0;
-  double queue_seconds = 0;
-};
+using jobs::CallFacts;
 
 // Rows whose error and bound go into one message: 1 MiB of them.
 inline constexpr int64_t kCertificateRows = 65536;

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 #include "jobs/status_details.h"
+#include "rpc/message_reactor.h"
 #include "rpc/status.h"
 
 namespace certiq::rpc {
@@ -25,15 +26,6 @@ constexpr size_t kMaxProgress = 32;
 
 std::span<const std::byte> AsBytes(const std::string& data) {
   return std::as_bytes(std::span(data.data(), data.size()));
-}
-
-absl::Status Parse(const grpc::ByteBuffer& message, v1::QuantizeRequest& request) {
-  grpc::ByteBuffer copy = message;  // of references; the reader wants one it may change
-  grpc::ProtoBufferReader reader(&copy);
-  if (reader.status().ok() && request.ParseFromZeroCopyStream(&reader)) return absl::OkStatus();
-  return engine::InvalidField("payload",
-                              absl::StrCat("expected a QuantizeRequest, got ", message.Length(),
-                                           " bytes that do not parse as one"));
 }
 
 const char* Name(v1::QuantizeRequest::PayloadCase payload) {
@@ -77,17 +69,17 @@ std::optional<jobs::Rejection> RejectionOf(absl::StatusCode code) {
 }  // namespace
 
 QuantizeReactor::QuantizeReactor(grpc::CallbackServerContext* context,
-                                 const CallEnvironment& environment)
-    : context_(context), env_(environment) {
-  env_.calls.CallStarted(jobs::kQuantizeMethod);
-  summary_.method = jobs::kQuantizeMethod.method;
+                                 const CallEnvironment& environment, const jobs::Tenant& tenant)
+    : context_(context),
+      env_(environment),
+      tenant_(tenant),
+      life_(this, jobs::kQuantizeMethod, environment, tenant.name) {
   // First in the registry, then a look at the pool: a drain that begins between
   // the two finds this call in the registry.
-  env_.registry.Add(this);
   const std::lock_guard lock(mu_);
-  if (!env_.pool.admitting()) {
-    env_.observer.Rejected(jobs::Rejection::kDraining);
-    SetFailure(env_.pool.Admit().status());
+  if (!env_.jobs.pool.admitting()) {
+    env_.jobs.observer.Rejected(jobs::Rejection::kDraining);
+    SetFailure(env_.jobs.pool.Admit().status());
   }
   Advance();
 }
@@ -100,8 +92,7 @@ void QuantizeReactor::OnReadDone(bool ok) {
   if (!ok) {
     half_closed_ = true;
   } else {
-    env_.calls.MessageReceived(jobs::kQuantizeMethod);
-    summary_.received_bytes += static_cast<int64_t>(incoming_.Length());
+    life_.Received(static_cast<int64_t>(incoming_.Length()));
     grpc::ByteBuffer message;
     message.Swap(&incoming_);
     if (status_.ok()) {
@@ -120,30 +111,13 @@ void QuantizeReactor::OnWriteDone(bool ok) {
   if (!ok) OnCancel();
   const std::lock_guard lock(mu_);
   writing_ = false;
-  if (ok) {
-    env_.calls.MessageSent(jobs::kQuantizeMethod);
-    summary_.sent_bytes += static_cast<int64_t>(outgoing_.Length());
-  }
+  if (ok) life_.Sent(static_cast<int64_t>(outgoing_.Length()));
   outgoing_.Clear();
   Advance();
 }
 
 void QuantizeReactor::OnCancel() {
-  // gRPC doesn't say whether the client left or the deadline passed. The client's own timer cancels
-  // too, at the same moment or, since timeouts are rounded up on the wire, a little before ours.
-  using std::chrono::duration_cast;
-  using std::chrono::milliseconds;
-  const auto deadline = context_->deadline();
-  const auto now = std::chrono::system_clock::now();
-  bool passed = false;
-  if (deadline != std::chrono::system_clock::time_point::max()) {
-    const auto slack =
-        std::max(milliseconds(50), duration_cast<milliseconds>(deadline - wall_started_) / 100);
-    passed = deadline - now <= slack;
-  }
-  Abort(passed ? absl::DeadlineExceededError("the deadline passed before the layer was done")
-               : absl::CancelledError("the client cancelled the call"),
-        /*only_waiting=*/false);
+  Abort(life_.CancelReason(*context_), /*only_waiting=*/false);
 }
 
 void QuantizeReactor::Abort(const absl::Status& reason, bool only_waiting) {
@@ -160,15 +134,13 @@ void QuantizeReactor::Abort(const absl::Status& reason, bool only_waiting) {
 }
 
 void QuantizeReactor::OnDone() {
+  absl::Status status;
   {
     // Whoever called Finish may still be about to unlock.
     const std::lock_guard lock(mu_);
-    summary_.status = status_;
-    summary_.seconds = std::chrono::duration<double>(Clock::now() - started_).count();
+    status = status_;
   }
-  env_.calls.CallHandled(jobs::kQuantizeMethod, summary_.status.code(), summary_.seconds);
-  if (env_.log) env_.log(summary_);
-  env_.registry.Remove(this);
+  life_.Over(std::move(status));
   // gRPC holds the only other pointer and lets go of it with this reaction.
   delete this;
 }
@@ -198,6 +170,7 @@ void QuantizeReactor::Advance() {
   intake_.reset();
   ready_.reset();
   slot_.Release();
+  place_ = jobs::CountQuota::Place();
   if (writing_) return;
   result_.reset();
   finished_ = true;
@@ -248,7 +221,7 @@ void QuantizeReactor::SetFailure(absl::Status status) {
 
 void QuantizeReactor::Refuse(absl::Status status) {
   if (const auto reason = RejectionOf(status.code()); reason.has_value()) {
-    env_.observer.Rejected(*reason);
+    env_.jobs.observer.Rejected(*reason);
   }
   SetFailure(std::move(status));
 }
@@ -265,35 +238,55 @@ void QuantizeReactor::HandleHeader(const grpc::ByteBuffer& message) {
 }
 
 absl::Status QuantizeReactor::ReadHeader(const grpc::ByteBuffer& message) {
-  v1::QuantizeRequest request;
-  if (absl::Status parsed = Parse(message, request); !parsed.ok()) return parsed;
-  if (!request.has_header()) {
+  const auto request = Parse<v1::QuantizeRequest>(message, "a QuantizeRequest");
+  if (!request.ok()) return request.status();
+  if (!request->has_header()) {
     return engine::InvalidField("header", absl::StrCat("expected as the first message, got ",
-                                                       Name(request.payload_case())));
+                                                       Name(request->payload_case())));
   }
-  const absl::StatusOr<QuantizeCall> call = FromProto(request.header());
+  absl::StatusOr<QuantizeCall> call = FromProto(request->header());
   if (!call.ok()) return call.status();
-  summary_.request_id = call->request_id;
-  summary_.layer_name = call->layer_name;
-  summary_.rows = call->layer.rows;
-  summary_.features = call->layer.features;
-  summary_.tokens = call->layer.tokens;
+  life_.summary.request_id = call->request_id;
+  life_.summary.layer_name = call->layer_name;
+  life_.summary.rows = call->layer.rows;
+  life_.summary.features = call->layer.features;
+  life_.summary.tokens = call->layer.tokens;
   return Admit(*call);
 }
 
-absl::Status QuantizeReactor::Admit(const QuantizeCall& call) {
-  absl::StatusOr<jobs::WorkerPool::Slot> slot = env_.pool.Admit();
+absl::Status QuantizeReactor::Admit(QuantizeCall& call) {
+  if (!call.calibration_id.empty()) {
+    const auto calibration = env_.calibrations.Find(tenant_, call.calibration_id);
+    if (!calibration.ok()) return calibration.status();
+    const jobs::CalibrationRecord about = (*calibration)->View(false).record;
+    if (about.finalize_time == 0) {
+      return engine::PreconditionError("NOT_FINALIZED", about.id,
+                                       "the calibration is not finalized");
+    }
+    if (about.features != call.layer.features) {
+      return engine::InvalidField(
+          "weight.shape", absl::StrCat("expected ", about.features, " input features as calibration ",
+                                       about.id, " has, got ", call.layer.features));
+    }
+    call.layer.calibration = *calibration;
+    call.layer.held_out_fraction = about.held_out_fraction;
+  }
+  jobs::Account& account = env_.jobs.accounts.Of(tenant_);
+  absl::StatusOr<jobs::CountQuota::Place> place = account.jobs.Take("jobs");
+  if (!place.ok()) return place.status();
+  place_ = *std::move(place);
+  absl::StatusOr<jobs::WorkerPool::Slot> slot = env_.jobs.pool.Admit();
   if (!slot.ok()) {
     if (absl::IsResourceExhausted(slot.status())) {
-      env_.observer.Rejected(jobs::Rejection::kQueueFull);
+      env_.jobs.observer.Rejected(jobs::Rejection::kQueueFull);
     }
     return slot.status();
   }
   absl::StatusOr<std::unique_ptr<jobs::LayerIntake>> intake =
-      jobs::LayerIntake::Create(call.layer, env_.budget, env_.pool, cancellation_, env_.observer);
+      jobs::LayerIntake::Create(call.layer, account.memory, env_.jobs.pool, cancellation_, env_.jobs.observer);
   if (!intake.ok()) {
     if (absl::IsResourceExhausted(intake.status())) {
-      env_.observer.Rejected(jobs::Rejection::kOverBudget);
+      env_.jobs.observer.Rejected(jobs::Rejection::kOverBudget);
     }
     return intake.status();
   }
@@ -308,7 +301,7 @@ void QuantizeReactor::PostNextMessage() {
   waiting_.pop_front();
   task_running_ = true;
   absl::Status posted =
-      env_.pool.Post({.run = [this, message] { return Fold(*message); },
+      env_.jobs.pool.Post({.run = [this, message] { return Fold(*message); },
                       .done = [this](absl::Status status) { OnFolded(std::move(status)); }});
   if (posted.ok()) return;
   task_running_ = false;
@@ -317,7 +310,7 @@ void QuantizeReactor::PostNextMessage() {
 
 void QuantizeReactor::PostFinish() {
   task_running_ = true;
-  absl::Status posted = env_.pool.Post(
+  absl::Status posted = env_.jobs.pool.Post(
       {.run = [this] { return FinishIntake(); },
        .done = [this](absl::Status status) { OnIntakeFinished(std::move(status)); }});
   if (posted.ok()) return;
@@ -327,8 +320,9 @@ void QuantizeReactor::PostFinish() {
 
 absl::Status QuantizeReactor::Fold(grpc::ByteBuffer& message) {
   if (cancellation_.cancelled()) return cancellation_.status();
-  v1::QuantizeRequest request;
-  if (absl::Status parsed = Parse(message, request); !parsed.ok()) return parsed;
+  const auto parsed = Parse<v1::QuantizeRequest>(message, "a QuantizeRequest");
+  if (!parsed.ok()) return parsed.status();
+  const v1::QuantizeRequest& request = *parsed;
   message.Clear();
   switch (request.payload_case()) {
     case v1::QuantizeRequest::kHeader:
@@ -365,7 +359,16 @@ absl::Status QuantizeReactor::FinishIntake() {
   ready_ = *std::move(ready);
   facts_.weights_sha256 = weights_digest_.Finish();
   facts_.x_sha256 = x_digest_.Finish();
-  if (intake_->request().mismatched()) facts_.x_quantized_sha256 = x_quantized_digest_.Finish();
+  if (intake_->request().x_quantized_dtype.has_value()) facts_.x_quantized_sha256 = x_quantized_digest_.Finish();
+  if (ready_->calibration.has_value()) {
+    const jobs::CalibrationRecord about = (*ready_->calibration)->View(false).record;
+    facts_.x_sha256.clear();
+    facts_.calibration_id = about.id;
+    facts_.sums_sha256 = about.sums_sha256;
+    facts_.held_out_fraction = about.held_out_fraction;
+    facts_.held_out_block_rows = about.held_out_block_rows;
+    return absl::OkStatus();
+  }
   facts_.held_out_fraction = intake_->split().fraction();
   facts_.held_out_block_rows = intake_->split().block_rows();
   return absl::OkStatus();
@@ -395,7 +398,7 @@ void QuantizeReactor::OnIntakeFinished(absl::Status status) {
     if (status_.ok()) {
       intake_.reset();
       job_ = std::make_shared<jobs::QuantizeJob>(
-          env_.pool, env_.observer, *std::exchange(ready_, std::nullopt),
+          env_.jobs.pool, env_.jobs.observer, *std::exchange(ready_, std::nullopt),
           jobs::QuantizeJob::Options{
               .progress = [this](engine::Phase phase,
                                  double fraction) { OnProgress(phase, fraction); },

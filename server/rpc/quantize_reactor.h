@@ -22,24 +22,15 @@
 #include "jobs/layer_intake.h"
 #include "jobs/observer.h"
 #include "jobs/quantize_job.h"
+#include "jobs/tenant.h"
 #include "jobs/worker_pool.h"
+#include "rpc/call_life.h"
 #include "rpc/call_registry.h"
-#include "rpc/call_summary.h"
 #include "rpc/convert.h"
 #include "rpc/result_stream.h"
-#include "rpc/sha256.h"
+#include "jobs/sha256.h"
 
 namespace certiq::rpc {
-
-// What calls work with; all of it outlives them.
-struct CallEnvironment {
-  jobs::WorkerPool& pool;
-  jobs::ByteBudget& budget;
-  jobs::Observer& observer;
-  jobs::CallObserver& calls;
-  CallRegistry& registry;
-  CallLog log;
-};
 
 // The life of a call:
 //  1. kHeader: one read is outstanding and nothing is reserved. The header is parsed and
@@ -68,7 +59,9 @@ struct CallEnvironment {
 class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
                               public LiveCall {
  public:
-  QuantizeReactor(grpc::CallbackServerContext* context, const CallEnvironment& environment);
+  // The caller is known already and may quantize.
+  QuantizeReactor(grpc::CallbackServerContext* context, const CallEnvironment& environment,
+                  const jobs::Tenant& tenant);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -86,7 +79,7 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   void WriteMore();
   void HandleHeader(const grpc::ByteBuffer& message);
   absl::Status ReadHeader(const grpc::ByteBuffer& message);
-  absl::Status Admit(const QuantizeCall& call);
+  absl::Status Admit(QuantizeCall& call);
   void PostNextMessage();
   void PostFinish();
   void PushProgress(engine::Phase phase, double fraction);
@@ -109,9 +102,9 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   void OnJobDone(absl::StatusOr<jobs::QuantizeResult> result);
 
   grpc::CallbackServerContext* const context_;
-  const CallEnvironment env_;
-  const Clock::time_point started_ = Clock::now();
-  const std::chrono::system_clock::time_point wall_started_ = std::chrono::system_clock::now();
+  const CallEnvironment& env_;
+  const jobs::Tenant tenant_;
+  CallLife life_;
 
   std::mutex mu_;
   Stage stage_ = Stage::kHeader;
@@ -121,7 +114,6 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   bool task_running_ = false;  // a task is on the pool
   bool finished_ = false;      // Finish was called
   absl::Status status_;        // the first failure
-  CallSummary summary_;
 
   grpc::ByteBuffer incoming_;
   grpc::ByteBuffer outgoing_;
@@ -131,11 +123,12 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   // Read by the intake without mu_; an atomic.
   engine::Cancellation cancellation_;
   jobs::WorkerPool::Slot slot_;
+  jobs::CountQuota::Place place_;
   Clock::time_point header_at_;
   std::unique_ptr<jobs::LayerIntake> intake_;
-  Sha256 weights_digest_;
-  Sha256 x_digest_;
-  Sha256 x_quantized_digest_;
+  jobs::Sha256 weights_digest_;
+  jobs::Sha256 x_digest_;
+  jobs::Sha256 x_quantized_digest_;
   CallFacts facts_;
   // Between FinishIntake and the job.
   std::optional<jobs::ReadyLayer> ready_;

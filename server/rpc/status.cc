@@ -7,7 +7,6 @@
 #include "absl/strings/string_view.h"
 #include "engine/status.h"
 #include "google/rpc/error_details.pb.h"
-#include "google/rpc/status.pb.h"
 #include "jobs/status_details.h"
 
 namespace certiq::rpc {
@@ -35,10 +34,8 @@ std::string Shortened(absl::string_view message) {
 
 }  // namespace
 
-grpc::Status ToGrpc(const absl::Status& status) {
-  if (status.ok()) return grpc::Status::OK;
+google::rpc::Status ToRpcStatus(const absl::Status& status) {
   const std::string message = Shortened(status.message());
-
   google::rpc::Status details;
   details.set_code(static_cast<int>(status.code()));
   details.set_message(message);
@@ -66,8 +63,15 @@ grpc::Status ToGrpc(const absl::Status& status) {
     retry.mutable_retry_delay()->set_nanos(static_cast<int32_t>(delay->count() % 1000) * 1'000'000);
     details.add_details()->PackFrom(retry);
   }
+  return details;
+}
+
+grpc::Status ToGrpc(const absl::Status& status) {
+  if (status.ok()) return grpc::Status::OK;
+  const google::rpc::Status details = ToRpcStatus(status);
   // The numbers of the codes are the same in both.
-  return {static_cast<grpc::StatusCode>(status.code()), message, details.SerializeAsString()};
+  return {static_cast<grpc::StatusCode>(status.code()), details.message(),
+          details.SerializeAsString()};
 }
 
 }  // namespace certiq::rpc

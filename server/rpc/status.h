@@ -6,6 +6,7 @@
 #include <grpcpp/support/status.h>
 
 #include "absl/status/status.h"
+#include "google/rpc/status.pb.h"
 
 namespace certiq::rpc {
 
@@ -14,6 +15,7 @@ namespace certiq::rpc {
 //   engine::PreconditionOf  PreconditionFailure
 //   jobs::RetryAfterOf      RetryInfo
 // Messages are shortened to what fits the 8 KiB of metadata that clients accept by default.
+google::rpc::Status ToRpcStatus(const absl::Status& status);
 grpc::Status ToGrpc(const absl::Status& status);
 
 }  // namespace certiq::rpc

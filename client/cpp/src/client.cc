@@ -12,9 +12,7 @@
 #include "absl/strings/strip.h"
 #include "certiq/status.h"
 #include "certiq/v1/quantization_service.grpc.pb.h"
-#include "grpcpp/create_channel.h"
-#include "grpcpp/security/credentials.h"
-#include "grpcpp/support/channel_arguments.h"
+#include "channel.h"
 #include "quantize_call.h"
 #include "request_check.h"
 
@@ -26,27 +24,6 @@ absl::string_view HostOf(absl::string_view address) {
   absl::ConsumePrefix(&host, "[");
   absl::ConsumeSuffix(&host, "]");
   return host;
-}
-
-bool IsLoopback(absl::string_view host) {
-  return host == "localhost" || host == "::1" || host.substr(0, 4) == "127.";
-}
-
-grpc::ChannelArguments ArgumentsFor(const ClientOptions& options) {
-  grpc::ChannelArguments arguments;
-  // A proxy of the environment cannot reach this machine's own servers.
-  if (IsLoopback(HostOf(options.address))) arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  // Between the tries of a call the channel must be allowed to connect again.
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 5000);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS,
-                   static_cast<int>(absl::ToInt64Milliseconds(options.connect_timeout)));
-  // A machine that vanished without a word is noticed. Servers by default punish pings that come
-  // more often than every five minutes.
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 330'000);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
-  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
-  return arguments;
 }
 
 }  // namespace
@@ -77,8 +54,6 @@ Client::~Client() = default;
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Create(ClientOptions options) {
   if (absl::Status status = CheckAddress(options.address); !status.ok()) return status;
-  if (options.tls.has_value()) return absl::UnimplementedError("tls: not built yet");
-  if (!options.token.empty()) return absl::UnimplementedError("token: not built yet");
   if (options.chunk_bytes < 1 || options.chunk_bytes > kMaxRowBytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("chunk_bytes: expected 1 to ", kMaxRowBytes, ", got ", options.chunk_bytes));
@@ -91,9 +66,10 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Create(ClientOptions options) {
     return absl::InvalidArgumentError("connect_timeout: expected 1 ms to 1 h");
   }
   if (!options.sleep) options.sleep = SleepUnlessStopped;
+  const absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = MakeChannel(options);
+  if (!channel.ok()) return channel.status();
   auto connection = std::make_unique<Connection>();
-  connection->stub = v1::QuantizationService::NewStub(grpc::CreateCustomChannel(
-      options.address, grpc::InsecureChannelCredentials(), ArgumentsFor(options)));
+  connection->stub = v1::QuantizationService::NewStub(*channel);
   connection->options = std::move(options);
   return std::unique_ptr<Client>(new Client(std::move(connection)));
 }

@@ -1,0 +1,44 @@
+// A thread that looks after what is due.
+
+#ifndef CERTIQ_JOBS_HOUSEKEEPER_H_
+#define CERTIQ_JOBS_HOUSEKEEPER_H_
+
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+namespace certiq::jobs {
+
+// Calls `work` every `interval`, and soon after Wake. Thread-safe.
+class Housekeeper {
+ public:
+  Housekeeper(std::function<void()> work, std::chrono::milliseconds interval)
+      : work_(std::move(work)), interval_(interval) {}
+  ~Housekeeper() { Stop(); }
+  Housekeeper(const Housekeeper&) = delete;
+  Housekeeper& operator=(const Housekeeper&) = delete;
+
+  // Once.
+  void Start() { thread_ = std::thread([this] { Run(); }); }
+  void Wake();
+  // Waits for `work` to end. Idempotent.
+  void Stop();
+
+ private:
+  void Run();
+
+  const std::function<void()> work_;
+  const std::chrono::milliseconds interval_;
+  std::mutex mu_;
+  std::condition_variable changed_;
+  bool woken_ = false;  // guarded by mu_
+  bool done_ = false;   // guarded by mu_
+  std::thread thread_;
+};
+
+}  // namespace certiq::jobs
+
+#endif  // CERTIQ_JOBS_HOUSEKEEPER_H_

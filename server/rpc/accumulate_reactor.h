@@ -1,0 +1,82 @@
+// CalibrationService.Accumulate and ImportStatistics: what brings tokens in.
+
+#ifndef CERTIQ_RPC_ACCUMULATE_REACTOR_H_
+#define CERTIQ_RPC_ACCUMULATE_REACTOR_H_
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "certiq/v1/calibration_service.pb.h"
+#include "jobs/accounts.h"
+#include "jobs/calibration.h"
+#include "jobs/statistics_transfer.h"
+#include "rpc/convert_calibration.h"
+#include "rpc/message_reactor.h"
+
+namespace certiq::rpc {
+
+// Rows into a calibration. Chunks are folded in its strand; after each the position is written,
+// the latest for slow readers. Ends when everything is durable.
+class AccumulateReactor final : public MessageReactor<grpc::ServerBidiReactor<Bytes, Bytes>> {
+ public:
+  AccumulateReactor(grpc::CallbackServerContext* context, const CallEnvironment& environment,
+                    const jobs::Tenant& tenant)
+      : MessageReactor(context, environment, jobs::kAccumulateMethod, tenant) {}
+
+ protected:
+  absl::Status First(const Bytes& message) override;
+  absl::Status Take(const Bytes& message) override;
+  absl::Status End() override;
+  bool Next(Bytes* outgoing) override;
+  void Drop() override;
+  void Gone() override;
+  absl::Status Post(jobs::WorkerPool::Task task) override;
+  // The client goes on with the next server.
+  bool EndsWithDrain() const override { return true; }
+
+ private:
+  void OnStreamChanged();
+
+  // Set by First, then unchanged.
+  std::shared_ptr<jobs::Calibration> calibration_;
+  std::shared_ptr<jobs::LiveStream> live_;
+  jobs::CountQuota::Place place_;
+  jobs::ByteBudget::Reservation reservation_;
+  // In the strand until the call is over.
+  bool opened_ = false;
+  // Guarded by mu_.
+  bool answering_ = false;
+  std::optional<jobs::StreamView> said_;
+};
+
+// Ready-made sums into a calibration, all of them or none.
+class ImportReactor final : public MessageReactor<grpc::ServerReadReactor<Bytes>> {
+ public:
+  ImportReactor(grpc::CallbackServerContext* context, const CallEnvironment& environment,
+                const jobs::Tenant& tenant, Bytes* response)
+      : MessageReactor(context, environment, jobs::kImportStatisticsMethod, tenant),
+        response_(response) {}
+
+ protected:
+  absl::Status First(const Bytes& message) override;
+  absl::Status Take(const Bytes& message) override;
+  absl::Status End() override;
+  void Drop() override;
+  absl::Status Post(jobs::WorkerPool::Task task) override;
+  int64_t ResponseBytes() const override { return static_cast<int64_t>(response_->Length()); }
+
+ private:
+  Bytes* const response_;
+  std::shared_ptr<jobs::Calibration> calibration_;
+  ImportCall call_;
+  jobs::CountQuota::Place place_;
+  // Declared before what it pays for.
+  jobs::ByteBudget::Reservation reservation_;
+  std::optional<jobs::StatisticsImport> sums_;
+  bool header_taken_ = false;
+};
+
+}  // namespace certiq::rpc
+
+#endif  // CERTIQ_RPC_ACCUMULATE_REACTOR_H_

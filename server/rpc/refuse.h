@@ -1,0 +1,51 @@
+// Calls that end before they begin.
+
+#ifndef CERTIQ_RPC_REFUSE_H_
+#define CERTIQ_RPC_REFUSE_H_
+
+#include <utility>
+
+#include "absl/status/status.h"
+#include "jobs/call_observer.h"
+#include "rpc/call_life.h"
+#include "rpc/call_registry.h"
+#include "rpc/status.h"
+
+namespace certiq::rpc {
+
+// `Reactor` is what gRPC wants of the method: grpc::ServerUnaryReactor, or a ServerReadReactor,
+// ServerWriteReactor or ServerBidiReactor of messages or buffers. Finishes at once, without a
+// read, and is counted and logged like any other call.
+template <typename Reactor>
+class RefusedCall final : public Reactor, public LiveCall {
+ public:
+  RefusedCall(const jobs::RpcMethod& method, const CallEnvironment& environment,
+              absl::Status status)
+      : life_(this, method, environment, ""), status_(std::move(status)) {
+    this->Finish(ToGrpc(status_));
+  }
+
+  // It has ended already.
+  void Abort(const absl::Status& /*reason*/, bool /*only_waiting*/) override {}
+
+  void OnDone() override {
+    life_.Over(std::move(status_));
+    delete this;
+  }
+
+ private:
+  CallLife life_;
+  absl::Status status_;
+};
+
+// What a service's method returns to refuse a call; owned by gRPC until OnDone.
+// REQUIRES: !status.ok().
+template <typename Reactor>
+Reactor* Refuse(const CallEnvironment& environment, const jobs::RpcMethod& method,
+                absl::Status status) {
+  return new RefusedCall<Reactor>(method, environment, std::move(status));
+}
+
+}  // namespace certiq::rpc
+
+#endif  // CERTIQ_RPC_REFUSE_H_
