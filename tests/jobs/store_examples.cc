@@ -15,7 +15,7 @@ namespace {
 
 // NUL bytes, quotes, what looks like SQL, and bytes that are no UTF-8.
 std::string Nasty(const std::string& text) {
-  return text + std::string("\0'\"`;--%?1 \xff\xc0\x80\xed\xa0\x80\n\0", 20);
+  return text + std::string("\0'\"`;--%?1 \xff\xc0\x80\xed\xa0\x80\n\0", 19);
 }
 
 }  // namespace

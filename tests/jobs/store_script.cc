@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <memory>
 #include <set>
-#include <utility>
 
 #include "jobs/store/sqlite_store.h"
 #include "jobs/store_examples.h"
@@ -19,8 +18,8 @@ std::string SeedOfWeights(const JobRecord& record) { return record.weights_sha25
 std::string SeedOfResult(const JobRecord& record) { return record.result_header; }
 
 absl::Status Write(Scene& scene, const std::string& seed, int64_t bytes) {
-  absl::StatusOr<BlobRef> blob = WriteBlob(*scene.store, Pattern(seed, bytes));
-  if (blob.ok()) scene.blobs[seed] = *std::move(blob);
+  const absl::StatusOr<BlobRef> blob = WriteBlob(*scene.store, Pattern(seed, bytes));
+  if (blob.ok()) scene.blobs[seed] = *blob;
   return blob.status();
 }
 
