@@ -78,8 +78,6 @@ class RefusingService final : public v1::CalibrationService::CallbackService {
 };
 
 TEST(RefuseTest, EveryShapeEndsWithTheStatusIsCountedAndLogged) {
-  jobs::WorkerPool pool(1, 1);
-  jobs::ByteBudget budget(1);
   CountingObserver observer;
   rpc::CallRegistry registry;
   rpc::Authenticator auth;
