@@ -1,12 +1,9 @@
 #include "files.h"
 
-#include <cstdint>
-#include <random>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
 #include "certiq/safetensors.h"
 #include "google/protobuf/util/json_util.h"
@@ -53,18 +50,6 @@ absl::StatusOr<AtomicFile> StageReport(const std::string& path,
   if (absl::Status status = file->Write(*text); !status.ok()) return status;
   if (absl::Status status = file->Flush(); !status.ok()) return status;
   return file;
-}
-
-std::string RandomUuid() {
-  std::random_device random;
-  const auto next = [&random] { return static_cast<uint64_t>(random()); };
-  const uint64_t high = (next() << 32 | next()) & ~uint64_t{0xf000};
-  const uint64_t low = (next() << 32 | next()) >> 2;
-  // Version 4, variant 10.
-  const uint64_t first = high | 0x4000;
-  const uint64_t second = low | uint64_t{1} << 63;
-  return absl::StrFormat("%08x-%04x-%04x-%04x-%012x", first >> 32, first >> 16 & 0xffff,
-                         first & 0xffff, second >> 48, second & 0xffff'ffff'ffff);
 }
 
 }  // namespace certiq::cli

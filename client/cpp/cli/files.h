@@ -27,9 +27,6 @@ absl::StatusOr<std::string> ReportText(const v1::Certificate& certificate);
 // ReportText on disk but for Commit().
 absl::StatusOr<AtomicFile> StageReport(const std::string& path, const v1::Certificate& certificate);
 
-// "2f1c….": version 4 of RFC 4122.
-std::string RandomUuid();
-
 }  // namespace certiq::cli
 
 #endif  // CERTIQ_CLIENT_CPP_CLI_FILES_H_

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "certiq/client.h"
 #include "certiq/safetensors.h"
+#include "certiq/uuid.h"
 #include "errors.h"
 #include "files.h"
 #include "progress.h"
