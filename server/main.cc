@@ -35,7 +35,10 @@
 #include "metrics/log.h"
 #include "metrics/metrics.h"
 #include "rpc/address.h"
+#include "rpc/auth.h"
 #include "rpc/call_summary.h"
+#include "rpc/credentials.h"
+#include "rpc/file.h"
 #include "rpc/library_log.h"
 #include "rpc/probe.h"
 #include "rpc/server.h"
@@ -58,9 +61,7 @@ struct Flags {
   int workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   int queue_limit = 256;
   int64_t memory_budget_bytes = jobs::MemoryLimitBytes() / 5 * 4;
-  std::string tls_cert;
-  std::string tls_key;
-  std::string tls_client_ca;
+  rpc::TlsFiles tls;
   std::string token_file;
   double drain_seconds = 30;
   std::string log_format = "text";
@@ -111,10 +112,12 @@ void AddFlags(CLI::App& app, Flags& flags) {
       app, "memory_budget_bytes", flags.memory_budget_bytes,
       "bytes that clients may make the server hold; default 80 % of the machine's or container's")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 60));
-  AddText(app, "tls_cert", flags.tls_cert, "server certificate, PEM");
-  AddText(app, "tls_key", flags.tls_key, "its key, PEM");
-  AddText(app, "tls_client_ca", flags.tls_client_ca, "authorities of client certificates, PEM");
-  AddText(app, "token_file", flags.token_file, "bearer tokens that are let in, one a line");
+  AddText(app, "tls_cert", flags.tls.cert, "server certificate and chain, PEM; turns TLS on");
+  AddText(app, "tls_key", flags.tls.key, "its key, PEM");
+  AddText(app, "tls_client_ca", flags.tls.client_ca,
+          "authorities of client certificates, PEM; clients must show one of theirs");
+  AddText(app, "token_file", flags.token_file,
+          "who is let in, a line each: TOKEN TENANT SCOPES [LIMIT=VALUE ...]; empty: everyone");
   AddFlag(app, "drain_seconds", flags.drain_seconds, "what calls may take to end after SIGTERM")
       ->check(CLI::Range(0.0, 86400.0));
   AddText(app, "log_format", flags.log_format, "text or json");
@@ -128,9 +131,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
 // What is accepted and does not work yet; empty if nothing of it is used.
 std::string NotBuilt(const Flags& flags) {
   const std::pair<const char*, const std::string*> later[] = {
-      {"--data_dir", &flags.data_dir},     {"--tls_cert", &flags.tls_cert},
-      {"--tls_key", &flags.tls_key},       {"--tls_client_ca", &flags.tls_client_ca},
-      {"--token_file", &flags.token_file},
+      {"--data_dir", &flags.data_dir},
   };
   for (const auto& [name, value] : later) {
     if (!value->empty()) {
@@ -222,6 +223,7 @@ rpc::CallLog LogCallsTo(const metrics::Log& log) {
   return [&log](const rpc::CallSummary& call) {
     metrics::LogFields fields = {
         {"method", std::string(call.method)},
+        {"tenant", call.tenant},
         {"request_id", call.request_id},
         {"layer", call.layer_name},
         {"rows", call.rows},
@@ -239,6 +241,11 @@ rpc::CallLog LogCallsTo(const metrics::Log& log) {
 
 // The process's log, for those who may write until the very end.
 const metrics::Log* process_log = nullptr;
+
+const char* TlsMode(const rpc::TlsFiles& tls) {
+  if (!tls.enabled()) return "off";
+  return tls.client_ca.empty() ? "on" : "on, with client certificates";
+}
 
 int Serve(const Flags& flags, const metrics::Log& log) {
   // Before the first thread: all inherit it.
@@ -260,15 +267,30 @@ int Serve(const Flags& flags, const metrics::Log& log) {
   metrics::Metrics counters(engine::EngineVersion(), engine::EngineIsa());
   jobs::ByteBudget budget(flags.memory_budget_bytes, counters);
   jobs::WorkerPool pool(flags.workers, flags.queue_limit, counters);
+  const rpc::Warn warn = [&log](const std::string& message) {
+    log.Warning("security", {{"message", message}});
+  };
+  auto auth = std::make_unique<rpc::Authenticator>();
+  if (!flags.token_file.empty()) {
+    auto opened = rpc::Authenticator::Open(flags.token_file, warn);
+    if (!opened.ok()) return failed(std::string(opened.status().message()));
+    auth = *std::move(opened);
+  }
   const auto server = rpc::Server::Start({.listen = flags.listen,
+                                          .tls = flags.tls,
                                           .allow_cleartext = flags.allow_cleartext,
                                           .reflection = flags.reflection,
                                           .pool = &pool,
                                           .budget = &budget,
                                           .observer = &counters,
                                           .calls = &counters,
-                                          .log = LogCallsTo(log)});
-  if (!server.ok()) return failed(absl::StrCat("--listen: ", server.status().message()));
+                                          .log = LogCallsTo(log),
+                                          .auth = auth.get(),
+                                          .warn = warn});
+  if (!server.ok()) {
+    const std::string why(server.status().message());
+    return failed(why.rfind("--", 0) == 0 ? why : "--listen: " + why);
+  }
   std::unique_ptr<metrics::HttpServer> http;
   if (!flags.metrics_listen.empty()) {
     auto started =
@@ -290,6 +312,8 @@ int Serve(const Flags& flags, const metrics::Log& log) {
                          {"isa", std::string(engine::EngineIsa())},
                          {"listen", flags.listen},
                          {"port", int64_t{(*server)->port()}},
+                         {"tls", std::string(TlsMode(flags.tls))},
+                         {"tokens", auth->enabled()},
                          {"metrics_listen", flags.metrics_listen},
                          {"metrics_port", int64_t{http == nullptr ? 0 : http->port()}},
                          {"workers", int64_t{flags.workers}},
@@ -325,7 +349,7 @@ int Run(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : kExitUsage;
   }
   if (flags.probe) {
-    const absl::Status healthy = rpc::Probe(flags.listen, kProbeLimit);
+    const absl::Status healthy = rpc::Probe(flags.listen, flags.tls, kProbeLimit);
     if (!healthy.ok()) std::cerr << healthy.message() << '\n';
     return healthy.ok() ? 0 : kExitFailure;
   }

@@ -14,6 +14,8 @@ namespace certiq::rpc {
 struct CallSummary {
   // Literal: "Quantize".
   const char* method = "";
+  // Whose call it was; empty without tokens, and where it was refused for want of one.
+  std::string tenant;
   // As the client sent them, at most a few hundred bytes of any UTF-8.
   std::string request_id;
   std::string layer_name;

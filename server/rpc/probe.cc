@@ -5,6 +5,7 @@
 #include <grpcpp/create_channel.h>
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
+#include <grpcpp/support/channel_arguments.h>
 
 #include <cstdint>
 #include <memory>
@@ -30,11 +31,18 @@ bool IsServing(const grpc::ByteBuffer& response) {
 
 }  // namespace
 
-absl::Status Probe(const std::string& listen, std::chrono::milliseconds limit) {
+absl::Status Probe(const std::string& listen, const TlsFiles& tls,
+                   std::chrono::milliseconds limit) {
   const absl::StatusOr<Address> address = ParseAddress(listen);
   if (!address.ok()) return address.status();
+  const absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> credentials =
+      ProbeCredentials(tls);
+  if (!credentials.ok()) return credentials.status();
+  grpc::ChannelArguments arguments;
+  // A proxy of the environment cannot reach this machine's own servers.
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   grpc::GenericStub stub(
-      grpc::CreateChannel(DialTarget(*address, listen), grpc::InsecureChannelCredentials()));
+      grpc::CreateCustomChannel(DialTarget(*address, listen), *credentials, arguments));
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + limit);
   // A buffer of no bytes; one without any slice would not count as a message.

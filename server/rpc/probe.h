@@ -7,12 +7,13 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "rpc/credentials.h"
 
 namespace certiq::rpc {
 
 // OK if the server that listens on `listen` answers grpc.health.v1.Health/Check with SERVING
-// within `limit`; otherwise why not.
-absl::Status Probe(const std::string& listen, std::chrono::milliseconds limit);
+// within `limit`; otherwise why not. `tls` names the server's own files.
+absl::Status Probe(const std::string& listen, const TlsFiles& tls, std::chrono::milliseconds limit);
 
 }  // namespace certiq::rpc
 

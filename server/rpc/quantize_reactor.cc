@@ -77,10 +77,11 @@ std::optional<jobs::Rejection> RejectionOf(absl::StatusCode code) {
 }  // namespace
 
 QuantizeReactor::QuantizeReactor(grpc::CallbackServerContext* context,
-                                 const CallEnvironment& environment)
+                                 const CallEnvironment& environment, const jobs::Tenant& tenant)
     : context_(context), env_(environment) {
   env_.calls.CallStarted(jobs::kQuantizeMethod);
   summary_.method = jobs::kQuantizeMethod.method;
+  summary_.tenant = tenant.name;
   // First in the registry, then a look at the pool: a drain that begins between
   // the two finds this call in the registry.
   env_.registry.Add(this);

@@ -22,7 +22,9 @@
 #include "jobs/layer_intake.h"
 #include "jobs/observer.h"
 #include "jobs/quantize_job.h"
+#include "jobs/tenant.h"
 #include "jobs/worker_pool.h"
+#include "rpc/auth.h"
 #include "rpc/call_registry.h"
 #include "rpc/call_summary.h"
 #include "rpc/convert.h"
@@ -39,6 +41,7 @@ struct CallEnvironment {
   jobs::CallObserver& calls;
   CallRegistry& registry;
   CallLog log;
+  Authenticator* auth;
 };
 
 // The life of a call:
@@ -68,7 +71,9 @@ struct CallEnvironment {
 class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
                               public LiveCall {
  public:
-  QuantizeReactor(grpc::CallbackServerContext* context, const CallEnvironment& environment);
+  // The caller is known already and may quantize.
+  QuantizeReactor(grpc::CallbackServerContext* context, const CallEnvironment& environment,
+                  const jobs::Tenant& tenant);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;

@@ -17,6 +17,7 @@
 #include "rpc/address.h"
 #include "rpc/call_registry.h"
 #include "rpc/quantize_reactor.h"
+#include "rpc/refuse.h"
 
 namespace certiq::rpc {
 namespace {
@@ -36,13 +37,19 @@ constexpr int64_t kMaxTransportBytes = int64_t{1} << 30;
 class QuantizationService final : public v1::QuantizationService::WithRawCallbackMethod_Quantize<
                                       v1::QuantizationService::Service> {
  public:
+  using Reactor = grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>;
+
   explicit QuantizationService(CallEnvironment environment)
       : environment_(std::move(environment)) {}
 
-  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Quantize(
-      grpc::CallbackServerContext* context) override {
+  Reactor* Quantize(grpc::CallbackServerContext* context) override {
+    const absl::StatusOr<jobs::Tenant> tenant =
+        environment_.auth->Authenticate(*context, Scope::kWrite);
+    if (!tenant.ok()) {
+      return Refuse<Reactor>(environment_, jobs::kQuantizeMethod, tenant.status());
+    }
     // Owned by gRPC until OnDone, where it deletes itself.
-    return new QuantizeReactor(context, environment_);
+    return new QuantizeReactor(context, environment_, *tenant);
   }
 
  private:
@@ -78,7 +85,8 @@ struct Server::Impl {
                  .observer = *options.observer,
                  .calls = *options.calls,
                  .registry = registry,
-                 .log = options.log}) {}
+                 .log = options.log,
+                 .auth = options.auth == nullptr ? &everyone : options.auth}) {}
 
   // Stops taking calls.
   void Close() {
@@ -88,6 +96,7 @@ struct Server::Impl {
   }
 
   const Options options;
+  Authenticator everyone;
   CallRegistry registry;
   QuantizationService service;
   int port = 0;
@@ -104,11 +113,20 @@ Server::~Server() { Shutdown(); }
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
   const absl::StatusOr<Address> address = ParseAddress(options.listen);
   if (!address.ok()) return address.status();
-  if (!options.allow_cleartext && !IsLoopback(*address)) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(options.listen,
-                     " is not a loopback address: clear text beyond this machine "
-                     "needs --allow_cleartext"));
+  const absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials =
+      ServerCredentials(options.tls, options.warn);
+  if (!credentials.ok()) return credentials.status();
+  if (!options.tls.enabled() && !IsLoopback(*address)) {
+    if (!options.allow_cleartext) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(options.listen,
+                       " is not a loopback address: it needs --tls_cert and --tls_key, or "
+                       "--allow_cleartext for clear text beyond this machine"));
+    }
+    if (options.warn && options.auth != nullptr && options.auth->enabled()) {
+      options.warn(absl::StrCat("--allow_cleartext: tokens travel to ", options.listen,
+                                " in clear text, for everyone on the way to read"));
+    }
   }
   // Both are switches of the process that the next builder obeys.
   grpc::EnableDefaultHealthCheckService(true);
@@ -118,7 +136,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
   grpc::ServerBuilder builder;
   Configure(builder, *impl->options.budget);
   int port = 0;
-  builder.AddListeningPort(impl->options.listen, grpc::InsecureServerCredentials(), &port);
+  builder.AddListeningPort(impl->options.listen, *credentials, &port);
   builder.RegisterService(&impl->service);
   impl->grpc = builder.BuildAndStart();
   if (impl->grpc == nullptr) {

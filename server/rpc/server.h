@@ -13,7 +13,10 @@
 #include "jobs/call_observer.h"
 #include "jobs/observer.h"
 #include "jobs/worker_pool.h"
+#include "rpc/auth.h"
 #include "rpc/call_summary.h"
+#include "rpc/credentials.h"
+#include "rpc/file.h"
 
 namespace certiq::rpc {
 
@@ -23,6 +26,8 @@ class Server {
   struct Options {
     // HOST:PORT, [IPV6]:PORT or unix:PATH; port 0 asks for a free one.
     std::string listen = "127.0.0.1:0";
+    // TLS where files are named.
+    TlsFiles tls = {};
     // Serve clear text to other machines too.
     bool allow_cleartext = false;
     bool reflection = true;
@@ -32,10 +37,14 @@ class Server {
     jobs::Observer* observer = &jobs::IgnoreEvents();
     jobs::CallObserver* calls = &jobs::IgnoreCalls();
     CallLog log = nullptr;
+    // Null lets everyone in. Health and reflection ask nobody who they are.
+    Authenticator* auth = nullptr;
+    Warn warn = nullptr;
   };
 
-  // INVALID_ARGUMENT for an address that is none, FAILED_PRECONDITION for clear text
-  // beyond loopback, UNAVAILABLE where it cannot listen.
+  // INVALID_ARGUMENT for an address that is none, or, beginning with its flag, a file for TLS that
+  // does not serve; FAILED_PRECONDITION for clear text beyond loopback, UNAVAILABLE where it cannot
+  // listen.
   static absl::StatusOr<std::unique_ptr<Server>> Start(Options options);
   // Shuts down.
   ~Server();

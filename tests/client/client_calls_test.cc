@@ -228,10 +228,6 @@ TEST(ClientCreateTest, RefusesWhatItCannotDo) {
   for (const char* address : {"localhost:50051", "10.0.0.1:1", "[::1]:50051", "a.b-c.d:65535"}) {
     EXPECT_TRUE(Client::Create({.address = address}).ok()) << address;
   }
-  EXPECT_TRUE(absl::IsUnimplemented(
-      Client::Create({.address = "h:1", .tls = TlsOptions{.ca_file = "f"}}).status()));
-  EXPECT_TRUE(
-      absl::IsUnimplemented(Client::Create({.address = "h:1", .token = "secret"}).status()));
   EXPECT_TRUE(
       absl::IsInvalidArgument(Client::Create({.address = "h:1", .chunk_bytes = 0}).status()));
   EXPECT_TRUE(absl::IsInvalidArgument(

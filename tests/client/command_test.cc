@@ -183,12 +183,17 @@ TEST_F(CommandTest, AnswersThatLieLeaveOldFilesAlone) {
   EXPECT_EQ(ReadFile(folder_.Path("o")), "old");
 }
 
-TEST_F(CommandTest, TlsAndTokensAreNotBuilt) {
+TEST_F(CommandTest, FilesForTlsAndTokensMustServe) {
   FakeServer server(Answering());
-  for (const char* flag : {"--tls_ca", "--tls_cert", "--tls_key", "--token_file"}) {
-    EXPECT_EQ(Quantize(server, {flag, "f"}), kExitFailed);
-    EXPECT_TRUE(Contains(err_.str(), std::string(flag) + ": not built yet"));
+  WriteFile(folder_.Path("garbage"), "");
+  for (const char* flag : {"--tls_ca", "--token_file"}) {
+    for (const char* file : {"garbage", "no_such_file"}) {
+      EXPECT_EQ(Quantize(server, {flag, folder_.Path(file)}), kExitFailed);
+      EXPECT_TRUE(Contains(err_.str(), folder_.Path(file))) << err_.str();
+    }
   }
+  EXPECT_EQ(Quantize(server, {"--tls_cert", "f"}), kExitUsage);
+  EXPECT_EQ(Quantize(server, {"--tls_key", "f"}), kExitUsage);
   EXPECT_EQ(server.calls(), 0);
 }
 

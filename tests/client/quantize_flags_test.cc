@@ -137,7 +137,7 @@ TEST(QuantizeFlagsTest, NothingGivenNothingSet) {
   const QuantizeFlags flags = Parse({});
   EXPECT_EQ(flags.spec.ShortDebugString(), "certificate { compare_nearest: true }");
   EXPECT_FALSE(flags.held_out_fraction.has_value());
-  EXPECT_EQ(flags.server, "localhost:1");
+  EXPECT_EQ(flags.connection.server, "localhost:1");
   EXPECT_EQ(flags.weights_file, "w.safetensors");
   EXPECT_EQ(flags.weight, "l.weight");
   EXPECT_EQ(flags.activations_file, "a.safetensors");
@@ -156,7 +156,10 @@ TEST(QuantizeFlagsTest, OtherFlags) {
   EXPECT_EQ(flags.calibration, "c1");
   EXPECT_EQ(flags.output_file, "o");
   EXPECT_EQ(flags.report_file, "r");
-  EXPECT_EQ(flags.tls_ca + flags.tls_cert + flags.tls_key + flags.token_file, "abcd");
+  EXPECT_EQ(flags.connection.tls_ca, "a");
+  EXPECT_EQ(flags.connection.tls_cert, "b");
+  EXPECT_EQ(flags.connection.tls_key, "c");
+  EXPECT_EQ(flags.connection.token_file, "d");
 }
 
 TEST(QuantizeFlagsTest, DampingAndOnFailureTogetherInAnyOrder) {

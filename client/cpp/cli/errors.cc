@@ -58,8 +58,12 @@ std::string AdviceFor(const absl::Status& status, const std::string& server,
                              absl::ToDoubleSeconds(*details.retry_delay));
     case absl::StatusCode::kUnavailable:
       return absl::StrCat("is a server listening on ", server,
-                          " in clear text? If it restarts, try "
-                          "again shortly");
+                          ", and does it speak TLS if and only if this command does? If it "
+                          "restarts, try again shortly");
+    case absl::StatusCode::kUnauthenticated:
+      return "give --token_file, or CERTIQ_TOKEN, with a token that this server knows";
+    case absl::StatusCode::kPermissionDenied:
+      return "ask whoever runs the server for a token that allows it";
     case absl::StatusCode::kDataLoss:
     case absl::StatusCode::kInternal:
     case absl::StatusCode::kUnknown:

@@ -11,7 +11,6 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
-#include "certiq/client.h"
 
 namespace certiq::cli {
 namespace {
@@ -130,13 +129,7 @@ std::optional<std::string> ReadDamping(const std::string& text, v1::Damping* dam
 }
 
 void AddFileFlags(CLI::App* verb, QuantizeFlags* flags) {
-  AddFlag(
-      verb, "--server", "HOST:PORT",
-      [flags](const std::string& text) -> std::optional<std::string> {
-        flags->server = text;
-        return CheckAddress(text).ok() ? std::nullopt : std::make_optional("HOST:PORT");
-      },
-      "The server, clear text (required)");
+  AddConnectionFlags(verb, &flags->connection);
   verb->add_option("--weights", flags->weights_file, "File with the weights (required)")
       ->type_name("F.safetensors");
   verb->add_option("--weight", flags->weight,
@@ -158,10 +151,6 @@ void AddFileFlags(CLI::App* verb, QuantizeFlags* flags) {
   verb->add_option("--report", flags->report_file,
                    "Where the certificate goes as JSON; not written if not given")
       ->type_name("REPORT.json");
-  verb->add_option("--tls_ca", flags->tls_ca, "Not built yet")->type_name("FILE");
-  verb->add_option("--tls_cert", flags->tls_cert, "Not built yet")->type_name("FILE");
-  verb->add_option("--tls_key", flags->tls_key, "Not built yet")->type_name("FILE");
-  verb->add_option("--token_file", flags->token_file, "Not built yet")->type_name("FILE");
 }
 
 void AddGridFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
@@ -244,7 +233,8 @@ void CheckTogether(const CLI::App& verb, const QuantizeFlags& flags) {
   if (const auto unknown = verb.remaining(); !unknown.empty()) {
     throw CLI::ExtrasError(verb.get_name(), unknown);
   }
-  for (const char* name : {"--server", "--weights", "--weight"}) {
+  CheckConnection(verb, flags.connection);
+  for (const char* name : {"--weights", "--weight"}) {
     if (verb.count(name) == 0) throw CLI::RequiredError(name);
   }
   const bool activations = !flags.activations_file.empty();

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "certiq/v1/spec.pb.h"
+#include "connection_flags.h"
 
 namespace CLI {
 class App;
@@ -16,7 +17,7 @@ namespace certiq::cli {
 // As given; empty or unset where a flag was not. Values that can be read but make no sense, such
 // as 9 bits, are kept: which ones are refused is the server's to say.
 struct QuantizeFlags {
-  std::string server;
+  ConnectionFlags connection;
   std::string weights_file;
   std::string weight;
   std::string activations_file;
@@ -27,10 +28,6 @@ struct QuantizeFlags {
   v1::QuantizationSpec spec;
   std::string output_file;
   std::string report_file;
-  std::string tls_ca;
-  std::string tls_cert;
-  std::string tls_key;
-  std::string token_file;
 };
 
 // Adds the verb with all its flags; parsing fills `*flags`, which must outlive the app. Errors of

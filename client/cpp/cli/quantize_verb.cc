@@ -11,6 +11,7 @@
 #include "certiq/client.h"
 #include "certiq/safetensors.h"
 #include "certiq/uuid.h"
+#include "connection_flags.h"
 #include "errors.h"
 #include "files.h"
 #include "progress.h"
@@ -57,18 +58,6 @@ absl::StatusOr<Inputs> OpenInputs(const QuantizeFlags& flags) {
   return inputs;
 }
 
-// The first flag that was given and needs something that is not built; empty if none.
-std::string FirstUnbuiltFlag(const QuantizeFlags& flags) {
-  const std::pair<const char*, const std::string&> all[] = {{"--tls_ca", flags.tls_ca},
-                                                            {"--tls_cert", flags.tls_cert},
-                                                            {"--tls_key", flags.tls_key},
-                                                            {"--token_file", flags.token_file}};
-  for (const auto& [name, value] : all) {
-    if (!value.empty()) return name;
-  }
-  return "";
-}
-
 // Hours of work should not end at a folder that does not exist.
 absl::Status CheckOutputs(const QuantizeFlags& flags) {
   for (const std::string& path : {flags.output_file, flags.report_file}) {
@@ -111,18 +100,11 @@ int RunQuantize(const QuantizeFlags& flags, const Io& io) {
     PrintError(status, advice, io.err);
     return kExitFailed;
   };
-  if (const std::string flag = FirstUnbuiltFlag(flags); !flag.empty()) {
-    io.err << "certiq: " << flag << ": not built yet\n";
-    return kExitFailed;
-  }
   if (absl::Status status = CheckOutputs(flags); !status.ok()) return failed(status, "");
+  const absl::StatusOr<std::unique_ptr<Client>> client = Connect(flags.connection, io);
+  if (!client.ok()) return failed(client.status(), "");
   const absl::StatusOr<Inputs> inputs = OpenInputs(flags);
   if (!inputs.ok()) return failed(inputs.status(), "");
-
-  ClientOptions client_options = io.client;
-  client_options.address = flags.server;
-  const absl::StatusOr<std::unique_ptr<Client>> client = Client::Create(client_options);
-  if (!client.ok()) return failed(client.status(), "");
 
   absl::StatusOr<QuantizeResult> result;
   {
@@ -134,7 +116,7 @@ int RunQuantize(const QuantizeFlags& flags, const Io& io) {
   }
   if (!result.ok()) {
     return failed(result.status(),
-                  AdviceFor(result.status(), flags.server, inputs->request.request_id));
+                  AdviceFor(result.status(), flags.connection.server, inputs->request.request_id));
   }
   if (absl::Status status = WriteOutputs(flags, *result, io.interrupt); !status.ok()) {
     return failed(status, "");

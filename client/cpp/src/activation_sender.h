@@ -10,8 +10,8 @@
 #include "absl/status/statusor.h"
 #include "accumulate_call.h"
 #include "certiq/activation_stream.h"
-#include "channel.h"
 #include "chunk_window.h"
+#include "connection.h"
 #include "tries.h"
 
 namespace certiq {

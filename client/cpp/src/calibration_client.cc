@@ -9,7 +9,7 @@
 #include "certiq/status.h"
 #include "certiq/uuid.h"
 #include "certiq/v1/calibration_service.grpc.pb.h"
-#include "channel.h"
+#include "connection.h"
 #include "request_check.h"
 #include "rows.h"
 #include "statistics_calls.h"

@@ -1,9 +1,8 @@
-// What every client of the library is made from: checked options and a channel.
+// The channel of a client: clear text or TLS, the token on every call.
 #ifndef CERTIQ_CLIENT_CPP_SRC_CHANNEL_H_
 #define CERTIQ_CLIENT_CPP_SRC_CHANNEL_H_
 
 #include <memory>
-#include <utility>
 
 #include "absl/status/statusor.h"
 #include "certiq/client.h"
@@ -11,24 +10,8 @@
 
 namespace certiq {
 
-// Does not connect yet. Fills in what a call needs and `*options` leave out. Errors as those of
-// Client::Create.
-absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(ClientOptions* options);
-
-// Thread-safe once made.
-template <typename Service>
-struct ServiceConnection {
-  ClientOptions options;
-  std::unique_ptr<typename Service::StubInterface> stub;
-};
-
-// Errors as MakeChannel.
-template <typename Service>
-absl::StatusOr<ServiceConnection<Service>> ConnectTo(ClientOptions options) {
-  const absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = MakeChannel(&options);
-  if (!channel.ok()) return channel.status();
-  return ServiceConnection<Service>{std::move(options), Service::NewStub(*channel)};
-}
+// Every call of every stub on the channel carries the token; errors are those of Client::Create.
+absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const ClientOptions& options);
 
 }  // namespace certiq
 

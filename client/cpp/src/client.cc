@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "certiq/v1/quantization_service.grpc.pb.h"
-#include "channel.h"
+#include "connection.h"
 #include "quantize_call.h"
 #include "request_check.h"
 #include "tries.h"

@@ -5,7 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "certiq/uuid.h"
 #include "certiq/v1/job_service.grpc.pb.h"
-#include "channel.h"
+#include "connection.h"
 #include "durations.h"
 #include "request_check.h"
 #include "result_collector.h"

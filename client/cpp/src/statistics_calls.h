@@ -8,7 +8,7 @@
 #include "certiq/client.h"
 #include "certiq/statistics.h"
 #include "certiq/v1/calibration_service.grpc.pb.h"
-#include "channel.h"
+#include "connection.h"
 
 namespace certiq {
 

@@ -9,7 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "channel.h"
+#include "connection.h"
 #include "tries.h"
 
 namespace certiq {

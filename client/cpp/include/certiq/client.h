@@ -31,19 +31,26 @@
 
 namespace certiq {
 
-// Files in PEM. Not built yet: Client::Create refuses them.
+// Files in PEM, read when the client is created.
 struct TlsOptions {
+  // Authorities to trust; empty: the system's.
   std::string ca_file = {};
+  // Shown to servers that ask for a certificate; both or none.
   std::string cert_file = {};
   std::string key_file = {};
+  // The name that the server's certificate must be for; empty: the address's host.
+  std::string server_name = {};
 };
 
 struct ClientOptions {
-  // HOST:PORT, clear text.
+  // HOST:PORT.
   std::string address = {};
+  // Without it the connection is in clear text.
   std::optional<TlsOptions> tls = {};
-  // Not built yet: Client::Create refuses it.
+  // Sent with every call as "authorization: Bearer TOKEN"; empty: none.
   std::string token = {};
+  // Send the token in clear text to other machines too.
+  bool allow_cleartext = false;
   RetryPolicy retry = {};
   // How long one attempt to connect may take.
   absl::Duration connect_timeout = absl::Seconds(5);
@@ -113,8 +120,8 @@ absl::Status CheckAddress(const std::string& address);
 // Thread-safe: any number of calls may run at once on one client, which must outlive them.
 class Client {
  public:
-  // Does not connect yet. INVALID_ARGUMENT: the address or a limit makes no sense; UNIMPLEMENTED:
-  // TLS or a token.
+  // Does not connect yet. INVALID_ARGUMENT: the address, a limit, the token or a file for TLS makes
+  // no sense; FAILED_PRECONDITION: a token that would travel in clear text to another machine.
   static absl::StatusOr<std::unique_ptr<Client>> Create(ClientOptions options);
 
   Client(const Client&) = delete;
