@@ -27,18 +27,23 @@ absl::StatusOr<AtomicFile> StageResult(const std::string& path, const std::strin
   return StageSafetensors(path, tensors, {{"format", "pt"}});
 }
 
-absl::StatusOr<std::string> ReportText(const v1::Certificate& certificate) {
+absl::StatusOr<std::string> JsonText(const google::protobuf::Message& message) {
   google::protobuf::util::JsonPrintOptions options;
   options.add_whitespace = true;
   options.preserve_proto_field_names = true;
   options.always_print_primitive_fields = true;
   std::string text;
-  const auto status = google::protobuf::util::MessageToJsonString(certificate, &text, options);
+  const auto status = google::protobuf::util::MessageToJsonString(message, &text, options);
   if (!status.ok()) {
-    return absl::InternalError(absl::StrCat("certificate as JSON: ", status.ToString()));
+    return absl::InternalError(
+        absl::StrCat(message.GetTypeName(), " as JSON: ", status.ToString()));
   }
   if (text.empty() || text.back() != '\n') text += '\n';
   return text;
+}
+
+absl::StatusOr<std::string> ReportText(const v1::Certificate& certificate) {
+  return JsonText(certificate);
 }
 
 absl::StatusOr<AtomicFile> StageReport(const std::string& path,

@@ -3,10 +3,11 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "certiq/durations.h"
+#include "certiq/status.h"
 #include "certiq/uuid.h"
 #include "certiq/v1/job_service.grpc.pb.h"
 #include "connection.h"
-#include "durations.h"
 #include "request_check.h"
 #include "result_collector.h"
 #include "rows.h"
@@ -50,6 +51,8 @@ JobClient::JobClient(std::unique_ptr<Connection> connection) : connection_(std::
 JobClient::~JobClient() = default;
 
 bool IsFinal(v1::JobState state) { return state >= v1::JOB_STATE_SUCCEEDED; }
+
+absl::Status JobError(const v1::Job& job) { return FromRpcStatus(job.error()); }
 
 absl::StatusOr<std::unique_ptr<JobClient>> JobClient::Create(ClientOptions options) {
   auto connection = ConnectTo<v1::JobService>(std::move(options));

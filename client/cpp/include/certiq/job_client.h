@@ -49,6 +49,9 @@ struct JobFilter {
 // SUCCEEDED, FAILED, CANCELLED, EXPIRED: states that never change.
 bool IsFinal(v1::JobState state);
 
+// Why a job failed, was cancelled or expired; OK for others. Details as of a server's status.
+absl::Status JobError(const v1::Job& job);
+
 // Every call blocks. Errors of all of them: the server's status as job_service.proto lists them,
 // details readable by DetailsOf(status), UNAVAILABLE where no server could be reached; both come
 // back only after the tries that ClientOptions::retry allows. INTERNAL where the server's answer

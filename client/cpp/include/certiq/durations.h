@@ -1,6 +1,6 @@
 // Durations of the contract.
-#ifndef CERTIQ_CLIENT_CPP_SRC_DURATIONS_H_
-#define CERTIQ_CLIENT_CPP_SRC_DURATIONS_H_
+#ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_DURATIONS_H_
+#define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_DURATIONS_H_
 
 #include <cstdint>
 
@@ -18,4 +18,4 @@ inline google::protobuf::Duration ToProto(absl::Duration duration) {
 
 }  // namespace certiq
 
-#endif  // CERTIQ_CLIENT_CPP_SRC_DURATIONS_H_
+#endif  // CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_DURATIONS_H_
