@@ -41,6 +41,7 @@ POSIX = (
     "termios.h",
     "unistd.h",
 )
+FILE_CALLS = ("fcntl.h", "sys/file.h", "sys/stat.h", "sys/types.h", "unistd.h")
 SOCKETS = ("arpa/inet.h", "netdb.h", "netinet/in.h", "sys/socket.h", "unistd.h")
 # Values, strings, errors: no clocks, locks, flags or logs.
 ABSL_VALUES = (
@@ -90,6 +91,13 @@ ROOMS = (
         # std locks and clocks, not Abseil's: ThreadSanitizer cannot see into its library.
         # unistd.h: how much memory the machine has.
         ("jobs/", "engine/", "unistd.h", *ABSL_VALUES),
+        recursive=False,
+    ),
+    Room(
+        "store",
+        ("server/jobs/store",),
+        # Only here are files written: a seam for each way to them.
+        ("jobs/", "sqlite3.h", "xxhash.h", *FILE_CALLS, *ABSL_VALUES),
     ),
     Room(
         "metrics",
@@ -271,6 +279,11 @@ PLANTED = (
     ("server/jobs/worker_pool.cc", '#include "certiq/v1/spec.pb.h"'),
     ("server/jobs/worker_pool.cc", "#include <prometheus/registry.h>"),
     ("server/jobs/worker_pool.cc", '#include "absl/synchronization/mutex.h"'),
+    ("server/jobs/worker_pool.cc", "#include <sqlite3.h>"),
+    ("server/jobs/worker_pool.cc", "#include <fcntl.h>"),
+    ("server/jobs/store/disk.cc", "#include <sys/socket.h>"),
+    ("server/jobs/store/disk.cc", '#include "engine/status.h"'),
+    ("server/jobs/store/disk.cc", '#include "certiq/v1/spec.pb.h"'),
     ("server/metrics/metrics.cc", "#include <grpcpp/server.h>"),
     ("server/metrics/metrics.cc", '#include "jobs/worker_pool.h"'),
     ("server/metrics/metrics.cc", '#include "certiq/v1/spec.pb.h"'),
@@ -297,6 +310,8 @@ CLEAN = (
     ("server/engine/factor.h", "// #include <grpcpp/grpcpp.h> would be wrong"),
     ("server/jobs/worker_pool.cc", '#include "engine/quantize_layer.h"'),
     ("server/jobs/worker_pool.cc", "#include <condition_variable>"),
+    ("server/jobs/store/disk.cc", "#include <sqlite3.h>"),
+    ("server/jobs/store/disk.cc", "#include <fcntl.h>"),
     ("server/metrics/metrics.cc", '#include "jobs/observer.h"'),
     ("server/metrics/metrics.cc", "#include <prometheus/registry.h>"),
     ("server/rpc/server.cc", '#include "certiq/v1/quantization_service.grpc.pb.h"'),

@@ -30,11 +30,11 @@ double IdentityResidual(const WorkingLayer& layer, const Fit& fit, const std::ve
                         const RunContext& context) {
   const std::vector<int64_t> sample = EvenlySpaced(kIdentityRows, layer.reference.rows());
   const std::vector<double> exact =
-      ExactSquaredErrors(layer.statistics, layer.reference, fit.output.change, sample, context);
+      ExactSquaredErrors(layer.statistics(), layer.reference, fit.output.change, sample, context);
   double residual = 0;
   for (size_t i = 0; i < sample.size(); ++i) {
     const auto r = static_cast<size_t>(sample[i]);
-    const double left = exact[i] + fit.damping.lambda_used * norms[r];
+    const double left = exact[i] + fit.damping->lambda_used * norms[r];
     const double right = fit.output.damped[r];
     if (left == 0 && right == 0) continue;
     residual = std::max(residual, std::abs(left / right - 1));
@@ -46,7 +46,7 @@ double IdentityResidual(const WorkingLayer& layer, const Fit& fit, const std::ve
 absl::StatusOr<std::vector<double>> UndampedErrors(const WorkingLayer& layer, const Fit& fit,
                                                    const RunContext& context,
                                                    LayerCertificate& certificate) {
-  if (!fit.damping.factor.has_value()) return fit.output.damped;
+  if (!fit.damping->factor.has_value()) return fit.output.damped;
   const std::vector<double> norms = RowNorms(fit.output.change);
   certificate.identity_residual = IdentityResidual(layer, fit, norms, context);
   const bool healthy = certificate.identity_residual <= kHealthyResidual;
@@ -57,10 +57,10 @@ absl::StatusOr<std::vector<double>> UndampedErrors(const WorkingLayer& layer, co
   }
   std::vector<double> errors = fit.output.damped;
   for (size_t r = 0; r < errors.size(); ++r) {
-    errors[r] = std::max(0.0, errors[r] - fit.damping.lambda_used * norms[r]);
+    errors[r] = std::max(0.0, errors[r] - fit.damping->lambda_used * norms[r]);
   }
   if (healthy && Sum(errors) > kCancellation * Sum(fit.output.damped)) return errors;
-  return SquaredErrors(layer.statistics, layer.reference, fit.output.change, Phase::kCertify,
+  return SquaredErrors(layer.statistics(), layer.reference, fit.output.change, Phase::kCertify,
                        context);
 }
 
@@ -93,9 +93,9 @@ double PredictedError(const ResolvedSpec& spec, const WorkingLayer& layer, const
   for (size_t j = 0; j < layer.dead.size(); ++j) {
     if (layer.dead[j]) continue;
     const auto at = static_cast<int64_t>(j);
-    weight[static_cast<size_t>(fit.grid.group_of[j])] += fit.damping.factor.has_value()
-                                                             ? fit.damping.factor->d[j]
-                                                             : layer.statistics.gram.at(at, at);
+    weight[static_cast<size_t>(fit.grid.group_of[j])] += fit.damping->factor.has_value()
+                                                             ? fit.damping->factor->d[j]
+                                                             : layer.statistics().gram.at(at, at);
   }
   double sum = 0;
   for (size_t at = 0; at < fit.grid.scale.size(); ++at) {
@@ -144,11 +144,11 @@ double RelativeError(double squared_error, double energy) {
 absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer, const Fit& fit,
                      const RunContext& context, LayerCertificate& certificate) {
   certificate.outcome = fit.outcome;
-  certificate.lambda_requested = fit.damping.lambda_requested;
-  certificate.lambda_used = fit.damping.factor.has_value() ? fit.damping.lambda_used : 0;
-  certificate.damping_attempts = fit.damping.attempts;
+  certificate.lambda_requested = fit.damping->lambda_requested;
+  certificate.lambda_used = fit.damping->factor.has_value() ? fit.damping->lambda_used : 0;
+  certificate.damping_attempts = fit.damping->attempts;
   certificate.dead_features = std::count(layer.dead.begin(), layer.dead.end(), true);
-  if (fit.damping.factor.has_value()) CertifyFactor(layer, *fit.damping.factor, certificate);
+  if (fit.damping->factor.has_value()) CertifyFactor(layer, *fit.damping->factor, certificate);
 
   const absl::StatusOr<std::vector<double>> errors =
       UndampedErrors(layer, fit, context, certificate);

@@ -1,5 +1,6 @@
 #include "engine/damping.h"
 
+#include <cmath>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -52,6 +53,8 @@ absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double 
       return result;
     }
     lambda = lambda == 0 ? kFirstStep * MeanDiagonal(gram) : lambda * spec.damping_factor;
+    // Past float64 there is nothing left to try.
+    if (!std::isfinite(lambda)) break;
   }
   return result;
 }

@@ -3,6 +3,10 @@
 #ifndef CERTIQ_ENGINE_DAMPING_H_
 #define CERTIQ_ENGINE_DAMPING_H_
 
+#include <compare>
+#include <cstdint>
+#include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,6 +34,31 @@ struct DampedFactor {
   std::optional<Factor> factor;
 };
 
+using SharedFactor = std::shared_ptr<const DampedFactor>;
+
+// What a damped factor depends on, besides the sums.
+struct FactorKey {
+  Order order = Order::kNatural;
+  // Of the sums with the held-out tokens merged in.
+  bool with_held_out = false;
+  double lambda = 0;
+  // The ladder (D2).
+  int32_t max_attempts = 0;
+  double growth = 0;
+
+  auto operator<=>(const FactorKey&) const = default;
+};
+
+// Where layers that use the same sums share factors. Thread-safe.
+class FactorCache {
+ public:
+  virtual ~FactorCache() = default;
+  // The factor of this key: one kept from before, or what `make` returns. `make` may run here, or,
+  // where another layer is making the same factor, not at all. Its errors are not kept.
+  virtual absl::StatusOr<SharedFactor> Get(
+      const FactorKey& key, const std::function<absl::StatusOr<DampedFactor>()>& make) = 0;
+};
+
 // trace(X~^T X~) / N, the unit of relative_trace.
 double MeanDiagonal(const UpperPanels<double>& gram);
 
@@ -39,9 +68,9 @@ absl::StatusOr<double> LambdaOf(DampingRule rule, double value, const UpperPanel
                                 const RunContext& context);
 
 // Factors gram + lambda I; after a stability failure multiplies lambda by the
-// spec's factor and tries again, max_attempts in all. From lambda = 0 the
-// first step is eps trace / N, eps = 2^-23, the precision of the sums' products (D2). Fails only by
-// cancellation.
+// spec's factor and tries again, max_attempts in all (fewer where lambda would leave float64). From
+// lambda = 0 the first step is eps trace / N, eps = 2^-23, the precision of the sums' products
+// (D2). Fails only by cancellation.
 absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double lambda,
                                                const UpperPanels<double>& gram,
                                                const std::vector<bool>& dead,

@@ -180,10 +180,10 @@ absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
   const int64_t n = gram.size();
   f.u = gram;
   f.d.assign(static_cast<size_t>(n), 0.0);
-  // In the units of the others, so that it does not pass for ill-conditioning.
+  // In the units of the others, so that it does not pass for ill-conditioning where lambda is tiny.
   double trace = 0;
   for (int64_t i = 0; i < n; ++i) trace += gram.at(i, i);
-  const double dead_pivot = lambda > 0 ? lambda : trace / static_cast<double>(n);
+  const double dead_pivot = lambda + trace / static_cast<double>(n);
   for (int64_t i = 0; i < n; ++i) {
     f.u.at(i, i) = dead[i] ? dead_pivot : gram.at(i, i) + lambda;
   }

@@ -9,12 +9,10 @@
 
 #include "absl/status/statusor.h"
 #include "engine/run_context.h"
+#include "engine/stability.h"
 #include "engine/upper_panels.h"
 
 namespace certiq::engine {
-
-// Why a factorisation was not accepted (D2).
-enum class StabilityCause { kNone, kPivot, kNonFinite, kCondition };
 
 // (M1) H = U D U^T with U [N, N] unit upper triangular and D [N] > 0
 // diagonal, float64: an ordinary Cholesky factorisation of H with rows and
@@ -39,10 +37,9 @@ struct FactorAttempt {
 
 // Factors H = gram + lambda I. `gram` is a symmetric matrix of which the upper
 // triangle is given. Features marked in `dead` (zero rows and columns of gram) are left
-// out: their row and column of U are those of the identity, their D is lambda (trace / N if that is
-// 0). Costs N^3/3 multiply-adds of two flops; blocked and left-looking, the
-// result does not depend on the executor. Fails only by cancellation; a
-// stability failure is reported in the attempt.
+// out: their row and column of U are those of the identity, their D is lambda + trace / N. Costs
+// N^3/3 multiply-adds of two flops; blocked and left-looking, the result does not depend on the
+// executor. Fails only by cancellation; a stability failure is reported in the attempt.
 absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
                                            const std::vector<bool>& dead, double lambda,
                                            const RunContext& context);

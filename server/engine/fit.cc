@@ -27,6 +27,18 @@ void ZeroFeatures(const std::vector<bool>& dead, StripMatrix& weights) {
   }
 }
 
+absl::Status DampingFailure(const std::vector<DampingAttempt>& attempts) {
+  absl::Status status =
+      PreconditionError("DAMPING", "spec.damping",
+                        absl::StrCat("H = X^T X + lambda I could not be factored in ",
+                                     attempts.size(), " attempts (", DescribeAttempts(attempts),
+                                     "); raise spec.damping or spec.damping.max_attempts"));
+  std::vector<StabilityCause> causes;
+  for (const DampingAttempt& attempt : attempts) causes.push_back(attempt.cause);
+  AttachFailedAttempts(causes, status);
+  return status;
+}
+
 // NEAREST with its bound (B2): min(sum_j eps_j |X~_j|, sqrt(sum_j eps_j^2) sigma_max(X~)), plus
 // |(X - X~) w| where inputs are mismatched.
 absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
@@ -37,6 +49,8 @@ absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
   NearestRounded rounded = RoundAlone(input.spec, input.order, grid, norms, input.weights, context);
   const absl::StatusOr<double> sigma = LargestEigenvalueBound(gram, context);
   if (!sigma.ok()) return sigma.status();
+  if (!std::isfinite(*sigma))
+    return InvalidField("x", "expected activations whose sums are finite");
   auto errors =
       SquaredErrors(input.statistics, input.reference, rounded.change, Phase::kRound, context);
   if (!errors.ok()) return errors.status();
@@ -65,17 +79,19 @@ absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
 
 }  // namespace
 
-WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, Statistics statistics, StripMatrix weights,
+WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, SharedStatistics sums, StripMatrix weights,
                               const RunContext& context) {
   WorkingLayer layer;
-  layer.order = FeatureOrder(spec.order, statistics);
-  layer.statistics = layer.order.empty() ? std::move(statistics) : Permute(statistics, layer.order);
+  layer.order = FeatureOrder(spec.order, *sums);
+  layer.sums = layer.order.empty()
+                   ? std::move(sums)
+                   : std::make_shared<const Statistics>(Permute(*sums, layer.order));
   layer.reference = layer.order.empty() ? std::move(weights)
                                         : PermuteColumns(weights, layer.order, *context.executor);
-  layer.dead.resize(static_cast<size_t>(layer.statistics.features()));
+  layer.dead.resize(static_cast<size_t>(layer.statistics().features()));
   for (size_t j = 0; j < layer.dead.size(); ++j) {
     const auto at = static_cast<int64_t>(j);
-    layer.dead[j] = layer.statistics.gram.at(at, at) == 0;
+    layer.dead[j] = layer.statistics().gram.at(at, at) == 0;
   }
   if (std::find(layer.dead.begin(), layer.dead.end(), true) != layer.dead.end()) {
     layer.zeroed = layer.reference;
@@ -84,25 +100,51 @@ WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, Statistics statistics, S
   return layer;
 }
 
+namespace {
+
+// From the cache where there is one. `made` counts what was factored here.
+absl::StatusOr<SharedFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
+                                      double lambda, const RunContext& context, int64_t& made) {
+  const auto make = [&]() -> absl::StatusOr<DampedFactor> {
+    absl::StatusOr<DampedFactor> damped =
+        FactorWithDamping(spec, lambda, layer.statistics().gram, layer.dead, context);
+    if (damped.ok()) made += static_cast<int64_t>(damped->attempts.size());
+    return damped;
+  };
+  if (layer.factors != nullptr) {
+    return layer.factors->Get({.order = spec.order,
+                               .with_held_out = layer.with_held_out,
+                               .lambda = lambda,
+                               .max_attempts = spec.max_attempts,
+                               .growth = spec.damping_factor},
+                              make);
+  }
+  absl::StatusOr<DampedFactor> damped = make();
+  if (!damped.ok()) return damped.status();
+  return std::make_shared<const DampedFactor>(*std::move(damped));
+}
+
+}  // namespace
+
 absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, double lambda,
                            const RunContext& context, EngineSeconds& seconds) {
   Fit fit;
   if (spec.method != Method::kNearest) {
     const Stopwatch watch(seconds.factor);
     context.Report(Phase::kFactor, 0);
-    absl::StatusOr<DampedFactor> damped =
-        FactorWithDamping(spec, lambda, layer.statistics.gram, layer.dead, context);
+    if (!std::isfinite(lambda)) {
+      return InvalidField("spec.damping", absl::StrCat("expected a finite lambda, got ", lambda,
+                                                       " from activations of this size"));
+    }
+    absl::StatusOr<SharedFactor> damped =
+        FactorOf(spec, layer, lambda, context, fit.factorisations);
     if (!damped.ok()) return damped.status();
     fit.damping = *std::move(damped);
   }
-  const bool factored = fit.damping.factor.has_value();
+  const bool factored = fit.damping->factor.has_value();
   if (spec.method != Method::kNearest && !factored) {
     if (spec.on_failure == OnFailure::kFail) {
-      return PreconditionError("DAMPING", "spec.damping",
-                               absl::StrCat("H = X^T X + lambda I could not be factored in ",
-                                            fit.damping.attempts.size(), " attempts (",
-                                            DescribeAttempts(fit.damping.attempts),
-                                            "); raise spec.damping or spec.damping.max_attempts"));
+      return DampingFailure(fit.damping->attempts);
     }
     fit.outcome = Outcome::kFellBackToNearest;
   }
@@ -113,15 +155,15 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, 
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
   FillSteps(spec, weights, context, fit.grid);
   if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
-  const MethodInput input{spec,        layer.statistics, layer.dead,
-                          layer.order, layer.reference,  weights};
+  const MethodInput input{spec,        layer.statistics(), layer.dead,
+                          layer.order, layer.reference,    weights};
   const auto run = [&]() -> absl::StatusOr<MethodOutput> {
     if (!factored) return Nearest(input, fit.grid, context);
-    const Factor& factor = *fit.damping.factor;
+    const Factor& factor = *fit.damping->factor;
     if (spec.method == Method::kOptq) {
-      return Optq(input, factor, fit.damping.lambda_used, fit.grid, context);
+      return Optq(input, factor, fit.damping->lambda_used, fit.grid, context);
     }
-    return Qronos(input, factor, fit.damping.lambda_used, fit.grid, context);
+    return Qronos(input, factor, fit.damping->lambda_used, fit.grid, context);
   };
   absl::StatusOr<MethodOutput> output = run();
   if (!output.ok()) return output.status();

@@ -4,6 +4,7 @@
 #define CERTIQ_ENGINE_FIT_H_
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -20,29 +21,36 @@ struct WorkingLayer {
   // Element i: the original feature at step i; empty: natural.
   std::vector<int64_t> order;
   std::vector<bool> dead;
-  Statistics statistics;
+  SharedStatistics sums;
+  // Where factors of these sums are kept; null: nowhere. What they are in it: see FactorKey.
+  FactorCache* factors = nullptr;
+  bool with_held_out = false;
   // W as it came, and with zeros at dead features (empty where there are none: use reference).
   StripMatrix reference;
   StripMatrix zeroed;
 
+  const Statistics& statistics() const { return *sums; }
   const StripMatrix& weights() const { return zeroed.rows() > 0 ? zeroed : reference; }
 };
 
 // Finds order and dead features and brings everything into that order.
-WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, Statistics statistics, StripMatrix weights,
+WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, SharedStatistics sums, StripMatrix weights,
                               const RunContext& context);
 
 struct Fit {
   Outcome outcome = Outcome::kQuantized;
-  // Without attempts for NEAREST.
-  DampedFactor damping;
+  // Without attempts for NEAREST; never null.
+  SharedFactor damping = std::make_shared<const DampedFactor>();
+  // Factorisations that this run made itself.
+  int64_t factorisations = 0;
   Grid grid;
   MethodOutput output;
 };
 
 // Damps and factors, fills the grid, runs the spec's method. When every
 // damping attempt failed: NEAREST where the spec says so, else FAILED_PRECONDITION of type
-// "DAMPING" with the attempts. Seconds of the factor and round phases are added to `seconds`.
+// "DAMPING" with the attempts, causes attached (status.h). Seconds of the factor and round phases
+// are added to `seconds`.
 absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, double lambda,
                            const RunContext& context, EngineSeconds& seconds);
 

@@ -30,15 +30,21 @@ absl::Status CheckProblem(const LayerProblem& problem) {
         absl::StrCat("expected at least one row and one feature, got [", problem.weights.rows(),
                      ", ", problem.weights.features(), "]"));
   }
-  if (problem.statistics.features() != problem.weights.features()) {
+  if (problem.statistics->features() != problem.weights.features()) {
     return InvalidField("x.shape", absl::StrCat("expected ", problem.weights.features(),
                                                 " features as the weights have, got ",
-                                                problem.statistics.features()));
+                                                problem.statistics->features()));
   }
-  if (problem.statistics.tokens < 1) {
+  if (problem.statistics->tokens < 1) {
     return PreconditionError("TOKENS", "x", "there are no calibration tokens to fit");
   }
-  const bool held_out = problem.held_out.has_value() && problem.held_out->tokens > 0;
+  if (problem.statistics->tokens < problem.spec.min_tokens) {
+    return PreconditionError("TOKENS", "spec.min_tokens",
+                             absl::StrCat("the spec asks for ", problem.spec.min_tokens,
+                                          " tokens to fit, there are ",
+                                          problem.statistics->tokens));
+  }
+  const bool held_out = problem.held_out != nullptr && problem.held_out->tokens > 0;
   if (problem.spec.NeedsHeldOut() && problem.spec.method != Method::kNearest && !held_out) {
     return PreconditionError("HELD_OUT", "spec.damping.held_out",
                              "no tokens were held out, and damping by held-out error needs some: "
@@ -50,7 +56,7 @@ absl::Status CheckProblem(const LayerProblem& problem) {
 // (V3) Qronos without damping in the spec.
 void DecideDamping(const LayerProblem& problem, ResolvedSpec& spec, LayerCertificate& certificate) {
   if (spec.damping_rule.has_value()) return;
-  if (problem.held_out.has_value() && problem.held_out->tokens > 0) {
+  if (problem.held_out != nullptr && problem.held_out->tokens > 0) {
     spec.damping_rule = DampingRule::kHeldOut;
     certificate.warnings.push_back(
         "no damping was given: Qronos chose lambda by the error on the held-out tokens");
@@ -65,57 +71,79 @@ void DecideDamping(const LayerProblem& problem, ResolvedSpec& spec, LayerCertifi
       "held_out_fraction, or a larger damping");
 }
 
-// Relative error of a fit on tokens that were no part of it. `order` is the fit's.
-absl::StatusOr<double> HeldOutError(const Statistics& held_out, const std::vector<int64_t>& order,
-                                    const WorkingLayer& layer, const Fit& fit,
-                                    const RunContext& context) {
-  const Statistics permuted = order.empty() ? Statistics() : Permute(held_out, order);
-  const Statistics& sums = order.empty() ? held_out : permuted;
-  const auto errors =
-      SquaredErrors(sums, layer.reference, fit.output.change, Phase::kCertify, context);
-  if (!errors.ok()) return errors.status();
-  const auto energies = ReferenceEnergies(sums, layer.reference, Phase::kCertify, context);
+// Tokens that no part of a fit has seen, in the order of its features.
+struct Unseen {
+  SharedStatistics sums;
+  // |X W^T|^2 on them.
+  double energy = 0;
+};
+
+absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer& layer,
+                                  const RunContext& context) {
+  Unseen unseen;
+  unseen.sums = layer.order.empty()
+                    ? std::move(held_out)
+                    : std::make_shared<const Statistics>(Permute(*held_out, layer.order));
+  const auto energies = ReferenceEnergies(*unseen.sums, layer.reference, Phase::kCertify, context);
   if (!energies.ok()) return energies.status();
-  return RelativeError(Sum(*errors), Sum(*energies));
+  unseen.energy = Sum(*energies);
+  return unseen;
+}
+
+// Relative error of the fit on them.
+absl::StatusOr<double> UnseenError(const Unseen& unseen, const WorkingLayer& layer, const Fit& fit,
+                                   const RunContext& context) {
+  const auto errors =
+      SquaredErrors(*unseen.sums, layer.reference, fit.output.change, Phase::kCertify, context);
+  if (!errors.ok()) return errors.status();
+  return RelativeError(Sum(*errors), unseen.energy);
 }
 
 double FactorFlops(const Fit& fit, int64_t features) {
   const auto n = static_cast<double>(features);
-  return static_cast<double>(fit.damping.attempts.size()) * n * n * n / 3;
+  return static_cast<double>(fit.factorisations) * n * n * n / 3;
 }
 
 // (V2) one run a step of the ladder, fitted without the held-out tokens and
 // judged on them. Returns lambda as a multiple of trace / N.
 absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSpec& spec,
                                    const RunContext& context, LayerCertificate& certificate) {
-  const WorkingLayer layer = MakeWorkingLayer(spec, problem.statistics, problem.weights, context);
-  const double unit = MeanDiagonal(layer.statistics.gram);
+  WorkingLayer layer = MakeWorkingLayer(spec, problem.statistics, problem.weights, context);
+  layer.factors = problem.factors;
+  const double unit = MeanDiagonal(layer.statistics().gram);
+  const absl::StatusOr<Unseen> unseen = MakeUnseen(problem.held_out, layer, context);
+  if (!unseen.ok()) return unseen.status();
   ResolvedSpec step_spec = spec;
   step_spec.on_failure = OnFailure::kFail;
   double best_ratio = 0;
   double least = std::numeric_limits<double>::infinity();
   absl::Status last;
+  std::vector<StabilityCause> failures;
   for (const double ratio : spec.damping_ladder) {
     absl::StatusOr<Fit> fit = RunFit(step_spec, layer, ratio * unit, context, certificate.seconds);
     if (!fit.ok()) {
       // A step that cannot be factored is not a candidate.
       if (!PreconditionOf(fit.status()).has_value()) return fit.status();
       last = fit.status();
+      const std::vector<StabilityCause> causes = FailedAttemptsOf(last);
+      failures.insert(failures.end(), causes.begin(), causes.end());
       certificate.warnings.push_back(
           absl::StrCat("ladder step ", ratio, " was left out: ", last.message()));
       continue;
     }
-    certificate.factor_flops += FactorFlops(*fit, layer.statistics.features());
-    const absl::StatusOr<double> error =
-        HeldOutError(*problem.held_out, layer.order, layer, *fit, context);
+    certificate.factor_flops += FactorFlops(*fit, layer.statistics().features());
+    const absl::StatusOr<double> error = UnseenError(*unseen, layer, *fit, context);
     if (!error.ok()) return error.status();
-    certificate.ladder.push_back({fit->damping.lambda_used, *error});
+    certificate.ladder.push_back({fit->damping->lambda_used, *error});
     if (*error < least) {
       least = *error;
-      best_ratio = fit->damping.lambda_used / unit;
+      best_ratio = fit->damping->lambda_used / unit;
     }
   }
-  if (certificate.ladder.empty()) return last;
+  if (certificate.ladder.empty()) {
+    AttachFailedAttempts(failures, last);
+    return last;
+  }
   certificate.held_out_relative_error = least;
   return best_ratio;
 }
@@ -142,7 +170,7 @@ absl::Status CertifyReference(const ResolvedSpec& spec, const WorkingLayer& laye
   const Stopwatch watch(certificate.seconds.reference);
   context.Report(Phase::kReference, 0);
   const auto energies =
-      ReferenceEnergies(layer.statistics, layer.reference, Phase::kReference, context);
+      ReferenceEnergies(layer.statistics(), layer.reference, Phase::kReference, context);
   if (!energies.ok()) return energies.status();
   certificate.reference_energy = Sum(*energies);
   if (!spec.compare_nearest) return absl::OkStatus();
@@ -151,8 +179,8 @@ absl::Status CertifyReference(const ResolvedSpec& spec, const WorkingLayer& laye
   const std::vector<double> norms(layer.dead.size());
   const NearestRounded rounded =
       RoundAlone(nearest, layer.order, fit.grid, norms, layer.weights(), context);
-  const auto errors =
-      SquaredErrors(layer.statistics, layer.reference, rounded.change, Phase::kReference, context);
+  const auto errors = SquaredErrors(layer.statistics(), layer.reference, rounded.change,
+                                    Phase::kReference, context);
   if (!errors.ok()) return errors.status();
   certificate.nearest_relative_error = RelativeError(Sum(*errors), certificate.reference_energy);
   return absl::OkStatus();
@@ -164,26 +192,32 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   LayerCertificate& certificate = result.certificate;
   ResolvedSpec spec = problem.spec;
   DecideDamping(problem, spec, certificate);
-  certificate.held_out_tokens = problem.held_out.has_value() ? problem.held_out->tokens : 0;
+  certificate.held_out_tokens = problem.held_out != nullptr ? problem.held_out->tokens : 0;
 
   DampingRule rule = *spec.damping_rule;
   double value = spec.damping_value;
+  bool with_held_out = false;
   if (rule == DampingRule::kHeldOut && spec.method != Method::kNearest) {
     const absl::StatusOr<double> ratio = ClimbLadder(problem, spec, context, certificate);
     if (!ratio.ok()) return ratio.status();
     // The final run uses all tokens with the ratio found.
-    Merge(*problem.held_out, problem.statistics);
+    Statistics all = *problem.statistics;
+    Merge(*problem.held_out, all);
+    problem.statistics = std::make_shared<const Statistics>(std::move(all));
     problem.held_out.reset();
+    with_held_out = true;
     rule = DampingRule::kRelativeTrace;
     value = *ratio;
   }
 
   certificate.rows = problem.weights.rows();
   certificate.features = problem.weights.features();
-  certificate.tokens = problem.statistics.tokens;
+  certificate.tokens = problem.statistics->tokens;
   certificate.spec = spec;
   WorkingLayer layer =
       MakeWorkingLayer(spec, std::move(problem.statistics), std::move(problem.weights), context);
+  layer.factors = problem.factors;
+  layer.with_held_out = with_held_out;
   if (std::find(layer.dead.begin(), layer.dead.end(), false) == layer.dead.end()) {
     return PreconditionError("ACTIVATIONS", "x",
                              "all calibration activations are zero: there is nothing to fit");
@@ -191,7 +225,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   double lambda = 0;
   if (spec.method != Method::kNearest) {
     const Stopwatch watch(certificate.seconds.factor);
-    const absl::StatusOr<double> asked = LambdaOf(rule, value, layer.statistics.gram, context);
+    const absl::StatusOr<double> asked = LambdaOf(rule, value, layer.statistics().gram, context);
     if (!asked.ok()) return asked.status();
     lambda = *asked;
   }
@@ -199,7 +233,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   if (!fit.ok()) return fit.status();
   const auto n = static_cast<double>(certificate.features);
   certificate.factor_flops += FactorFlops(*fit, certificate.features);
-  certificate.round_flops = fit->damping.factor.has_value()
+  certificate.round_flops = fit->damping->factor.has_value()
                                 ? static_cast<double>(certificate.rows) * n * n *
                                       static_cast<double>(certificate.ladder.size() + 1)
                                 : 0;
@@ -214,9 +248,10 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     if (absl::Status status = Certify(spec, layer, *fit, context, certificate); !status.ok()) {
       return status;
     }
-    if (problem.held_out.has_value() && problem.held_out->tokens > 0) {
-      const absl::StatusOr<double> error =
-          HeldOutError(*problem.held_out, layer.order, layer, *fit, context);
+    if (problem.held_out != nullptr && problem.held_out->tokens > 0) {
+      const absl::StatusOr<Unseen> unseen = MakeUnseen(problem.held_out, layer, context);
+      if (!unseen.ok()) return unseen.status();
+      const absl::StatusOr<double> error = UnseenError(*unseen, layer, *fit, context);
       if (!error.ok()) return error.status();
       certificate.held_out_relative_error = *error;
     }
@@ -225,7 +260,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
 
   // Pack. What is no longer needed makes room first.
   context.Report(Phase::kPack, 0);
-  fit->damping.factor.reset();
+  fit->damping.reset();
   fit->output.change = StripMatrix();
   const std::vector<int64_t> order = std::move(layer.order);
   layer = WorkingLayer();

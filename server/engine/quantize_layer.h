@@ -4,11 +4,11 @@
 #define CERTIQ_ENGINE_QUANTIZE_LAYER_H_
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/certificate.h"
+#include "engine/damping.h"
 #include "engine/packing.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
@@ -17,15 +17,17 @@
 
 namespace certiq::engine {
 
-// A layer to quantize. Owns its inputs, which the computation consumes.
+// A layer to quantize. The computation consumes the weights, and lets go of the sums.
 struct LayerProblem {
   ResolvedSpec spec;
   // W [R, N].
   StripMatrix weights;
-  // Sums over the calibration tokens, N features.
-  Statistics statistics;
-  // Sums over tokens that were held out (V1), of the same kind.
-  std::optional<Statistics> held_out = std::nullopt;
+  // Sums over the calibration tokens, N features. Not null.
+  SharedStatistics statistics;
+  // Sums over tokens that were held out (V1), of the same kind; may be null.
+  SharedStatistics held_out = nullptr;
+  // Shared by the layers that use these sums; may be null, else outlives the call.
+  FactorCache* factors = nullptr;
 };
 
 struct QuantizedLayer {
@@ -46,7 +48,7 @@ struct QuantizedLayer {
 //   RESOURCE_EXHAUSTED   memory ran out.
 absl::StatusOr<QuantizedLayer> QuantizeLayer(LayerProblem problem, const RunContext& context);
 
-// Bytes held at the peak of QuantizeLayer, its inputs and result included.
+// Bytes held at the peak of QuantizeLayer, its inputs and result included, as if it shared nothing.
 int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool mismatched = false,
                   bool held_out = false);
 

@@ -205,6 +205,11 @@ absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec) {
         absl::StrCat("expected a number in (0, 1), got ", resolved.failure_probability));
   }
   resolved.compare_nearest = spec.compare_nearest.value_or(false);
+  resolved.min_tokens = spec.min_tokens.value_or(1);
+  if (resolved.min_tokens < 1) {
+    return InvalidField("spec.min_tokens",
+                        absl::StrCat("expected at least 1, got ", resolved.min_tokens));
+  }
 
   if (absl::Status offered = CheckOffered(spec); !offered.ok()) return offered;
   return resolved;

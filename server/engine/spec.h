@@ -60,6 +60,7 @@ struct QuantizationSpec {
   std::optional<bool> per_row;
   std::optional<double> failure_probability;
   std::optional<bool> compare_nearest;
+  std::optional<int64_t> min_tokens;
 };
 
 // Every setting decided; see spec.proto for meanings and units.
@@ -88,6 +89,8 @@ struct ResolvedSpec {
   bool per_row = true;
   double failure_probability = 1e-3;
   bool compare_nearest = false;
+  // Fewer tokens to fit are refused.
+  int64_t min_tokens = 1;
 
   // Scales a row has for this many features.
   int64_t Groups(int64_t features) const {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "engine/factor.h"
 
@@ -82,8 +83,8 @@ absl::StatusOr<double> LargestEigenvalueBound(const UpperPanels<double>& s,
     for (int64_t j = i; j < s.size(); ++j) negative.at(i, j) = -s.at(i, j);
   }
   const std::vector<bool> none(static_cast<size_t>(s.size()), false);
-  double margin = 1e-4;
-  while (true) {
+  // Sums that are not finite have no finite bound.
+  for (double margin = 1e-4; std::isfinite(*ritz * (1 + margin)); margin *= 4) {
     const double bound = *ritz * (1 + margin);
     absl::StatusOr<FactorAttempt> attempt = FactorDamped(negative, none, bound, context);
     if (!attempt.ok()) return attempt.status();
@@ -91,8 +92,8 @@ absl::StatusOr<double> LargestEigenvalueBound(const UpperPanels<double>& s,
     if (attempt->cause == StabilityCause::kNone || attempt->cause == StabilityCause::kCondition) {
       return bound;
     }
-    margin *= 4;
   }
+  return std::numeric_limits<double>::infinity();
 }
 
 }  // namespace certiq::engine

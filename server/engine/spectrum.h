@@ -20,8 +20,8 @@ namespace certiq::engine {
 absl::StatusOr<double> LargestEigenvalue(const UpperPanels<double>& s, const RunContext& context);
 
 // A proven upper bound on the same: tau I - S has a Cholesky factorisation, so
-// no eigenvalue passes tau. Within 1e-4 of the Lanczos value wherever that has converged. Costs
-// N^3/3 flops. Fails only by cancellation.
+// no eigenvalue passes tau. Within 1e-4 of the Lanczos value wherever that has converged;
+// infinite where S is not finite. Costs N^3/3 flops. Fails only by cancellation.
 absl::StatusOr<double> LargestEigenvalueBound(const UpperPanels<double>& s,
                                               const RunContext& context);
 

@@ -90,14 +90,26 @@ Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& ord
 }
 
 StatisticsAccumulator::StatisticsAccumulator(int64_t features, bool mismatched)
-    : features_(features), row_(static_cast<size_t>(features)) {
-  const auto staged = static_cast<size_t>(Strips(features) * kBlockRows * kStrip<float>);
+    : features_(features) {
   statistics_.gram = UpperPanels<double>(features);
+  if (mismatched) {
+    MismatchSums& mismatch = statistics_.mismatch.emplace();
+    mismatch.residual = UpperPanels<double>(features);
+    mismatch.cross.resize(static_cast<size_t>(features * features));
+  }
+  Allocate();
+}
+
+StatisticsAccumulator::StatisticsAccumulator(Statistics sums)
+    : features_(sums.features()), statistics_(std::move(sums)) {
+  Allocate();
+}
+
+void StatisticsAccumulator::Allocate() {
+  const auto staged = static_cast<size_t>(Strips(features_) * kBlockRows * kStrip<float>);
+  row_.resize(static_cast<size_t>(features_));
   inputs_.values.resize(staged);
-  if (!mismatched) return;
-  MismatchSums& mismatch = statistics_.mismatch.emplace();
-  mismatch.residual = UpperPanels<double>(features);
-  mismatch.cross.resize(static_cast<size_t>(features * features));
+  if (!statistics_.mismatch.has_value()) return;
   residual_.values.resize(staged);
   x_row_.resize(row_.size());
 }
@@ -115,13 +127,65 @@ void StatisticsAccumulator::Stage(const float* row, Staged& to) const {
   }
 }
 
+absl::Status StatisticsAccumulator::DecodeRow(DType dtype, const std::byte* bytes,
+                                              int64_t first_row, int64_t r, const char* field) {
+  const int64_t bad =
+      DecodeToFloat(dtype, bytes + r * features_ * ItemSize(dtype), features_, row_.data());
+  if (bad < 0) return absl::OkStatus();
+  return NonFiniteValue(field, row_[static_cast<size_t>(bad)], first_row + r, bad);
+}
+
+absl::Status StatisticsAccumulator::DecodeRowPair(DType x_dtype, const std::byte* x,
+                                                  DType x_quantized_dtype,
+                                                  const std::byte* x_quantized, int64_t first_row,
+                                                  int64_t r, const char* x_field,
+                                                  const char* x_quantized_field) {
+  if (absl::Status decoded = DecodeRow(x_dtype, x, first_row, r, x_field); !decoded.ok()) {
+    return decoded;
+  }
+  row_.swap(x_row_);
+  if (absl::Status decoded =
+          DecodeRow(x_quantized_dtype, x_quantized, first_row, r, x_quantized_field);
+      !decoded.ok()) {
+    return decoded;
+  }
+  for (size_t j = 0; j < row_.size(); ++j) {
+    x_row_[j] -= row_[j];
+    if (!std::isfinite(x_row_[j])) {
+      return InvalidField(x_field,
+                          absl::StrCat("expected x - x_quantized within float32's range, row ",
+                                       first_row + r, ", column ", j));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StatisticsAccumulator::Check(DType dtype, const std::byte* bytes, int64_t first_row,
+                                          int64_t rows, const char* field) {
+  absl::Status status;
+  for (int64_t r = 0; r < rows && status.ok(); ++r) {
+    status = DecodeRow(dtype, bytes, first_row, r, field);
+  }
+  return status;
+}
+
+absl::Status StatisticsAccumulator::CheckPair(DType x_dtype, const std::byte* x,
+                                              DType x_quantized_dtype, const std::byte* x_quantized,
+                                              int64_t first_row, int64_t rows, const char* x_field,
+                                              const char* x_quantized_field) {
+  absl::Status status;
+  for (int64_t r = 0; r < rows && status.ok(); ++r) {
+    status = DecodeRowPair(x_dtype, x, x_quantized_dtype, x_quantized, first_row, r, x_field,
+                           x_quantized_field);
+  }
+  return status;
+}
+
 absl::Status StatisticsAccumulator::Append(DType dtype, const std::byte* bytes, int64_t first_row,
                                            int64_t rows, const char* field, Executor& executor) {
-  const int64_t row_bytes = features_ * ItemSize(dtype);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t bad = DecodeToFloat(dtype, bytes + r * row_bytes, features_, row_.data());
-    if (bad >= 0) {
-      return NonFiniteValue(field, row_[static_cast<size_t>(bad)], first_row + r, bad);
+    if (absl::Status decoded = DecodeRow(dtype, bytes, first_row, r, field); !decoded.ok()) {
+      return decoded;
     }
     Stage(row_.data(), inputs_);
     ++statistics_.tokens;
@@ -136,25 +200,10 @@ absl::Status StatisticsAccumulator::AppendPair(DType x_dtype, const std::byte* x
                                                int64_t rows, const char* x_field,
                                                const char* x_quantized_field, Executor& executor) {
   for (int64_t r = 0; r < rows; ++r) {
-    int64_t bad =
-        DecodeToFloat(x_dtype, x + r * features_ * ItemSize(x_dtype), features_, x_row_.data());
-    if (bad >= 0) {
-      return NonFiniteValue(x_field, x_row_[static_cast<size_t>(bad)], first_row + r, bad);
-    }
-    bad =
-        DecodeToFloat(x_quantized_dtype, x_quantized + r * features_ * ItemSize(x_quantized_dtype),
-                      features_, row_.data());
-    if (bad >= 0) {
-      return NonFiniteValue(x_quantized_field, row_[static_cast<size_t>(bad)], first_row + r, bad);
-    }
-    for (size_t j = 0; j < row_.size(); ++j) {
-      x_row_[j] -= row_[j];
-      if (!std::isfinite(x_row_[j])) {
-        return InvalidField(x_field,
-                            absl::StrCat("expected x - x_quantized within float32's range, "
-                                         "row ",
-                                         first_row + r, ", column ", j));
-      }
+    if (absl::Status decoded = DecodeRowPair(x_dtype, x, x_quantized_dtype, x_quantized, first_row,
+                                             r, x_field, x_quantized_field);
+        !decoded.ok()) {
+      return decoded;
     }
     Stage(row_.data(), inputs_);
     Stage(x_row_.data(), residual_);
@@ -229,8 +278,13 @@ void StatisticsAccumulator::Fold(Executor& executor) {
   staged_rows_ = 0;
 }
 
-Statistics StatisticsAccumulator::Finish(Executor& executor) && {
+const Statistics& StatisticsAccumulator::Flush(Executor& executor) {
   if (staged_rows_ > 0) Fold(executor);
+  return statistics_;
+}
+
+Statistics StatisticsAccumulator::Finish(Executor& executor) && {
+  Flush(executor);
   return std::move(statistics_);
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -37,6 +38,9 @@ struct Statistics {
   int64_t features() const { return gram.size(); }
 };
 
+// Sums that several layers may use at once.
+using SharedStatistics = std::shared_ptr<const Statistics>;
+
 // Adds `other` to `sums`. REQUIRES: the same features, both matched or both mismatched.
 void Merge(const Statistics& other, Statistics& sums);
 
@@ -61,6 +65,8 @@ class StatisticsAccumulator {
 
   // REQUIRES: features >= 1. `mismatched`: rows come in pairs of X and X~.
   explicit StatisticsAccumulator(int64_t features, bool mismatched = false);
+  // Goes on from sums made before. REQUIRES: at least one feature.
+  explicit StatisticsAccumulator(Statistics sums);
 
   // Bytes that an accumulator and its sums hold.
   static int64_t BytesFor(int64_t features, bool mismatched = false);
@@ -77,7 +83,21 @@ class StatisticsAccumulator {
                           const std::byte* x_quantized, int64_t first_row, int64_t rows,
                           const char* x_field, const char* x_quantized_field, Executor& executor);
 
+  // Whether Append, or AppendPair, would take these rows; nothing changes. For those who
+  // must take a piece whole or not at all.
+  absl::Status Check(DType dtype, const std::byte* bytes, int64_t first_row, int64_t rows,
+                     const char* field);
+  absl::Status CheckPair(DType x_dtype, const std::byte* x, DType x_quantized_dtype,
+                         const std::byte* x_quantized, int64_t first_row, int64_t rows,
+                         const char* x_field, const char* x_quantized_field);
+
+  // Adds ready-made sums. REQUIRES: of the same kind.
+  void Add(const Statistics& sums) { Merge(sums, statistics_); }
+
   int64_t tokens() const { return statistics_.tokens; }
+
+  // Folds what is still staged; the sums of all rows so far, valid until the next call.
+  const Statistics& Flush(Executor& executor);
 
   // Folds what is still staged and returns the sums; the accumulator is spent.
   Statistics Finish(Executor& executor) &&;
@@ -91,6 +111,13 @@ class StatisticsAccumulator {
     bool scaled = false;
   };
 
+  void Allocate();
+  // Decode row r of the piece, to row_ and, in pairs, X - X~ to x_row_; check it.
+  absl::Status DecodeRow(DType dtype, const std::byte* bytes, int64_t first_row, int64_t r,
+                         const char* field);
+  absl::Status DecodeRowPair(DType x_dtype, const std::byte* x, DType x_quantized_dtype,
+                             const std::byte* x_quantized, int64_t first_row, int64_t r,
+                             const char* x_field, const char* x_quantized_field);
   void Stage(const float* row, Staged& to) const;
   void ScaleColumns(Staged& staged) const;
   void Fold(Executor& executor);

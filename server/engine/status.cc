@@ -1,5 +1,7 @@
 #include "engine/status.h"
 
+#include <utility>
+
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 
@@ -9,6 +11,14 @@ namespace {
 constexpr char kFieldUrl[] = "certiq/field";
 constexpr char kPreconditionTypeUrl[] = "certiq/precondition-type";
 constexpr char kPreconditionSubjectUrl[] = "certiq/precondition-subject";
+// One letter an attempt.
+constexpr char kFailedAttemptsUrl[] = "certiq/failed-attempts";
+
+constexpr std::pair<StabilityCause, char> kLetters[] = {
+    {StabilityCause::kPivot, 'P'},
+    {StabilityCause::kNonFinite, 'N'},
+    {StabilityCause::kCondition, 'C'},
+};
 
 }  // namespace
 
@@ -46,6 +56,28 @@ std::optional<Precondition> PreconditionOf(const absl::Status& status) {
   const auto subject = status.GetPayload(kPreconditionSubjectUrl);
   if (!type.has_value() || !subject.has_value()) return std::nullopt;
   return Precondition{std::string(*type), std::string(*subject)};
+}
+
+void AttachFailedAttempts(const std::vector<StabilityCause>& causes, absl::Status& status) {
+  std::string letters;
+  for (const StabilityCause cause : causes) {
+    for (const auto& [known, letter] : kLetters) {
+      if (known == cause) letters.push_back(letter);
+    }
+  }
+  if (!letters.empty()) status.SetPayload(kFailedAttemptsUrl, absl::Cord(letters));
+}
+
+std::vector<StabilityCause> FailedAttemptsOf(const absl::Status& status) {
+  std::vector<StabilityCause> causes;
+  const auto payload = status.GetPayload(kFailedAttemptsUrl);
+  if (!payload.has_value()) return causes;
+  for (const char letter : std::string(*payload)) {
+    for (const auto& [cause, known] : kLetters) {
+      if (known == letter) causes.push_back(cause);
+    }
+  }
+  return causes;
 }
 
 }  // namespace certiq::engine

@@ -7,9 +7,11 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
+#include "engine/stability.h"
 
 namespace certiq::engine {
 
@@ -36,6 +38,11 @@ struct Precondition {
   std::string subject;
 };
 std::optional<Precondition> PreconditionOf(const absl::Status& status);
+
+// Attaches why each damping attempt failed, in order; none of them kNone.
+void AttachFailedAttempts(const std::vector<StabilityCause>& causes, absl::Status& status);
+// What was attached; empty where nothing was.
+std::vector<StabilityCause> FailedAttemptsOf(const absl::Status& status);
 
 }  // namespace certiq::engine
 

@@ -42,14 +42,52 @@ void ByteBudget::Reservation::Release() {
 }
 
 ByteBudget::ByteBudget(int64_t capacity, Observer& observer)
-    : capacity_(std::max<int64_t>(capacity, 0)), observer_(observer) {
+    : name_("the budget"), observer_(observer), capacity_(std::max<int64_t>(capacity, 0)) {
   observer_.BudgetChanged(0, capacity_);
 }
+
+ByteBudget::ByteBudget(int64_t capacity, ByteBudget& whole, std::string name)
+    : whole_(&whole),
+      name_(std::move(name)),
+      observer_(IgnoreEvents()),
+      capacity_(std::max<int64_t>(capacity, 0)) {}
 
 absl::StatusOr<ByteBudget::Reservation> ByteBudget::TryReserve(int64_t bytes,
                                                                absl::string_view what) {
   if (absl::Status taken = Take(bytes, bytes, what); !taken.ok()) return taken;
   return Reservation(this, bytes);
+}
+
+absl::Status ByteBudget::CheckCanFit(int64_t bytes, absl::string_view what) const {
+  for (const ByteBudget* budget = this; budget != nullptr; budget = budget->whole_) {
+    if (bytes <= budget->capacity()) continue;
+    absl::Status status = absl::ResourceExhaustedError(
+        absl::StrCat(what, " needs ", bytes, " bytes, more than ", budget->name_, " of ",
+                     budget->capacity(), " bytes. It cannot fit, however long you wait"));
+    SetRetryAfter(status, kRetryLate);
+    return status;
+  }
+  return absl::OkStatus();
+}
+
+ByteBudget::Reservation ByteBudget::Reserve(int64_t bytes) {
+  for (ByteBudget* budget = this; budget != nullptr; budget = budget->whole_) {
+    const std::lock_guard lock(budget->mu_);
+    budget->reserved_ += bytes;
+    budget->observer_.BudgetChanged(budget->reserved_, budget->capacity_);
+  }
+  return Reservation(this, bytes);
+}
+
+int64_t ByteBudget::capacity() const {
+  const std::lock_guard lock(mu_);
+  return capacity_;
+}
+
+void ByteBudget::SetCapacity(int64_t capacity) {
+  const std::lock_guard lock(mu_);
+  capacity_ = std::max<int64_t>(capacity, 0);
+  observer_.BudgetChanged(reserved_, capacity_);
 }
 
 int64_t ByteBudget::reserved() const {
@@ -58,26 +96,45 @@ int64_t ByteBudget::reserved() const {
 }
 
 absl::Status ByteBudget::Take(int64_t more, int64_t total, absl::string_view what) {
-  const std::lock_guard lock(mu_);
-  // reserved_ never passes capacity_, so the difference does not overflow.
-  const int64_t free = capacity_ - reserved_;
-  if (more <= free) {
+  absl::Status taken = TakeOnce(more, total, what);
+  if (taken.ok() || !reclaim_) return taken;
+  reclaim_(more);
+  return TakeOnce(more, total, what);
+}
+
+absl::Status ByteBudget::TakeOnce(int64_t more, int64_t total, absl::string_view what) {
+  {
+    const std::lock_guard lock(mu_);
+    // Negative where what was found at the start passes the capacity.
+    const int64_t free = capacity_ - reserved_;
+    if (more > free) {
+      const bool never = total > capacity_;
+      absl::Status status = absl::ResourceExhaustedError(absl::StrCat(
+          what, " needs ", more, " bytes; ", std::max<int64_t>(free, 0), " of ", name_, " of ",
+          capacity_, " bytes are free", never ? ". It cannot fit, however long you wait" : ""));
+      SetRetryAfter(status, never ? kRetryLate : kRetrySoon);
+      return status;
+    }
     reserved_ += more;
     observer_.BudgetChanged(reserved_, capacity_);
-    return absl::OkStatus();
   }
-  const bool never = total > capacity_;
-  absl::Status status = absl::ResourceExhaustedError(absl::StrCat(
-      what, " needs ", more, " bytes; ", free, " of the budget of ", capacity_, " bytes are free",
-      never ? ". It cannot fit this server's budget, however long you wait" : ""));
-  SetRetryAfter(status, never ? kRetryLate : kRetrySoon);
-  return status;
+  if (whole_ == nullptr) return absl::OkStatus();
+  absl::Status taken = whole_->Take(more, total, what);
+  if (!taken.ok()) {
+    const std::lock_guard lock(mu_);
+    reserved_ -= more;
+  }
+  return taken;
 }
 
 void ByteBudget::Give(int64_t bytes) {
-  const std::lock_guard lock(mu_);
-  reserved_ -= bytes;
-  observer_.BudgetChanged(reserved_, capacity_);
+  {
+    const std::lock_guard lock(mu_);
+    reserved_ -= bytes;
+    observer_.BudgetChanged(reserved_, capacity_);
+  }
+  if (whole_ != nullptr) whole_->Give(bytes);
+  if (released_) released_();
 }
 
 }  // namespace certiq::jobs

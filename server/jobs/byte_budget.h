@@ -4,7 +4,9 @@
 #define CERTIQ_JOBS_BYTE_BUDGET_H_
 
 #include <cstdint>
+#include <functional>
 #include <mutex>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -13,7 +15,7 @@
 
 namespace certiq::jobs {
 
-// Counts promises, not allocations: whoever is about to hold memory for a
+// Counts promises, not allocations: whoever is about to hold memory (or disk) for a
 // client reserves it first. Thread-safe; outlives its reservations.
 class ByteBudget {
  public:
@@ -43,24 +45,44 @@ class ByteBudget {
   };
 
   explicit ByteBudget(int64_t capacity, Observer& observer = IgnoreEvents());
+  // A share of `whole`, which outlives it: what is reserved here is reserved there too. `name`
+  // is for messages: "this tenant's quota".
+  ByteBudget(int64_t capacity, ByteBudget& whole, std::string name);
   ByteBudget(const ByteBudget&) = delete;
   ByteBudget& operator=(const ByteBudget&) = delete;
 
   // `what` says for whom ("this layer"). RESOURCE_EXHAUSTED with a retry delay
   // (status_details.h) where it does not fit now or ever. REQUIRES: bytes >= 0.
   absl::StatusOr<Reservation> TryReserve(int64_t bytes, absl::string_view what);
+  // RESOURCE_EXHAUSTED where so much would not fit even if nothing else were there.
+  absl::Status CheckCanFit(int64_t bytes, absl::string_view what) const;
+  // For what is there already, such as files found at the start: may pass the capacity.
+  Reservation Reserve(int64_t bytes);
 
-  int64_t capacity() const { return capacity_; }
+  // Asked, from any thread that reserves, to give back so many bytes that nobody needs at the
+  // moment; the reservation is tried again after it. Set before the first use, called without locks
+  // of the budget.
+  void SetReclaimer(std::function<void(int64_t)> reclaim) { reclaim_ = std::move(reclaim); }
+  // Called when bytes were given back, with locks of the caller held: only wakes somebody.
+  void SetReleased(std::function<void()> released) { released_ = std::move(released); }
+
+  int64_t capacity() const;
+  void SetCapacity(int64_t capacity);
   int64_t reserved() const;
 
  private:
   // Adds `more` for a reservation that will then hold `total`.
   absl::Status Take(int64_t more, int64_t total, absl::string_view what);
+  absl::Status TakeOnce(int64_t more, int64_t total, absl::string_view what);
   void Give(int64_t bytes);
 
-  const int64_t capacity_;
+  ByteBudget* const whole_ = nullptr;
+  const std::string name_;
   Observer& observer_;
+  std::function<void(int64_t)> reclaim_;
+  std::function<void()> released_;
   mutable std::mutex mu_;
+  int64_t capacity_;      // guarded by mu_
   int64_t reserved_ = 0;  // guarded by mu_
 };
 

@@ -19,18 +19,10 @@ absl::Status CheckSize(const char* field, const char* what, int64_t value, int64
 }
 
 absl::Status CheckSizes(const LayerRequest& request) {
-  for (absl::Status status :
-       {CheckSize("weight.shape", "rows (output channels)", request.rows, kMaxRows),
-        CheckSize("weight.shape", "columns (input features)", request.features, kMaxFeatures),
-        CheckSize("x.shape", "rows (tokens)", request.tokens, kMaxTokens)}) {
-    if (!status.ok()) return status;
-  }
-  int64_t weights = 0;
-  if (__builtin_mul_overflow(request.rows, request.features, &weights) || weights > kMaxWeights) {
-    return InvalidField("weight.shape",
-                        absl::StrCat("expected at most ", kMaxWeights, " elements, got ",
-                                     request.rows, " x ", request.features));
-  }
+  absl::Status weight = CheckWeight(request.rows, request.features, request.weight_dtype);
+  if (!weight.ok() || request.calibration != nullptr) return weight;
+  absl::Status tokens = CheckSize("x.shape", "rows (tokens)", request.tokens, kMaxTokens);
+  if (!tokens.ok()) return tokens;
   if (request.x_features != request.features) {
     return InvalidField(
         "x.shape", absl::StrCat("expected [tokens, ", request.features, "] as the weights have ",
@@ -44,14 +36,45 @@ absl::Status CheckSizes(const LayerRequest& request) {
         absl::StrCat("expected [", request.tokens, ", ", request.x_features, "] as x, got [",
                      request.x_quantized_tokens, ", ", request.x_quantized_features, "]"));
   }
-  if (!engine::IsFloating(request.weight_dtype)) {
-    return InvalidField("weight.dtype", absl::StrCat("expected a floating type, got ",
-                                                     engine::Name(request.weight_dtype)));
-  }
   return absl::OkStatus();
 }
 
-// Rows in a chunk, or what is wrong with it. `chunk` and `data` are field paths.
+// Bytes of the largest message that brings rows of this layer.
+int64_t LargestMessage(const LayerRequest& request) {
+  const int64_t weight = request.rows * request.features * engine::ItemSize(request.weight_dtype);
+  const int64_t x_row_bytes =
+      engine::ItemSize(request.x_dtype) +
+      (request.mismatched() ? engine::ItemSize(*request.x_quantized_dtype) : 0);
+  const int64_t x =
+      request.calibration != nullptr ? 0 : request.tokens * request.features * x_row_bytes;
+  // Field numbers, lengths and offsets come on top of the rows.
+  constexpr int64_t kFraming = 64;
+  return std::min(kMaxMessageBytes, std::max(weight, x) + kFraming);
+}
+
+int64_t EngineBytes(const LayerRequest& request) {
+  return engine::PeakBytes(request.spec, request.rows, request.features, request.mismatched(),
+                           request.held_out_fraction > 0);
+}
+
+}  // namespace
+
+absl::Status CheckWeight(int64_t rows, int64_t features, engine::DType dtype) {
+  for (absl::Status status :
+       {CheckSize("weight.shape", "rows (output channels)", rows, kMaxRows),
+        CheckSize("weight.shape", "columns (input features)", features, kMaxFeatures)}) {
+    if (!status.ok()) return status;
+  }
+  int64_t weights = 0;
+  if (__builtin_mul_overflow(rows, features, &weights) || weights > kMaxWeights) {
+    return InvalidField("weight.shape", absl::StrCat("expected at most ", kMaxWeights,
+                                                     " elements, got ", rows, " x ", features));
+  }
+  if (engine::IsFloating(dtype)) return absl::OkStatus();
+  return InvalidField("weight.dtype",
+                      absl::StrCat("expected a floating type, got ", engine::Name(dtype)));
+}
+
 absl::StatusOr<int64_t> RowsIn(absl::string_view chunk, absl::string_view data, int64_t row_bytes,
                                int64_t row_offset, int64_t rows_before, int64_t rows_in_all,
                                int64_t bytes) {
@@ -73,31 +96,13 @@ absl::StatusOr<int64_t> RowsIn(absl::string_view chunk, absl::string_view data, 
   return rows;
 }
 
-// Bytes of the largest message that brings rows of this layer.
-int64_t LargestMessage(const LayerRequest& request) {
-  const int64_t weight = request.rows * request.features * engine::ItemSize(request.weight_dtype);
-  const int64_t x_row_bytes =
-      engine::ItemSize(request.x_dtype) +
-      (request.mismatched() ? engine::ItemSize(*request.x_quantized_dtype) : 0);
-  const int64_t x = request.tokens * request.features * x_row_bytes;
-  // Field numbers, lengths and offsets come on top of the rows.
-  constexpr int64_t kFraming = 64;
-  return std::min(kMaxMessageBytes, std::max(weight, x) + kFraming);
-}
-
-int64_t EngineBytes(const LayerRequest& request) {
-  return engine::PeakBytes(request.spec, request.rows, request.features, request.mismatched(),
-                           request.held_out_fraction > 0);
-}
-
-}  // namespace
-
 int64_t LayerIntake::BytesFor(const LayerRequest& request) {
   // Staging of the sums is gone before the engine starts, so it is one or the other.
   const int64_t sums =
       engine::StatisticsAccumulator::BytesFor(request.features, request.mismatched());
-  const int64_t intake = engine::StripMatrix::BytesFor(request.rows, request.features) +
-                         (request.held_out_fraction > 0 ? 2 : 1) * sums;
+  const int64_t portions = request.calibration != nullptr ? 0 : request.held_out_fraction > 0 ? 2 : 1;
+  const int64_t intake =
+      engine::StripMatrix::BytesFor(request.rows, request.features) + portions * sums;
   return std::max(intake, EngineBytes(request)) + kMessagesHeld * LargestMessage(request);
 }
 
@@ -114,9 +119,10 @@ absl::StatusOr<std::unique_ptr<LayerIntake>> LayerIntake::Create(
 }
 
 absl::Status LayerIntake::Allocate() {
-  if (statistics_.has_value()) return absl::OkStatus();
+  if (weights_.rows() > 0) return absl::OkStatus();
   try {
     weights_ = engine::StripMatrix(request_.rows, request_.features);
+    if (request_.calibration != nullptr) return absl::OkStatus();
     statistics_.emplace(request_.features, request_.mismatched());
     if (request_.held_out_fraction > 0) {
       held_out_.emplace(request_.features, request_.mismatched());
@@ -145,6 +151,9 @@ absl::Status LayerIntake::AppendWeights(int64_t row_offset, std::span<const std:
 
 absl::Status LayerIntake::AppendActivations(int64_t row_offset, std::span<const std::byte> x,
                                             std::span<const std::byte> x_quantized) {
+  if (request_.calibration != nullptr) {
+    return InvalidField("payload", "expected weights only, as the header names a calibration");
+  }
   const int64_t row_bytes = request_.features * engine::ItemSize(request_.x_dtype);
   const absl::StatusOr<int64_t> rows =
       RowsIn("activation", "activation.x", row_bytes, row_offset, x_rows_, request_.tokens,
@@ -196,8 +205,9 @@ double LayerIntake::fraction() const {
     return static_cast<double>(rows) * static_cast<double>(request_.features) *
            static_cast<double>(engine::ItemSize(dtype));
   };
+  const int64_t tokens = request_.calibration != nullptr ? 0 : request_.tokens;
   return (share(weight_rows_, request_.weight_dtype) + share(x_rows_, request_.x_dtype)) /
-         (share(request_.rows, request_.weight_dtype) + share(request_.tokens, request_.x_dtype));
+         (share(request_.rows, request_.weight_dtype) + share(tokens, request_.x_dtype));
 }
 
 absl::StatusOr<ReadyLayer> LayerIntake::Finish() {
@@ -205,21 +215,30 @@ absl::StatusOr<ReadyLayer> LayerIntake::Finish() {
     return InvalidField("weight", absl::StrCat("expected ", request_.rows, " rows, got ",
                                                weight_rows_, " when the stream ended"));
   }
-  if (x_rows_ != request_.tokens) {
+  if (request_.calibration == nullptr && x_rows_ != request_.tokens) {
     return InvalidField("x", absl::StrCat("expected ", request_.tokens, " rows, got ", x_rows_,
                                           " when the stream ended"));
   }
   ReadyLayer layer;
   layer.problem.spec = request_.spec;
   layer.problem.weights = std::move(weights_);
-  layer.problem.statistics = std::move(*statistics_).Finish(executor_);
+  layer.reservation = std::move(reservation_);
+  if (request_.calibration != nullptr) {
+    absl::StatusOr<Calibration::Pin> pin = request_.calibration->PinFinalized();
+    if (!pin.ok()) return pin.status();
+    layer.calibration = *std::move(pin);
+    layer.reservation.ShrinkTo(EngineBytes(request_));
+    return layer;
+  }
+  layer.problem.statistics =
+      std::make_shared<const engine::Statistics>(std::move(*statistics_).Finish(executor_));
   statistics_.reset();
   if (held_out_.has_value()) {
-    layer.problem.held_out = std::move(*held_out_).Finish(executor_);
+    layer.problem.held_out =
+        std::make_shared<const engine::Statistics>(std::move(*held_out_).Finish(executor_));
     held_out_.reset();
   }
   // No further messages come, and the staging is gone.
-  layer.reservation = std::move(reservation_);
   layer.reservation.ShrinkTo(EngineBytes(request_));
   return layer;
 }

@@ -21,6 +21,7 @@
 #include "engine/statistics.h"
 #include "engine/strip_matrix.h"
 #include "jobs/byte_budget.h"
+#include "jobs/calibration.h"
 #include "jobs/observer.h"
 
 namespace certiq::jobs {
@@ -35,6 +36,16 @@ inline constexpr int64_t kMaxWeights = int64_t{1} << 34;
 // and the copy that decoding makes.
 inline constexpr int64_t kMessagesHeld = 3;
 inline constexpr int64_t kMaxMessageBytes = int64_t{16} << 20;
+
+// W [rows, features] of this type: INVALID_ARGUMENT beyond the limits above, and where it is not a
+// floating one.
+absl::Status CheckWeight(int64_t rows, int64_t features, engine::DType dtype);
+
+// Rows in a piece of `bytes` bytes, which starts at `row_offset` and follows `rows_before` of
+// `rows_in_all` rows: INVALID_ARGUMENT about "<chunk>.row_offset" or `data` where that is not so.
+absl::StatusOr<int64_t> RowsIn(absl::string_view chunk, absl::string_view data, int64_t row_bytes,
+                               int64_t row_offset, int64_t rows_before, int64_t rows_in_all,
+                               int64_t bytes);
 
 // A layer as its header announces it.
 struct LayerRequest {
@@ -54,14 +65,20 @@ struct LayerRequest {
   // Share of the rows kept out of the fit, in [0, 0.5]; rows of a sequence, 0: unknown.
   double held_out_fraction = 0;
   int64_t sequence_rows = 0;
+  // Its sums instead of activations: nothing about x is used then. Finalized.
+  std::shared_ptr<Calibration> calibration = nullptr;
 
-  bool mismatched() const { return x_quantized_dtype.has_value(); }
+  bool mismatched() const {
+    return calibration != nullptr ? calibration->mismatched() : x_quantized_dtype.has_value();
+  }
 };
 
 // A layer taken in, and the bytes promised to it.
 struct ReadyLayer {
+  // Without sums where they come from a calibration.
   engine::LayerProblem problem;
   ByteBudget::Reservation reservation;
+  std::optional<Calibration::Pin> calibration = std::nullopt;
 };
 
 // Errors are INVALID_ARGUMENT about a field of QuantizeRequest unless said

@@ -39,6 +39,8 @@ class Observer {
   // `rows` tokens of `features` values, `bytes` as sent, went into sums.
   virtual void ActivationsFolded(int64_t /*rows*/, int64_t /*features*/, int64_t /*bytes*/) {}
   virtual void Rejected(Rejection /*reason*/) {}
+  // A job asked for a factor of a calibration; `shared`: another job had made it.
+  virtual void FactorAsked(bool /*shared*/) {}
 
   // Levels; each call replaces the last.
   virtual void BudgetChanged(int64_t /*reserved_bytes*/, int64_t /*capacity_bytes*/) {}

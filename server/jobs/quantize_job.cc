@@ -2,8 +2,7 @@
 
 #include <utility>
 
-#include "engine/certificate.h"
-#include "engine/status.h"
+#include "jobs/job_report.h"
 
 namespace certiq::jobs {
 namespace {
@@ -12,19 +11,6 @@ using Clock = std::chrono::steady_clock;
 
 double SecondsSince(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-JobState OutcomeOf(absl::StatusCode code) {
-  switch (code) {
-    case absl::StatusCode::kOk:
-      return JobState::kSucceeded;
-    case absl::StatusCode::kCancelled:
-      return JobState::kCancelled;
-    case absl::StatusCode::kDeadlineExceeded:
-      return JobState::kExpired;
-    default:
-      return JobState::kFailed;
-  }
 }
 
 int64_t BytesOf(const engine::QuantizedLayer& layer) {
@@ -41,8 +27,7 @@ int64_t BytesOf(const engine::QuantizedLayer& layer) {
 QuantizeJob::QuantizeJob(WorkerPool& pool, Observer& observer, ReadyLayer layer, Options options)
     : pool_(pool),
       observer_(observer),
-      method_(layer.problem.spec.method),
-      max_attempts_(layer.problem.spec.max_attempts),
+      spec_(layer.problem.spec),
       layer_(std::move(layer)),
       options_(std::move(options)),
       cancellation_(std::make_shared<engine::Cancellation>()) {}
@@ -85,10 +70,19 @@ absl::Status QuantizeJob::Run() {
   state_ = JobState::kRunning;
   observer_.JobLeft(JobState::kQueued);
   observer_.JobEntered(JobState::kRunning);
-  observer_.PhaseTook(method_, engine::Phase::kQueue, queue_seconds);
+  observer_.PhaseTook(spec_.method, engine::Phase::kQueue, queue_seconds);
 
   const engine::RunContext context{
       .executor = &pool_, .cancellation = cancellation_.get(), .progress = options_.progress};
+  std::unique_ptr<engine::FactorCache> factors;
+  if (layer_->calibration.has_value()) {
+    const absl::StatusOr<CalibrationSums> sums = (*layer_->calibration)->Sums();
+    if (!sums.ok()) return sums.status();
+    factors = (*layer_->calibration)->Factors();
+    layer_->problem.statistics = sums->fit;
+    layer_->problem.held_out = sums->held_out;
+    layer_->problem.factors = factors.get();
+  }
   absl::StatusOr<engine::QuantizedLayer> quantized =
       engine::QuantizeLayer(std::move(layer_->problem), context);
   if (!quantized.ok()) return quantized.status();
@@ -106,27 +100,7 @@ void QuantizeJob::Finish(absl::Status status) {
   // Gives the inputs and their bytes back before anybody hears that the job ended.
   layer_.reset();
   observer_.JobLeft(state_);
-  const engine::LayerCertificate* certificate = status.ok() ? &result_->layer.certificate : nullptr;
-  if (certificate != nullptr) {
-    const engine::EngineSeconds& seconds = certificate->seconds;
-    observer_.PhaseTook(method_, engine::Phase::kFactor, seconds.factor);
-    observer_.PhaseTook(method_, engine::Phase::kRound, seconds.round);
-    observer_.PhaseTook(method_, engine::Phase::kCertify, seconds.certify);
-    observer_.PhaseTook(method_, engine::Phase::kReference, seconds.reference);
-    observer_.PhaseTook(method_, engine::Phase::kPack, seconds.pack);
-    for (const engine::DampingAttempt& attempt : certificate->damping_attempts) {
-      if (attempt.cause != engine::StabilityCause::kNone) {
-        observer_.StabilityFailed(method_, attempt.cause);
-      }
-    }
-  } else if (const auto precondition = engine::PreconditionOf(status);
-             precondition.has_value() && precondition->type == "DAMPING") {
-    // Every attempt failed. The status carries the causes for people only.
-    for (int32_t i = 0; i < max_attempts_; ++i) {
-      observer_.StabilityFailed(method_, std::nullopt);
-    }
-  }
-  observer_.JobFinished(method_, OutcomeOf(status.code()), certificate);
+  ReportFinished(spec_, status, status.ok() ? &result_->layer.certificate : nullptr, observer_);
 
   // Completions may hold this job: let go of them with the last call.
   const auto done = std::exchange(options_.done, nullptr);

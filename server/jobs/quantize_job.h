@@ -56,8 +56,7 @@ class QuantizeJob : public std::enable_shared_from_this<QuantizeJob> {
 
   WorkerPool& pool_;
   Observer& observer_;
-  const engine::Method method_;
-  const int32_t max_attempts_;
+  const engine::ResolvedSpec spec_;
   // The engine consumes it.
   std::optional<ReadyLayer> layer_;
   Options options_;

@@ -25,4 +25,11 @@ std::optional<std::chrono::milliseconds> RetryAfterOf(const absl::Status& status
   return std::chrono::milliseconds(milliseconds);
 }
 
+absl::Status BeingCreated() {
+  absl::Status status =
+      absl::UnavailableError("another call with this request_id is under way; try again");
+  SetRetryAfter(status, kRetrySoon);
+  return status;
+}
+
 }  // namespace certiq::jobs

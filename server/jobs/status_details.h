@@ -21,6 +21,9 @@ void SetRetryAfter(absl::Status& status, std::chrono::milliseconds delay);
 // What SetRetryAfter attached, absent where it was not called.
 std::optional<std::chrono::milliseconds> RetryAfterOf(const absl::Status& status);
 
+// UNAVAILABLE with a retry delay: another call with this request_id is at it.
+absl::Status BeingCreated();
+
 }  // namespace certiq::jobs
 
 #endif  // CERTIQ_JOBS_STATUS_DETAILS_H_

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <iterator>
 #include <new>
 
 #include "absl/strings/str_cat.h"
@@ -84,6 +85,7 @@ void WorkerPool::ParallelFor(int64_t count, const std::function<void(int64_t)>& 
   {
     const std::lock_guard lock(mu_);
     position = loops_.insert(loops_.end(), &loop);
+    helpers_.notify_all();
     if (count - 1 >= waiting_) {
       if (waiting_ > 0) work_.notify_all();
     } else {
@@ -105,7 +107,7 @@ void WorkerPool::RunPieces(Loop& loop, bool helper) {
   ++thread_.loops;
   for (;;) {
     const bool tasks = tasks_waiting_.load(std::memory_order_relaxed) > 0;
-    if (helper && (tasks || jobs_waiting_.load(std::memory_order_relaxed) > 0)) break;
+    if (helper && (tasks || jobs_waiting_.load(std::memory_order_relaxed))) break;
     if (tasks) ServeTask();
     const int64_t i = loop.next.fetch_add(1, std::memory_order_relaxed);
     if (i >= loop.count) break;
@@ -142,6 +144,26 @@ WorkerPool::Loop* WorkerPool::LoopToHelp() {
   return best;
 }
 
+void WorkerPool::HelpUntil(const std::atomic<bool>& done) {
+  std::unique_lock lock(mu_);
+  while (!done) {
+    if (Loop* const loop = LoopToHelp(); loop != nullptr) {
+      ++loop->helpers;
+      lock.unlock();
+      RunPieces(*loop, /*helper=*/false);
+      lock.lock();
+      if (--loop->helpers == 0) loop->left.notify_all();
+    } else {
+      helpers_.wait(lock);
+    }
+  }
+}
+
+void WorkerPool::WakeHelpers() {
+  const std::lock_guard lock(mu_);
+  helpers_.notify_all();
+}
+
 absl::Status WorkerPool::Post(Task task) {
   const std::lock_guard lock(mu_);
   if (stopping_) return ShutDown();
@@ -169,6 +191,12 @@ absl::StatusOr<WorkerPool::Slot> WorkerPool::Admit() {
   return Slot(this);
 }
 
+WorkerPool::Slot WorkerPool::AdmitAgain() {
+  const std::lock_guard lock(mu_);
+  ++slots_;
+  return Slot(this);
+}
+
 absl::StatusOr<WorkerPool::JobId> WorkerPool::Enqueue(Slot slot, Job job) {
   const std::lock_guard lock(mu_);
   if (slot.pool_ != this) return absl::InternalError("a job without a place in the queue");
@@ -182,7 +210,7 @@ absl::StatusOr<WorkerPool::JobId> WorkerPool::Enqueue(Slot slot, Job job) {
   const Rank rank{-job.priority, id};
   queue_.emplace(rank, Queued{id, std::move(job)});
   queued_.emplace(id, rank);
-  jobs_waiting_.fetch_add(1, std::memory_order_relaxed);
+  jobs_waiting_ = true;
   QueueChanged();
   work_.notify_one();
   return id;
@@ -203,7 +231,9 @@ void WorkerPool::Cancel(JobId id, absl::StatusCode reason) {
     job = std::move(entry.mapped().job);
     --slots_;
     ++active_;  // until its completion has run
-    jobs_waiting_.fetch_sub(1, std::memory_order_relaxed);
+    // The one behind it may be able to start.
+    jobs_waiting_ = true;
+    work_.notify_one();
     QueueChanged();
   }
   job.cancellation->Cancel(reason);
@@ -212,6 +242,20 @@ void WorkerPool::Cancel(JobId id, absl::StatusCode reason) {
   const std::lock_guard lock(mu_);
   --active_;
   if (Idle()) idle_.notify_all();
+}
+
+int64_t WorkerPool::Position(JobId id) const {
+  const std::lock_guard lock(mu_);
+  const auto queued = queued_.find(id);
+  if (queued == queued_.end()) return -1;
+  return std::distance(queue_.begin(), queue_.find(queued->second));
+}
+
+void WorkerPool::Poke() {
+  const std::lock_guard lock(mu_);
+  if (queue_.empty()) return;
+  jobs_waiting_ = true;
+  work_.notify_one();
 }
 
 void WorkerPool::StopAdmitting() {
@@ -262,21 +306,17 @@ void WorkerPool::Work() {
       SetBusy(+1);
       RunTask(lock);
       SetBusy(-1);
-    } else if (!queue_.empty()) {
-      auto entry = queue_.extract(queue_.begin());
-      Queued queued = std::move(entry.mapped());
-      queued_.erase(queued.id);
-      running_.emplace(queued.id, queued.job.cancellation);
-      --slots_;
-      jobs_waiting_.fetch_sub(1, std::memory_order_relaxed);
-      QueueChanged();
+    } else if (std::optional<Queued> queued = TakeJob(); queued.has_value()) {
       ++active_;
       SetBusy(+1);
       lock.unlock();
-      RunJob(std::move(queued));
+      RunJob(*std::move(queued));
+      queued.reset();
       lock.lock();
       --active_;
       SetBusy(-1);
+      // What it held may be what another waits for.
+      jobs_waiting_ = true;
     } else if (Loop* const loop = LoopToHelp(); loop != nullptr) {
       ++loop->helpers;
       SetBusy(+1);
@@ -294,6 +334,28 @@ void WorkerPool::Work() {
     }
     if (Idle()) idle_.notify_all();
   }
+}
+
+std::optional<WorkerPool::Queued> WorkerPool::TakeJob() {
+  bool gated = false;
+  for (auto at = queue_.begin(); at != queue_.end(); ++at) {
+    const Job& job = at->second.job;
+    if (job.ready && (gated || !job.ready())) {
+      gated = true;
+      continue;
+    }
+    Queued queued = std::move(at->second);
+    queue_.erase(at);
+    queued_.erase(queued.id);
+    running_.emplace(queued.id, queued.job.cancellation);
+    --slots_;
+    QueueChanged();
+    // The next one may be able to start too.
+    if (!queue_.empty()) work_.notify_one();
+    return queued;
+  }
+  jobs_waiting_ = false;
+  return std::nullopt;
 }
 
 void WorkerPool::RunTask(std::unique_lock<std::mutex>& lock) {

@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -72,6 +73,10 @@ class WorkerPool final : public engine::Executor {
     int priority = 0;
     // Told when the job should stop; not null.
     std::shared_ptr<engine::Cancellation> cancellation;
+    // Takes what the job needs to start, or says that it is not there yet; null: nothing is needed.
+    // Asked again after Poke and whenever a job ends. A job that is not ready lets jobs pass that
+    // need nothing, not others. Called with the pool's lock held: short, no calls of the pool.
+    std::function<bool()> ready = nullptr;
     std::function<absl::Status()> run;
     // Called once: with what `run` returned, on the same thread; or, if the job
     // is cancelled while it waits, with the reason, on the thread that cancels.
@@ -86,12 +91,19 @@ class WorkerPool final : public engine::Executor {
 
   void ParallelFor(int64_t count, const std::function<void(int64_t)>& body) override;
 
+  // Waits for `done`, which somebody sets who calls WakeHelpers after it, and works on pieces of
+  // running ParallelFors meanwhile. For a worker with a job that needs what another job makes.
+  void HelpUntil(const std::atomic<bool>& done);
+  void WakeHelpers();
+
   // UNAVAILABLE after Shutdown; then `done` is not called.
   absl::Status Post(Task task);
 
   // A place in the queue. RESOURCE_EXHAUSTED with a retry delay if there is
   // none, UNAVAILABLE while draining.
   absl::StatusOr<Slot> Admit();
+  // A place beyond the limit, for what was admitted before a restart.
+  Slot AdmitAgain();
 
   // Queues a job in a place that Admit gave; the place is free again when the
   // job starts. Works while draining. UNAVAILABLE after Shutdown; then `done` is not called.
@@ -100,6 +112,12 @@ class WorkerPool final : public engine::Executor {
   // Tells the job to stop for `reason`. One that waits leaves the queue at
   // once; its completion runs before this returns. Unknown and finished ids are ignored.
   void Cancel(JobId id, absl::StatusCode reason);
+
+  // Jobs that would start before this one, those that run not counted; -1 where it does not wait.
+  int64_t Position(JobId id) const;
+
+  // Asks jobs that were not ready again.
+  void Poke();
 
   // From now on Admit answers UNAVAILABLE.
   void StopAdmitting();
@@ -152,6 +170,8 @@ class WorkerPool final : public engine::Executor {
   void ServeTask();
   // The running loop with pieces left and the fewest helpers; null if none. Needs mu_.
   Loop* LoopToHelp();
+  // Moves the first job that can start from the queue to `running_`. Needs mu_.
+  std::optional<Queued> TakeJob();
   void SetBusy(int change);  // needs mu_
   // Publishes what changed in the queue. Needs mu_.
   void QueueChanged();
@@ -166,8 +186,9 @@ class WorkerPool final : public engine::Executor {
   Observer& observer_;
 
   mutable std::mutex mu_;
-  std::condition_variable work_;  // something to do for a waiting worker
-  std::condition_variable idle_;  // nothing left to do
+  std::condition_variable work_;     // something to do for a waiting worker
+  std::condition_variable idle_;     // nothing left to do
+  std::condition_variable helpers_;  // something for HelpUntil
   // All guarded by mu_.
   std::deque<Task> tasks_;
   std::map<Rank, Queued> queue_;
@@ -182,9 +203,9 @@ class WorkerPool final : public engine::Executor {
   bool admitting_ = true;
   bool stopping_ = false;
 
-  // Sizes of tasks_ and queue_, read between pieces without the lock.
+  // Read between pieces without the lock: the size of tasks_; whether a job may be able to start.
   std::atomic<int64_t> tasks_waiting_{0};
-  std::atomic<int64_t> jobs_waiting_{0};
+  std::atomic<bool> jobs_waiting_{false};
 
   std::mutex join_mu_;
   std::vector<std::thread> threads_;  // guarded by join_mu_ after construction

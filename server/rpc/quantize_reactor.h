@@ -29,7 +29,7 @@
 #include "rpc/call_summary.h"
 #include "rpc/convert.h"
 #include "rpc/result_stream.h"
-#include "rpc/sha256.h"
+#include "jobs/sha256.h"
 
 namespace certiq::rpc {
 
@@ -138,9 +138,9 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   jobs::WorkerPool::Slot slot_;
   Clock::time_point header_at_;
   std::unique_ptr<jobs::LayerIntake> intake_;
-  Sha256 weights_digest_;
-  Sha256 x_digest_;
-  Sha256 x_quantized_digest_;
+  jobs::Sha256 weights_digest_;
+  jobs::Sha256 x_digest_;
+  jobs::Sha256 x_quantized_digest_;
   CallFacts facts_;
   // Between FinishIntake and the job.
   std::optional<jobs::ReadyLayer> ready_;

@@ -188,11 +188,11 @@ def run_server(*flags: str, env: Mapping[str, str] | None = None) -> subprocess.
     )
 
 
-def certiq(*arguments: str) -> subprocess.CompletedProcess:
+def certiq(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
     """Runs the command line and returns what it said, whatever its exit status."""
     return subprocess.run(
         [str(CERTIQ), *arguments],
-        env=environment(),
+        env=environment(env),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -190,8 +190,6 @@ def test_clear_text_beyond_loopback_has_to_be_allowed(start_server: StartServer)
     ("flags", "word"),
     [
         (["--data_dir", "state"], "data_dir"),
-        (["--token_file", "tokens"], "token_file"),
-        (["--tls_cert", "a.pem", "--tls_key", "b.pem"], "tls"),
     ],
 )
 def test_what_is_not_built_says_so(tmp_path: Path, flags: list[str], word: str) -> None:

@@ -114,7 +114,8 @@ absl::StatusOr<engine::QuantizedLayer> Quantize(const RandomLayer& layer,
   engine::RunContext context;
   context.executor = executor == nullptr ? &serial : executor;
   const auto sums = [](const textbook::Matrix& x, const textbook::Matrix& x_quantized) {
-    return x_quantized.rows > 0 ? AccumulatePair(x, x_quantized) : Accumulate(x);
+    return std::make_shared<const engine::Statistics>(
+        x_quantized.rows > 0 ? AccumulatePair(x, x_quantized) : Accumulate(x));
   };
   engine::LayerProblem problem{*resolved, Strips(layer.w), sums(layer.x, layer.x_quantized)};
   if (layer.held_x.rows > 0) problem.held_out = sums(layer.held_x, layer.held_x_quantized);

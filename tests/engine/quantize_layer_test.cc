@@ -176,7 +176,8 @@ TEST(QuantizeLayerTest, RefusesSizesThatDoNotFit) {
   context.executor = &serial;
   const auto a = MakeLayer(10, 4, 2, Inputs::kGaussian, 127);
   const auto b = MakeLayer(10, 5, 2, Inputs::kGaussian, 127);
-  LayerProblem problem{*ResolveSpec({}), testing::Strips(a.w), testing::Accumulate(b.x)};
+  LayerProblem problem{*ResolveSpec({}), testing::Strips(a.w),
+                       std::make_shared<const Statistics>(testing::Accumulate(b.x))};
   const auto layer = QuantizeLayer(std::move(problem), context);
   EXPECT_EQ(layer.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(FieldOf(layer.status()), "x.shape");
@@ -194,7 +195,8 @@ TEST(QuantizeLayerTest, StopsInEveryPhaseWhenCancelled) {
     context.progress = [&](Phase at, double) {
       if (at == phase) cancellation.Cancel(absl::StatusCode::kDeadlineExceeded);
     };
-    LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w), testing::Accumulate(data.x)};
+    LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w),
+                         std::make_shared<const Statistics>(testing::Accumulate(data.x))};
     const auto layer = QuantizeLayer(std::move(problem), context);
     EXPECT_EQ(layer.status().code(), absl::StatusCode::kDeadlineExceeded)
         << static_cast<int>(phase);
@@ -212,7 +214,8 @@ TEST(QuantizeLayerTest, ReportsEveryPhaseInOrder) {
     EXPECT_LE(fraction, 1);
     if (seen.empty() || seen.back() != at) seen.push_back(at);
   };
-  LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w), testing::Accumulate(data.x)};
+  LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w),
+                       std::make_shared<const Statistics>(testing::Accumulate(data.x))};
   ASSERT_TRUE(QuantizeLayer(std::move(problem), context).ok());
   EXPECT_EQ(seen, (std::vector<Phase>{Phase::kFactor, Phase::kRound, Phase::kReference,
                                       Phase::kCertify, Phase::kPack}));

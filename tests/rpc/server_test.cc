@@ -57,18 +57,18 @@ TEST(ServerTest, ListensOnAUnixSocket) {
       rpc::Server::Start({.listen = "unix:" + path, .pool = &pool, .budget = &budget});
   ASSERT_TRUE(server.ok()) << server.status();
   EXPECT_EQ((*server)->port(), 0);
-  EXPECT_TRUE(rpc::Probe("unix:" + path, kPatience).ok());
+  EXPECT_TRUE(rpc::Probe("unix:" + path, {}, kPatience).ok());
 }
 
 TEST(ServerTest, ProbeTellsHowItIs) {
   TestServer server;
   const std::string address = AddressOf(server);
-  EXPECT_TRUE(rpc::Probe(address, kPatience).ok());
+  EXPECT_TRUE(rpc::Probe(address, {}, kPatience).ok());
   EXPECT_CONTAINS(server.Http("/healthz"), "200 OK");
   server.server->Shutdown();
-  EXPECT_FALSE(rpc::Probe(address, std::chrono::milliseconds(500)).ok());
+  EXPECT_FALSE(rpc::Probe(address, {}, std::chrono::milliseconds(500)).ok());
   EXPECT_CONTAINS(server.Http("/healthz"), "503");
-  EXPECT_FALSE(rpc::Probe("nonsense", std::chrono::milliseconds(500)).ok());
+  EXPECT_FALSE(rpc::Probe("nonsense", {}, std::chrono::milliseconds(500)).ok());
 }
 
 TEST(ServerTest, DrainFinishesWhatWasAdmitted) {
@@ -87,7 +87,7 @@ TEST(ServerTest, DrainFinishesWhatWasAdmitted) {
   auto drained = std::async(std::launch::async, [&] { return server.server->Drain(kPatience); });
   ASSERT_TRUE(TestServer::Eventually([&] { return !server.server->serving(); }));
   // Health is still answered.
-  EXPECT_CONTAINS(rpc::Probe(AddressOf(server), kPatience).message(), "not serving");
+  EXPECT_CONTAINS(rpc::Probe(AddressOf(server), {}, kPatience).message(), "not serving");
   EXPECT_CONTAINS(server.Http("/healthz"), "draining");
   EXPECT_EQ(waiting.Finish().status.error_code(), StatusCode::UNAVAILABLE);
   EXPECT_EQ(Quantize(server, QuantizeRequestsFor(layer)).status.error_code(),

@@ -20,14 +20,17 @@ namespace certiq::testing {
 TestServer::TestServer(const Options& options)
     : budget(options.budget, counters), pool(options.workers, options.queue_limit, counters) {
   auto started = rpc::Server::Start({.listen = options.listen,
+                                     .tls = options.tls,
                                      .pool = &pool,
                                      .budget = &budget,
                                      .observer = &counters,
                                      .calls = &counters,
-                                     .log = [this](const rpc::CallSummary& summary) {
-                                       const std::lock_guard lock(mu_);
-                                       finished_.push_back(summary);
-                                     }});
+                                     .log =
+                                         [this](const rpc::CallSummary& summary) {
+                                           const std::lock_guard lock(mu_);
+                                           finished_.push_back(summary);
+                                         },
+                                     .auth = options.auth});
   EXPECT_TRUE(started.ok()) << started.status();
   server = *std::move(started);
   auto http = metrics::HttpServer::Start({.listen = "127.0.0.1:0",
@@ -44,12 +47,17 @@ TestServer::~TestServer() {
 }
 
 std::shared_ptr<grpc::Channel> TestServer::NewChannel() const {
+  return NewChannel(grpc::InsecureChannelCredentials());
+}
+
+std::shared_ptr<grpc::Channel> TestServer::NewChannel(
+    const std::shared_ptr<grpc::ChannelCredentials>& credentials) const {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   // A window that does not grow: what is not read waits in the server.
   arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
-  return grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", server->port()),
-                                   grpc::InsecureChannelCredentials(), arguments);
+  return grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", server->port()), credentials,
+                                   arguments);
 }
 
 std::unique_ptr<v1::QuantizationService::Stub> TestServer::NewStub() const {

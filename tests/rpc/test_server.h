@@ -5,6 +5,7 @@
 
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
+#include <grpcpp/security/credentials.h>
 #include <grpcpp/support/status.h>
 
 #include <chrono>
@@ -36,6 +37,8 @@ class TestServer {
     int queue_limit = 16;
     int64_t budget = int64_t{4} << 30;
     std::string listen = "127.0.0.1:0";
+    rpc::TlsFiles tls = {};
+    rpc::Authenticator* auth = nullptr;
   };
   TestServer() : TestServer(Options{}) {}
   explicit TestServer(const Options& options);
@@ -45,6 +48,8 @@ class TestServer {
   // A connection of its own.
   std::unique_ptr<v1::QuantizationService::Stub> NewStub() const;
   std::shared_ptr<grpc::Channel> NewChannel() const;
+  std::shared_ptr<grpc::Channel> NewChannel(
+      const std::shared_ptr<grpc::ChannelCredentials>& credentials) const;
 
   // A series of /metrics, as "name{label=\"value\"}"; -1 if there is none.
   double Metric(const std::string& series) const;

@@ -1,4 +1,4 @@
-#include "rpc/sha256.h"
+#include "jobs/sha256.h"
 
 #include <openssl/evp.h>
 
@@ -6,7 +6,7 @@
 
 #include "absl/strings/escaping.h"
 
-namespace certiq::rpc {
+namespace certiq::jobs {
 
 void Sha256::Free::operator()(evp_md_ctx_st* context) const { EVP_MD_CTX_free(context); }
 
@@ -29,4 +29,4 @@ std::string Sha256::Finish() {
   return absl::BytesToHexString({reinterpret_cast<const char*>(digest.data()), size});
 }
 
-}  // namespace certiq::rpc
+}  // namespace certiq::jobs

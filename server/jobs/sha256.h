@@ -1,7 +1,7 @@
 // SHA-256 of bytes that come in pieces.
 
-#ifndef CERTIQ_RPC_SHA256_H_
-#define CERTIQ_RPC_SHA256_H_
+#ifndef CERTIQ_JOBS_SHA256_H_
+#define CERTIQ_JOBS_SHA256_H_
 
 #include <memory>
 #include <string>
@@ -10,7 +10,7 @@
 
 struct evp_md_ctx_st;
 
-namespace certiq::rpc {
+namespace certiq::jobs {
 
 // Not thread-safe.
 class Sha256 {
@@ -32,6 +32,6 @@ class Sha256 {
   bool ok_;
 };
 
-}  // namespace certiq::rpc
+}  // namespace certiq::jobs
 
-#endif  // CERTIQ_RPC_SHA256_H_
+#endif  // CERTIQ_JOBS_SHA256_H_

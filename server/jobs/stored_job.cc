@@ -1,0 +1,296 @@
+#include "jobs/stored_job.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/status.h"
+#include "jobs/ids.h"
+#include "jobs/job_report.h"
+#include "jobs/status_details.h"
+
+namespace certiq::jobs {
+namespace {
+
+// Of a header, a certificate without rows, and lengths.
+constexpr int64_t kSmallChange = int64_t{1} << 20;
+
+bool MayPassByItself(absl::StatusCode code) {
+  return code == absl::StatusCode::kResourceExhausted || code == absl::StatusCode::kUnavailable;
+}
+
+}  // namespace
+
+StoredJob::StoredJob(const Environment& environment, const Codec& codec, JobRecord record,
+                     engine::ResolvedSpec spec, Holdings holdings, ByteBudget::Reservation stored)
+    : env_(environment),
+      codec_(codec),
+      id_(record.id),
+      tenant_(record.tenant),
+      spec_(std::move(spec)),
+      record_(std::move(record)),
+      holdings_(std::move(holdings)),
+      stored_(std::move(stored)) {
+  env_.observer.JobEntered(record_.state);
+}
+
+StoredJob::StoredJob(const Environment& environment, const Codec& codec, JobRecord record,
+                     ByteBudget::Reservation stored)
+    : StoredJob(environment, codec, std::move(record), {}, {}, std::move(stored)) {}
+
+int64_t StoredJob::StoredBytes(const JobRecord& record, const engine::ResolvedSpec& spec) {
+  const int64_t weights = record.rows * record.features;
+  const int64_t item = engine::ItemSize(static_cast<engine::DType>(record.weight_dtype));
+  // Levels in float32 are the widest result; two doubles a row in the certificate, with tags.
+  return weights * (item + 4) + record.rows * spec.Groups(record.features) * 8 +
+         record.features * 4 + record.rows * 24 + kSmallChange;
+}
+
+int64_t StoredJob::PeakBytes(const JobRecord& record, const engine::ResolvedSpec& spec,
+                             const CalibrationRecord& calibration) {
+  return engine::PeakBytes(spec, record.rows, record.features, calibration.mismatched,
+                           calibration.held_out_fraction > 0) +
+         kWeightReadBytes;
+}
+
+JobView StoredJob::View() const {
+  JobView view;
+  std::optional<WorkerPool::JobId> id;
+  {
+    const std::lock_guard lock(mu_);
+    view.record = record_;
+    view.phase = phase_;
+    view.fraction = fraction_;
+    id = pool_id_;
+  }
+  if (id.has_value() && view.record.state == JobState::kQueued) {
+    view.queue_position = env_.pool.Position(*id);
+  }
+  return view;
+}
+
+bool StoredJob::ended() const {
+  const std::lock_guard lock(mu_);
+  return IsFinal(record_.state);
+}
+
+bool StoredJob::Expired(UnixMicros now) const {
+  const std::lock_guard lock(mu_);
+  return IsFinal(record_.state) && now >= record_.end_time + record_.ttl_micros;
+}
+
+bool StoredJob::PastDeadline(UnixMicros now) const {
+  const std::lock_guard lock(mu_);
+  return !IsFinal(record_.state) && !unwritten_.has_value() && record_.deadline_time != 0 &&
+         now >= record_.deadline_time;
+}
+
+void StoredJob::Watch(const std::shared_ptr<Listener>& listener) {
+  const std::lock_guard lock(mu_);
+  listeners_.insert(listener);
+}
+
+void StoredJob::Unwatch(const std::shared_ptr<Listener>& listener) {
+  const std::lock_guard lock(mu_);
+  listeners_.erase(listener);
+}
+
+void StoredJob::NotifyAll() {
+  std::set<std::shared_ptr<Listener>> listeners;
+  {
+    const std::lock_guard lock(mu_);
+    listeners = listeners_;
+  }
+  for (const auto& listener : listeners) listener->Notify();
+}
+
+absl::Status StoredJob::Publish(JobRecord next) {
+  if (absl::Status put = env_.store.PutJob(next); !put.ok()) return put;
+  {
+    const std::lock_guard lock(mu_);
+    env_.observer.JobLeft(record_.state);
+    env_.observer.JobEntered(next.state);
+    record_ = std::move(next);
+  }
+  NotifyAll();
+  return absl::OkStatus();
+}
+
+void StoredJob::Start(WorkerPool::Slot slot, const std::atomic<bool>& hold) {
+  hold_ = &hold;
+  Enqueue(std::move(slot));
+}
+
+void StoredJob::Enqueue(WorkerPool::Slot slot) {
+  const std::shared_ptr<StoredJob> self = shared_from_this();
+  absl::StatusOr<WorkerPool::JobId> id = env_.pool.Enqueue(
+      std::move(slot), {.priority = record_.priority,
+                        .cancellation = cancellation_,
+                        .ready = [self] { return self->Ready(); },
+                        .run = [self] { return self->Run(); },
+                        .done = [self](const absl::Status& status) { self->Done(status); }});
+  // After a shutdown it stays queued in the store.
+  if (!id.ok()) return;
+  {
+    const std::lock_guard lock(mu_);
+    pool_id_ = *id;
+  }
+  if (cancellation_->cancelled()) env_.pool.Cancel(*id, cancellation_->status().code());
+}
+
+bool StoredJob::Ready() {
+  if (*hold_) return false;
+  const std::lock_guard lock(mu_);
+  const CalibrationView calibration = holdings_.calibration->View(false);
+  auto reserved = env_.accounts.Of(tenant_).memory.TryReserve(
+      PeakBytes(record_, spec_, calibration.record), "this job");
+  if (!reserved.ok()) return false;
+  memory_ = *std::move(reserved);
+  return true;
+}
+
+void StoredJob::Cancel(absl::StatusCode reason) {
+  std::optional<WorkerPool::JobId> id;
+  bool waits_for_disk = false;
+  cancellation_->Cancel(reason);
+  {
+    const std::lock_guard lock(mu_);
+    if (IsFinal(record_.state)) return;
+    id = pool_id_;
+    waits_for_disk = std::exchange(start_again_, false);
+  }
+  if (waits_for_disk) {
+    End(cancellation_->status());
+  } else if (id.has_value()) {
+    env_.pool.Cancel(*id, reason);
+  }
+}
+
+absl::Status StoredJob::Run() {
+  JobRecord record;
+  {
+    const std::lock_guard lock(mu_);
+    record = record_;
+    phase_ = engine::Phase::kFactor;
+    fraction_ = 0;
+  }
+  record.state = JobState::kRunning;
+  record.start_time = Now();
+  ++record.starts;
+  const double queue_seconds = 1e-6 * static_cast<double>(record.start_time - record.create_time);
+  if (absl::Status published = Publish(record); !published.ok()) {
+    const std::lock_guard lock(mu_);
+    start_again_ = MayPassByItself(published.code());
+    return published;
+  }
+  env_.observer.PhaseTook(spec_.method, engine::Phase::kQueue, queue_seconds);
+  CallFacts facts;
+  facts.weights_sha256 = record.weights_sha256;
+  facts.queue_seconds = queue_seconds;
+  absl::StatusOr<engine::QuantizedLayer> layer = Quantize(record, facts);
+  if (!layer.ok()) return layer.status();
+  if (absl::Status written = WriteResult(*layer, facts, record); !written.ok()) return written;
+  certificate_ = std::move(layer->certificate);
+  finished_ = std::move(record);
+  return absl::OkStatus();
+}
+
+void StoredJob::Done(const absl::Status& status) {
+  memory_.Release();
+  {
+    const std::lock_guard lock(mu_);
+    pool_id_.reset();
+    if (start_again_) return;
+  }
+  if (!status.ok() && cancellation_->status().code() == absl::StatusCode::kUnavailable) {
+    LeaveQueued();
+  } else {
+    End(status);
+  }
+}
+
+void StoredJob::LeaveQueued() {
+  JobRecord record;
+  {
+    const std::lock_guard lock(mu_);
+    if (record_.state != JobState::kRunning) return;
+    record = record_;
+  }
+  // It did not crash. Where this cannot be written it counts as if it had.
+  record.state = JobState::kQueued;
+  --record.starts;
+  static_cast<void>(Publish(std::move(record)));
+}
+
+void StoredJob::End(const absl::Status& status) {
+  JobRecord next;
+  {
+    const std::lock_guard lock(mu_);
+    next = record_;
+  }
+  if (status.ok()) next = *std::exchange(finished_, std::nullopt);
+  next.state = OutcomeOf(status.code());
+  next.end_time = Now();
+  next.weights = BlobRef();
+  if (!status.ok()) next.error = codec_.EncodeError(status);
+  {
+    const std::lock_guard lock(mu_);
+    unwritten_ = std::move(next);
+    outcome_ = status;
+  }
+  WriteEnd();
+}
+
+void StoredJob::WriteEnd() {
+  JobRecord next;
+  BlobRef weights;
+  {
+    const std::lock_guard lock(mu_);
+    if (!unwritten_.has_value()) return;
+    next = *unwritten_;
+    weights = record_.weights;
+  }
+  // Until it is written it is seen as it was; Retry comes back to it.
+  if (!Publish(next).ok()) return;
+  if (!weights.empty()) env_.store.DeleteBlob(weights);
+  absl::Status outcome;
+  Holdings holdings;
+  {
+    const std::lock_guard lock(mu_);
+    unwritten_.reset();
+    outcome = outcome_;
+    std::swap(holdings, holdings_);
+    stored_.ShrinkTo(next.result.bytes);
+  }
+  const std::optional<engine::LayerCertificate> certificate =
+      std::exchange(certificate_, std::nullopt);
+  ReportFinished(spec_, outcome, certificate.has_value() ? &*certificate : nullptr, env_.observer);
+}
+
+void StoredJob::Retry() {
+  bool start = false;
+  {
+    const std::lock_guard lock(mu_);
+    start = std::exchange(start_again_, false);
+  }
+  if (start) {
+    Enqueue(env_.pool.AdmitAgain());
+  } else {
+    WriteEnd();
+  }
+}
+
+absl::Status StoredJob::Remove() {
+  if (absl::Status gone = env_.store.DeleteJob(id_); !gone.ok()) return gone;
+  BlobRef result;
+  {
+    const std::lock_guard lock(mu_);
+    env_.observer.JobLeft(record_.state);
+    result = record_.result;
+    stored_.Release();
+  }
+  if (!result.empty()) env_.store.DeleteBlob(result);
+  return absl::OkStatus();
+}
+
+}  // namespace certiq::jobs

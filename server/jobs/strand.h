@@ -1,0 +1,36 @@
+// Work on one thing, a piece at a time.
+
+#ifndef CERTIQ_JOBS_STRAND_H_
+#define CERTIQ_JOBS_STRAND_H_
+
+#include <deque>
+#include <memory>
+#include <mutex>
+
+#include "jobs/worker_pool.h"
+
+namespace certiq::jobs {
+
+// Runs tasks on the pool, never two at once, in the order they were posted. Thread-safe; owned by
+// std::shared_ptr, so that a task that is under way keeps it. The pool outlives it.
+class Strand : public std::enable_shared_from_this<Strand> {
+ public:
+  explicit Strand(WorkerPool& pool) : pool_(pool) {}
+  Strand(const Strand&) = delete;
+  Strand& operator=(const Strand&) = delete;
+
+  // `done` is called in any case: after a shutdown with UNAVAILABLE, perhaps before this returns.
+  void Post(WorkerPool::Task task);
+
+ private:
+  // Hands the first task to the pool.
+  void Next();
+
+  WorkerPool& pool_;
+  std::mutex mu_;
+  std::deque<WorkerPool::Task> tasks_;  // guarded by mu_; the first one runs
+};
+
+}  // namespace certiq::jobs
+
+#endif  // CERTIQ_JOBS_STRAND_H_
