@@ -34,6 +34,7 @@ absl::Status DampingFailure(const std::vector<DampingAttempt>& attempts) {
                                      attempts.size(), " attempts (", DescribeAttempts(attempts),
                                      "); raise spec.damping or spec.damping.max_attempts"));
   std::vector<StabilityCause> causes;
+  causes.reserve(attempts.size());
   for (const DampingAttempt& attempt : attempts) causes.push_back(attempt.cause);
   AttachFailedAttempts(causes, status);
   return status;

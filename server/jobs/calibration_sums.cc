@@ -195,11 +195,12 @@ void Calibration::CommitIfDue(Clock::time_point now, std::chrono::milliseconds i
   }
   const std::shared_ptr<Calibration> self = shared_from_this();
   // What fails here fails again, and is told, when the stream ends.
-  strand_->Post({.run = [self] { return self->Commit(); }, .done = [self](const absl::Status&) {
-                   const std::lock_guard lock(self->mu_);
-                   self->commit_posted_ = false;
-                   self->committed_at_ = Clock::now();
-                 }});
+  static_cast<void>(
+      strand_->Post({.run = [self] { return self->Commit(); }, .done = [self](const absl::Status&) {
+                       const std::lock_guard lock(self->mu_);
+                       self->commit_posted_ = false;
+                       self->committed_at_ = Clock::now();
+                     }}));
 }
 
 absl::StatusOr<Snapshot> Calibration::Export(bool held_out) {

@@ -172,13 +172,13 @@ void Calibrations::Tick(std::chrono::steady_clock::time_point now) {
   for (const auto& calibration : All()) {
     if (calibration->Expired(wall)) {
       // What fails now is tried again with the next tick.
-      calibration->strand().Post({.run =
+      static_cast<void>(calibration->strand().Post({.run =
                                       [this, calibration, wall] {
                                         // A job may have pinned it meanwhile.
                                         return calibration->Expired(wall) ? Remove(calibration)
                                                                           : absl::OkStatus();
                                       },
-                                  .done = [](const absl::Status&) {}});
+                                  .done = [](const absl::Status&) {}}));
     } else {
       calibration->CommitIfDue(now, commit_interval_);
     }
@@ -187,8 +187,8 @@ void Calibrations::Tick(std::chrono::steady_clock::time_point now) {
 
 void Calibrations::CommitAll() {
   for (const auto& calibration : All()) {
-    calibration->strand().Post({.run = [calibration] { return calibration->Commit(); },
-                                .done = [](const absl::Status&) {}});
+    static_cast<void>(calibration->strand().Post({.run = [calibration] { return calibration->Commit(); },
+                                .done = [](const absl::Status&) {}}));
   }
 }
 

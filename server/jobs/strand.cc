@@ -5,39 +5,45 @@
 
 namespace certiq::jobs {
 
-void Strand::Post(WorkerPool::Task task) {
+absl::Status Strand::Post(WorkerPool::Task task) {
   {
     const std::lock_guard lock(mu_);
     tasks_.push_back(std::move(task));
-    if (tasks_.size() > 1) return;
+    if (tasks_.size() > 1) return absl::OkStatus();
   }
-  Next();
+  absl::Status started = Start();
+  if (!started.ok()) Next();
+  return started;
+}
+
+absl::Status Strand::Start() {
+  const std::shared_ptr<Strand> self = shared_from_this();
+  const std::lock_guard lock(mu_);
+  WorkerPool::Task& first = tasks_.front();
+  // It stays at the front, so that nobody starts the next.
+  return pool_.Post({.run = first.run, .done = [self, done = first.done](absl::Status status) {
+                       done(std::move(status));
+                       self->Next();
+                     }});
 }
 
 void Strand::Next() {
-  const std::shared_ptr<Strand> self = shared_from_this();
+  WorkerPool::Task over;
   for (;;) {
-    WorkerPool::Task task;
     {
       const std::lock_guard lock(mu_);
+      over = std::move(tasks_.front());
+      tasks_.pop_front();
       if (tasks_.empty()) return;
-      // Its place stays, empty, so that nobody else starts the next.
-      task = std::move(tasks_.front());
     }
-    const auto done = task.done;
-    task.done = [self, done](absl::Status status) {
-      done(std::move(status));
-      {
-        const std::lock_guard lock(self->mu_);
-        self->tasks_.pop_front();
-      }
-      self->Next();
-    };
-    const absl::Status posted = pool_.Post(std::move(task));
-    if (posted.ok()) return;
-    done(posted);
-    const std::lock_guard lock(mu_);
-    tasks_.pop_front();
+    const absl::Status started = Start();
+    if (started.ok()) return;
+    std::function<void(absl::Status)> done;
+    {
+      const std::lock_guard lock(mu_);
+      done = tasks_.front().done;
+    }
+    done(started);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 
+#include "absl/status/status.h"
 #include "jobs/worker_pool.h"
 
 namespace certiq::jobs {
@@ -19,11 +20,14 @@ class Strand : public std::enable_shared_from_this<Strand> {
   Strand(const Strand&) = delete;
   Strand& operator=(const Strand&) = delete;
 
-  // `done` is called in any case: after a shutdown with UNAVAILABLE, perhaps before this returns.
-  void Post(WorkerPool::Task task);
+  // UNAVAILABLE after a shutdown, and then `done` is not called; for a task that waited when the
+  // shutdown came it is, with UNAVAILABLE.
+  absl::Status Post(WorkerPool::Task task);
 
  private:
   // Hands the first task to the pool.
+  absl::Status Start();
+  // The first task is over: on with the next.
   void Next();
 
   WorkerPool& pool_;

@@ -241,7 +241,7 @@ void WorkerPool::Cancel(JobId id, absl::StatusCode reason) {
   job = Job();
   const std::lock_guard lock(mu_);
   --active_;
-  if (Idle()) idle_.notify_all();
+  if (active_ == 0) idle_.notify_all();
 }
 
 int64_t WorkerPool::Position(JobId id) const {
@@ -272,6 +272,11 @@ bool WorkerPool::Drain(std::chrono::steady_clock::time_point deadline) {
   std::unique_lock lock(mu_);
   admitting_ = false;
   return idle_.wait_until(lock, deadline, [this] { return Idle(); });
+}
+
+bool WorkerPool::WaitRunning(std::chrono::steady_clock::time_point deadline) {
+  std::unique_lock lock(mu_);
+  return idle_.wait_until(lock, deadline, [this] { return active_ == 0 && tasks_.empty(); });
 }
 
 void WorkerPool::Shutdown() {
@@ -332,7 +337,7 @@ void WorkerPool::Work() {
       work_.wait(lock);
       --waiting_;
     }
-    if (Idle()) idle_.notify_all();
+    if (active_ == 0) idle_.notify_all();
   }
 }
 

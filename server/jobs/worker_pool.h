@@ -127,6 +127,10 @@ class WorkerPool final : public engine::Executor {
   // `deadline` came first. Not to be called from a worker.
   bool Drain(std::chrono::steady_clock::time_point deadline);
 
+  // Waits until nothing runs, whatever waits in the queue. False if `deadline` came first. Not to be
+  // called from a worker.
+  bool WaitRunning(std::chrono::steady_clock::time_point deadline);
+
   // Cancels all jobs with UNAVAILABLE, lets tasks end, joins the threads. Idempotent. Not to be
   // called from a worker.
   void Shutdown();

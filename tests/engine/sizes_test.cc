@@ -305,9 +305,10 @@ TEST_P(EverySize, RoundsToTheNearestLevel) {
   CheckCertificate(*nearest, Method::kNearest);
 }
 
-// Up to 65 features the textbook runs on its own, from tokens to codes.
-TEST_P(EverySize, IsTheTextbookFromTokensToCodes) {
-  if (n_ > 65) GTEST_SKIP() << "N^4; the other tests check large sizes link by link";
+// Up to 65 features the textbook, which takes N^4, runs on its own.
+class SmallSize : public EverySize {};
+
+TEST_P(SmallSize, IsTheTextbookFromTokensToCodes) {
   for (const Method method : {Method::kOptq, Method::kQronos}) {
     spec_.method = method;
     const double lambda = 0.01 * MeanDiagonal(layer_.statistics.gram);
@@ -342,6 +343,9 @@ TEST_P(EverySize, IsTheTextbookFromTokensToCodes) {
   }
 }
 
+INSTANTIATE_TEST_SUITE_P(Features, SmallSize,
+                         ::testing::Values(1, 2, 3, 4, 5, 6, 7, 8, 9, 63, 64, 65),
+                         ::testing::PrintToStringParamName());
 INSTANTIATE_TEST_SUITE_P(Features, EverySize,
                          ::testing::Values(1, 2, 3, 4, 5, 6, 7, 8, 9, 63, 64, 65, 576, 1536, 4096),
                          ::testing::PrintToStringParamName());

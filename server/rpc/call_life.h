@@ -1,0 +1,80 @@
+// What every call does at its beginning and its end.
+
+#ifndef CERTIQ_RPC_CALL_LIFE_H_
+#define CERTIQ_RPC_CALL_LIFE_H_
+
+#include <grpcpp/server_context.h>
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "jobs/call_observer.h"
+#include "jobs/calibrations.h"
+#include "jobs/job_manager.h"
+#include "rpc/auth.h"
+#include "rpc/call_registry.h"
+#include "rpc/call_summary.h"
+
+namespace certiq::rpc {
+
+// What calls work with; all of it outlives them.
+struct CallEnvironment {
+  jobs::Environment jobs;
+  jobs::ByteBudget& budget;
+  jobs::Calibrations& calibrations;
+  jobs::JobManager& manager;
+  jobs::CallObserver& calls;
+  CallRegistry& registry;
+  CallLog log;
+  Authenticator* auth;
+};
+
+// Counts a call, keeps what its log line will say, and holds it in the registry. Not thread-safe,
+// like the reactor that it is a member of.
+class CallLife {
+ public:
+  CallLife(LiveCall* call, const jobs::RpcMethod& method, const CallEnvironment& environment,
+           std::string tenant)
+      : call_(call), method_(method), env_(environment) {
+    summary.method = method.method;
+    summary.tenant = std::move(tenant);
+    env_.calls.CallStarted(method_);
+    env_.registry.Add(call_);
+  }
+
+  void Received(int64_t bytes) {
+    env_.calls.MessageReceived(method_);
+    summary.received_bytes += bytes;
+  }
+  void Sent(int64_t bytes) {
+    env_.calls.MessageSent(method_);
+    summary.sent_bytes += bytes;
+  }
+  // The last thing before the reactor is deleted: after it the server may be gone.
+  void Over(absl::Status status) {
+    summary.status = std::move(status);
+    summary.seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
+    env_.calls.CallHandled(method_, summary.status.code(), summary.seconds);
+    if (env_.log) env_.log(summary);
+    env_.registry.Remove(call_);
+  }
+  // Why gRPC cancelled the call: its deadline, or the client.
+  absl::Status CancelReason(const grpc::CallbackServerContext& context) const;
+
+  CallSummary summary;
+
+ private:
+  LiveCall* const call_;
+  const jobs::RpcMethod method_;
+  const CallEnvironment& env_;
+  const std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
+  const std::chrono::system_clock::time_point wall_started_ = std::chrono::system_clock::now();
+};
+
+}  // namespace certiq::rpc
+
+#endif  // CERTIQ_RPC_CALL_LIFE_H_
