@@ -101,7 +101,9 @@ TEST_P(BreakTest, GoesOnWhereTheServerSays) {
   const std::vector<int64_t>& again = service_.sent[1];
   // What was received is not sent twice.
   EXPECT_EQ(again.size(), 5 - GetParam());
-  if (!again.empty()) EXPECT_EQ(again.front(), static_cast<int64_t>(GetParam()));
+  if (!again.empty()) {
+    EXPECT_EQ(again.front(), static_cast<int64_t>(GetParam()));
+  }
   EXPECT_EQ(client_.waits.size(), 1);
 }
 
