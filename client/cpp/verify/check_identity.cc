@@ -26,9 +26,9 @@ void CheckSpec(const v1::Certificate& c, Ledger& ledger) {
 void CheckInputs(const Sources& sources, const v1::Certificate& c, Ledger& ledger) {
   const bool summed = !c.calibration_id().empty();
   ledger.Same("x_sha256", c.x_sha256(), summed ? "" : Sha256Hex(sources.x.data));
-  ledger.Same("x_quantized_sha256", c.x_quantized_sha256(),
-              sources.x_quantized.has_value() && !summed ? Sha256Hex(sources.x_quantized->data)
-                                                         : "");
+  ledger.Same(
+      "x_quantized_sha256", c.x_quantized_sha256(),
+      sources.x_quantized.has_value() && !summed ? Sha256Hex(sources.x_quantized->data) : "");
   if (summed) {
     ledger.NotChecked("calibration_id, sums_sha256",
                       "of sums that are not given; that they are those of these activations shows "
