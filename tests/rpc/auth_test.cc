@@ -189,6 +189,7 @@ TEST_F(AuthTest, CallsMayComeWhileTheFileChanges) {
   std::atomic<int> refused{0};
   {
     std::vector<std::jthread> callers;
+    callers.reserve(3);
     for (int i = 0; i < 3; ++i) {
       callers.emplace_back([&] {
         while (!stop) refused += Code(*auth, "alice-secret-token") != absl::StatusCode::kOk;
@@ -289,8 +290,8 @@ TEST_F(AuthServerTest, HealthIsOpen) {
 }
 
 TEST_F(AuthServerTest, ShutdownWhileCallsAreRefused) {
-  std::vector<std::unique_ptr<Caller>> callers;
-  for (int i = 0; i < 20; ++i) callers.push_back(std::make_unique<Caller>(*server_));
+  std::vector<std::unique_ptr<Caller>> callers(20);
+  for (auto& caller : callers) caller = std::make_unique<Caller>(*server_);
   server_->server->Shutdown();
   for (const auto& caller : callers) EXPECT_FALSE(caller->stream->Finish().ok());
 }

@@ -89,7 +89,7 @@ Folder::~Folder() {
 }
 
 std::string Folder::Write(const std::string& name, const std::string& text) const {
-  const std::string path = Path(name);
+  std::string path = Path(name);
   std::ofstream(path + ".new", std::ios::binary) << text;
   std::filesystem::permissions(
       path + ".new", std::filesystem::perms::owner_read | std::filesystem::perms::owner_write);
