@@ -72,10 +72,10 @@ TEST_F(AccumulateTest, MismatchedRowsTravelTogether) {
 TEST_F(AccumulateTest, CallsOfAnySizeGiveTheSameChunks) {
   auto stream = client_->OpenStream(Options());
   ASSERT_TRUE(stream.ok()) << stream.status();
-  for (const auto& [first, rows] : {std::pair{0, 1}, {1, 4}, {5, 1}, {6, 3}}) {
+  for (const auto& [first, rows] : {std::pair<size_t, size_t>{0, 1}, {1, 4}, {5, 1}, {6, 3}}) {
     TensorView part = x_.View();
-    part.shape[0] = rows;
-    part.data = part.data.substr(static_cast<size_t>(16 * first), static_cast<size_t>(16 * rows));
+    part.shape[0] = static_cast<int64_t>(rows);
+    part.data = part.data.substr(16 * first, 16 * rows);
     ASSERT_TRUE((*stream)->Write(part).ok());
   }
   const auto progress = (*stream)->Close();

@@ -157,6 +157,7 @@ std::vector<v1::ExportStatisticsResponse> Exported() {
 }
 
 TEST_F(CalibrationClientTest, ExportsAndReadsBack) {
+  service_.Wait();
   service_.exported = Exported();
   BreakFirst("export");
   const auto statistics = client_->Export("c1");
@@ -185,6 +186,7 @@ TEST_F(CalibrationClientTest, ExportsAndReadsBack) {
 TEST_F(CalibrationClientTest, ExportsThatLieAreRefused) {
   const auto code =
       [&](const std::function<void(std::vector<v1::ExportStatisticsResponse>*)>& change) {
+        service_.Wait();
         service_.exported = Exported();
         change(&service_.exported);
         return client_->Export("c1").status().code();

@@ -45,6 +45,9 @@ class FakeCalibrations final : public v1::CalibrationService::Service {
   // Chunks after which everything is made durable; 0: only at the end of the call.
   int64_t durable_every = 1;
 
+  // A client that cancelled is back before the call's handler is: waits for the latter.
+  void Wait() { const std::lock_guard lock(mutex_); }
+
   // Adds one as if it had been created.
   v1::Calibration* Add(v1::CalibrationState state = v1::CALIBRATION_STATE_OPEN,
                        const std::vector<std::string>& labels = {}, int64_t features = 4);

@@ -86,7 +86,7 @@ grpc::Status FakeJobs::DeleteJob(grpc::ServerContext*, const v1::DeleteJobReques
 grpc::Status FakeJobs::WatchJob(grpc::ServerContext*, const v1::WatchJobRequest* request,
                                 grpc::ServerWriter<v1::WatchJobResponse>* writer) {
   const std::lock_guard lock(mutex_);
-  if (const grpc::Status known = Known(request->job_id()); !known.ok()) return known;
+  if (grpc::Status known = Known(request->job_id()); !known.ok()) return known;
   const auto call = static_cast<size_t>(calls["watch"]++);
   if (call >= watches.size()) return {grpc::StatusCode::INTERNAL, "no watch left"};
   for (const v1::JobState state : watches[call].first) {

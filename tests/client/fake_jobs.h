@@ -22,6 +22,9 @@ class FakeJobs final : public v1::JobService::Service {
 
   FakeJobs();
 
+  // A client that cancelled is back before the call's handler is: waits for the latter.
+  void Wait() { const std::lock_guard lock(mutex_); }
+
   v1::Job job;
   // What ListJobs answers, one page an element.
   std::vector<v1::ListJobsResponse> pages;

@@ -154,6 +154,7 @@ INSTANTIATE_TEST_SUITE_P(Offsets, ResultBreakTest,
 
 TEST_F(JobClientTest, ResultsThatLieAreRefused) {
   const auto code = [this](std::function<void(v1::ReadResultResponse*)> change) {
+    service_.Wait();
     service_.change = std::move(change);
     return client_->ReadResult("j1").status().code();
   };
@@ -207,6 +208,7 @@ TEST_F(JobClientTest, ShortResultsAreDataLoss) {
   const absl::Status status = client_->ReadResult("j1").status();
   // The certificate comes too early.
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
+  service_.Wait();
   service_.on_run = [](int, int64_t offset) -> FakeJobs::End {
     if (offset < 49) return std::nullopt;
     return grpc::Status::OK;
