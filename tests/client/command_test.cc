@@ -218,13 +218,5 @@ TEST_F(CommandTest, VersionAndHelp) {
   EXPECT_TRUE(Contains(out_.str(), "--held_out_fraction"));
 }
 
-TEST_F(CommandTest, LaterVerbsSaySo) {
-  for (const char* verb :
-       {"calibrations", "jobs", "submit", "watch", "result", "cancel", "import", "export"}) {
-    EXPECT_EQ(Run({verb, "--any=flag", "argument"}), kExitFailed);
-    EXPECT_TRUE(Contains(err_.str(), "certiq " + std::string(verb) + ": not there yet"));
-  }
-}
-
 }  // namespace
 }  // namespace certiq::cli

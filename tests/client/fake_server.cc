@@ -43,10 +43,22 @@ grpc::Status WithDetail(grpc::StatusCode code, const std::string& message,
 
 FakeServer::FakeServer(Handler handler) {
   service_.handler = std::move(handler);
+  Start({});
+}
+
+FakeServer::FakeServer(const std::vector<grpc::Service*>& services) {
+  service_.handler = [](int, grpc::ServerContext*, ServerStream*) {
+    return grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "");
+  };
+  Start(services);
+}
+
+void FakeServer::Start(const std::vector<grpc::Service*>& services) {
   int port = 0;
   grpc::ServerBuilder builder;
   builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
   builder.RegisterService(&service_);
+  for (grpc::Service* const service : services) builder.RegisterService(service);
   builder.SetMaxReceiveMessageSize(16 << 20);
   server_ = builder.BuildAndStart();
   address_ = absl::StrCat("127.0.0.1:", port);

@@ -11,6 +11,7 @@
 
 #include "absl/time/time.h"
 #include "certiq/v1/quantization_service.grpc.pb.h"
+#include "google/protobuf/message.h"
 #include "grpcpp/server.h"
 #include "grpcpp/support/status.h"
 
@@ -24,6 +25,8 @@ using Handler = std::function<grpc::Status(int call, grpc::ServerContext*, Serve
 class FakeServer {
  public:
   explicit FakeServer(Handler handler);
+  // Other services, which must outlive this object; Quantize is unimplemented.
+  explicit FakeServer(const std::vector<grpc::Service*>& services);
   FakeServer(const FakeServer&) = delete;
   FakeServer& operator=(const FakeServer&) = delete;
   // Ends calls that are still open by cancelling them.
@@ -40,6 +43,8 @@ class FakeServer {
     Handler handler;
     std::atomic<int> calls{0};
   };
+
+  void Start(const std::vector<grpc::Service*>& services);
 
   Service service_;
   std::string address_;

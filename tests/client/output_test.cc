@@ -5,6 +5,7 @@
 #include <string>
 
 #include "certiq/status.h"
+#include "certiq/uuid.h"
 #include "errors.h"
 #include "fake_server.h"
 #include "files.h"

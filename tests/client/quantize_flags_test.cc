@@ -131,7 +131,13 @@ INSTANTIATE_TEST_SUITE_P(
         SpecCase{"--damping", "absolute:1", "damping { absolute: 1 }"},
         SpecCase{"--damping", "absolute:0", "damping { absolute: 0 }"},
         SpecCase{"--damping", "relative_sigma_max:1e-6", "damping { relative_sigma_max: 1e-6 }"},
-        SpecCase{"--damping", "held_out", "damping { held_out { } }"}));
+        SpecCase{"--damping", "held_out", "damping { held_out { } }"},
+        SpecCase{"--damping", "held_out:0.01,3", "damping { held_out { ladder: [0.01, 3] } }"},
+        SpecCase{"--damping", "held_out:1", "damping { held_out { ladder: 1 } }"},
+        SpecCase{"--max_attempts", "7", "damping { max_attempts: 7 }"},
+        SpecCase{"--damping_factor", "2.5", "damping { factor: 2.5 }"},
+        SpecCase{"--failure_probability", "1e-6", "certificate { failure_probability: 1e-6 }"},
+        SpecCase{"--min_tokens", "9000000000", "min_tokens: 9000000000"}));
 
 TEST(QuantizeFlagsTest, NothingGivenNothingSet) {
   const QuantizeFlags flags = Parse({});
@@ -149,11 +155,11 @@ TEST(QuantizeFlagsTest, NothingGivenNothingSet) {
 
 TEST(QuantizeFlagsTest, OtherFlags) {
   const QuantizeFlags flags = Parse(
-      {"--x_quantized=l.xq", "--held_out_fraction", "0.125", "--calibration", "c1", "--output=o",
+      {"--x_quantized=l.xq", "--held_out_fraction", "0.125", "--sequence_rows=64", "--output=o",
        "--report", "r", "--tls_ca=a", "--tls_cert=b", "--tls_key=c", "--token_file=d"});
   EXPECT_EQ(flags.x_quantized, "l.xq");
   EXPECT_EQ(flags.held_out_fraction, 0.125);
-  EXPECT_EQ(flags.calibration, "c1");
+  EXPECT_EQ(flags.sequence_rows, 64);
   EXPECT_EQ(flags.output_file, "o");
   EXPECT_EQ(flags.report_file, "r");
   EXPECT_EQ(flags.connection.tls_ca, "a");
@@ -197,7 +203,13 @@ TEST(QuantizeFlagsTest, UsageErrorsNameTheFlagAndWhatIsExpected) {
                           "--damping=absolute:",
                           "--damping=absolute:x",
                           "--damping=absolute:inf",
-                          "--damping=held_out:1",
+                          "--damping=held_out:",
+                          "--damping=held_out:1,,2",
+                          "--max_attempts=2.5",
+                          "--damping_factor=ten",
+                          "--failure_probability=p",
+                          "--min_tokens=many",
+                          "--sequence_rows=x",
                           "--damping=trace:1",
                           "--quality=good",
                           "--order=random",
@@ -230,6 +242,10 @@ TEST(QuantizeFlagsTest, RequiredFlags) {
   EXPECT_TRUE(Contains(UsageError({}, flags), "--calibration"));
   EXPECT_TRUE(Contains(UsageError({"--x_quantized=q", "--calibration=c"}, flags), "--x_quantized"));
   EXPECT_EQ(Parse({"--calibration=c"}, flags).calibration, "c");
+  EXPECT_TRUE(Contains(UsageError({"--calibration=c"}), "--activations and --calibration"));
+  for (const char* flag : {"--held_out_fraction=0.1", "--sequence_rows=5"}) {
+    EXPECT_TRUE(Contains(UsageError({"--calibration=c", flag}, flags), "--activations and --x"));
+  }
   flags[1] = "localhost";
   EXPECT_TRUE(Contains(UsageError({"--calibration=c"}, flags), "HOST:PORT"));
 }

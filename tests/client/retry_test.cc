@@ -100,5 +100,29 @@ TEST(SleepTest, EndsAtOnceWhenStopped) {
   EXPECT_LT(absl::Now() - start, absl::Minutes(1));
 }
 
+TEST(BackoffTest, StreamsThatWereOpenAreTriedForLonger) {
+  RetryPolicy policy;
+  policy.max_attempts = 1;
+  Backoff backoff(policy);
+  AttemptOutcome outcome;
+  outcome.status = absl::UnavailableError("gone");
+  outcome.resumable = true;
+  absl::Duration waited;
+  int tries = 0;
+  while (const auto delay = backoff.NextDelay(outcome)) {
+    waited += *delay;
+    ++tries;
+  }
+  EXPECT_GT(tries, 10);
+  EXPECT_GT(waited, policy.resume_budget - policy.max_backoff);
+  EXPECT_LE(waited, policy.resume_budget);
+  // Getting further begins anew, with short waits.
+  outcome.progressed = true;
+  const auto delay = backoff.NextDelay(outcome);
+  ASSERT_TRUE(delay.has_value());
+  EXPECT_LE(*delay, policy.initial_backoff);
+  EXPECT_EQ(backoff.attempts(), 1);
+}
+
 }  // namespace
 }  // namespace certiq

@@ -12,23 +12,26 @@
 namespace certiq::testing {
 
 // Its waits take no time and are written down. Not movable: the client points back to it.
-struct TestClient {
-  explicit TestClient(const std::string& address, ClientOptions options = {}) {
+template <typename Kind>
+struct PatientClient {
+  explicit PatientClient(const std::string& address, ClientOptions options = {}) {
     options.address = address;
     options.sleep = [this](absl::Duration delay, const std::stop_token& stop) {
       waits.push_back(delay);
       return !stop.stop_requested();
     };
-    client = *Client::Create(options);
+    client = *Kind::Create(options);
   }
-  TestClient(const TestClient&) = delete;
-  TestClient& operator=(const TestClient&) = delete;
+  PatientClient(const PatientClient&) = delete;
+  PatientClient& operator=(const PatientClient&) = delete;
 
-  const Client* operator->() const { return client.get(); }
+  const Kind* operator->() const { return client.get(); }
 
   std::vector<absl::Duration> waits;
-  std::unique_ptr<Client> client;
+  std::unique_ptr<Kind> client;
 };
+
+using TestClient = PatientClient<Client>;
 
 }  // namespace certiq::testing
 

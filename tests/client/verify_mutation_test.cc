@@ -184,6 +184,42 @@ TEST(VerifyMutationTest, Nearest) {
   ExpectEveryChangeCaught(options, spec, {"spec.order", "spec.damping.relative_trace"});
 }
 
+// Tokens that were summed beforehand: the sums alone have a digest, which nobody can check here.
+TEST(VerifyMutationTest, Calibration) {
+  engine::QuantizationSpec spec;
+  spec.group_size = 16;
+  const auto layer = QuantizeRandom({}, spec);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  VerifiedLayer summed = *layer;
+  summed.certificate.clear_x_sha256();
+  summed.certificate.set_calibration_id("c1");
+  summed.certificate.set_sums_sha256("5a5a");
+  const auto ledger = Verify(summed.Sources(), summed.certificate);
+  ASSERT_TRUE(ledger.ok()) << ledger.status();
+  EXPECT_EQ(ledger->count(Verdict::kWrong), 0);
+  bool said = false;
+  for (const Finding& finding : ledger->findings()) {
+    said = said || (finding.verdict == Verdict::kNotChecked &&
+                    finding.name == "calibration_id, sums_sha256");
+  }
+  EXPECT_TRUE(said);
+  // Digests of activations that the call did not bring.
+  v1::Certificate copy = summed.certificate;
+  copy.set_x_sha256(layer->certificate.x_sha256());
+  EXPECT_FALSE(Holds(summed, copy));
+  copy = summed.certificate;
+  copy.set_x_quantized_sha256("5a5a");
+  EXPECT_FALSE(Holds(summed, copy));
+  // Other activations than those summed.
+  summed.x.data[2] = static_cast<char>(summed.x.data[2] ^ 0x40);
+  EXPECT_FALSE(Holds(summed, summed.certificate));
+  // Which tokens a stream held out is not to be seen.
+  copy = summed.certificate;
+  copy.set_held_out_fraction(0.25);
+  copy.set_held_out_block_rows(256);
+  EXPECT_TRUE(absl::IsUnimplemented(Verify(summed.Sources(), copy).status()));
+}
+
 // A code, a scale or a weight that is not what was certified.
 TEST(VerifyMutationTest, ChangedTensors) {
   engine::QuantizationSpec spec;

@@ -5,6 +5,7 @@
 #include "CLI/CLI.hpp"
 #include "quantize_flags.h"
 #include "quantize_verb.h"
+#include "verb.h"
 #include "verify_verb.h"
 
 namespace certiq::cli {
@@ -19,8 +20,13 @@ int Run(const std::vector<std::string>& arguments, const Io& io) {
   CLI::App* const quantize = AddQuantizeVerb(&app, &flags);
   VerifyFlags verify_flags;
   CLI::App* const verify = AddVerifyVerb(&app, &verify_flags);
-  CLI::App* const version = app.add_subcommand("version", "Print the version");
-  AddLaterVerbs(&app);
+  app.add_subcommand("version", "Print the version");
+  Verbs verbs;
+  AddCalibrationsVerbs(&app, &verbs);
+  AddStatisticsVerbs(&app, &verbs);
+  AddSubmitVerb(&app, &verbs);
+  AddJobsVerbs(&app, &verbs);
+  AddResultVerb(&app, &verbs);
   // After the verbs, which would inherit it.
   app.allow_extras();
   try {
@@ -33,8 +39,10 @@ int Run(const std::vector<std::string>& arguments, const Io& io) {
   }
   if (*quantize) return RunQuantize(flags, io);
   if (*verify) return RunVerify(verify_flags, io);
-  if (*version) return RunVersion(io);
-  return RunLaterVerb(app.get_subcommands().front()->get_name(), io);
+  for (const Verb& verb : verbs) {
+    if (*verb.app) return verb.run(io);
+  }
+  return RunVersion(io);
 }
 
 }  // namespace

@@ -38,10 +38,6 @@ struct Io {
 // Runs one command line, without the program's name. Never throws.
 int RunCommand(const std::vector<std::string>& arguments, const Io& io);
 
-// Verbs that are part of the command but not built yet: they say so.
-void AddLaterVerbs(CLI::App* app);
-int RunLaterVerb(const std::string& verb, const Io& io);
-
 int RunVersion(const Io& io);
 
 // "0.1.0".

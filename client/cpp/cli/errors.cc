@@ -48,7 +48,7 @@ std::string AdviceFor(const absl::Status& status, const std::string& server,
       return details.fields.empty() ? absl::StrCat("is ", server, " a certiq server, and recent?")
                                     : "this server does not offer that value; choose another";
     case absl::StatusCode::kNotFound:
-      return "check the name; `certiq calibrations` will list those of the server";
+      return "check the name; `certiq calibrations list` shows those of the server";
     case absl::StatusCode::kFailedPrecondition:
       return "raise --damping (relative_trace:0.1), or accept plain rounding with --on_failure "
              "nearest";
@@ -75,6 +75,29 @@ std::string AdviceFor(const absl::Status& status, const std::string& server,
       return "nothing was written; run again";
     default:
       return "";
+  }
+}
+
+std::string GeneralAdvice(const absl::Status& status, const std::string& server) {
+  switch (status.code()) {
+    case absl::StatusCode::kNotFound:
+      return "`certiq calibrations list` and `certiq jobs list` show what the server has";
+    case absl::StatusCode::kFailedPrecondition:
+      // What has to change is in the message: it depends on the verb.
+      return "";
+    case absl::StatusCode::kAborted:
+      return "another process writes this stream; let one of them do it";
+    case absl::StatusCode::kAlreadyExists:
+      return "choose another --request_id, or send what the first request sent";
+    case absl::StatusCode::kCancelled:
+    case absl::StatusCode::kDeadlineExceeded:
+      return "run again; what the server has received is not lost";
+    case absl::StatusCode::kDataLoss:
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kUnknown:
+      return "please report it with the server's log";
+    default:
+      return AdviceFor(status, server, "");
   }
 }
 

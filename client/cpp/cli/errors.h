@@ -15,9 +15,12 @@ namespace certiq::cli {
 // terminal would obey them.
 void PrintError(const absl::Status& status, absl::string_view advice, std::ostream& err);
 
-// What to do about an error of a call to `server`; empty where the details say it.
+// What to do about an error of Quantize at `server`; empty where the details say it.
 std::string AdviceFor(const absl::Status& status, const std::string& server,
                       const std::string& request_id);
+
+// The same for the other calls.
+std::string GeneralAdvice(const absl::Status& status, const std::string& server);
 
 // `text` with control characters as spaces.
 std::string Printable(absl::string_view text);

@@ -1,12 +1,9 @@
 #include "files.h"
 
-#include <cstdint>
-#include <random>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
 #include "certiq/safetensors.h"
 #include "google/protobuf/util/json_util.h"
@@ -30,18 +27,23 @@ absl::StatusOr<AtomicFile> StageResult(const std::string& path, const std::strin
   return StageSafetensors(path, tensors, {{"format", "pt"}});
 }
 
-absl::StatusOr<std::string> ReportText(const v1::Certificate& certificate) {
+absl::StatusOr<std::string> JsonText(const google::protobuf::Message& message) {
   google::protobuf::util::JsonPrintOptions options;
   options.add_whitespace = true;
   options.preserve_proto_field_names = true;
   options.always_print_primitive_fields = true;
   std::string text;
-  const auto status = google::protobuf::util::MessageToJsonString(certificate, &text, options);
+  const auto status = google::protobuf::util::MessageToJsonString(message, &text, options);
   if (!status.ok()) {
-    return absl::InternalError(absl::StrCat("certificate as JSON: ", status.ToString()));
+    return absl::InternalError(
+        absl::StrCat(message.GetTypeName(), " as JSON: ", status.ToString()));
   }
   if (text.empty() || text.back() != '\n') text += '\n';
   return text;
+}
+
+absl::StatusOr<std::string> ReportText(const v1::Certificate& certificate) {
+  return JsonText(certificate);
 }
 
 absl::StatusOr<AtomicFile> StageReport(const std::string& path,
@@ -53,18 +55,6 @@ absl::StatusOr<AtomicFile> StageReport(const std::string& path,
   if (absl::Status status = file->Write(*text); !status.ok()) return status;
   if (absl::Status status = file->Flush(); !status.ok()) return status;
   return file;
-}
-
-std::string RandomUuid() {
-  std::random_device random;
-  const auto next = [&random] { return static_cast<uint64_t>(random()); };
-  const uint64_t high = (next() << 32 | next()) & ~uint64_t{0xf000};
-  const uint64_t low = (next() << 32 | next()) >> 2;
-  // Version 4, variant 10.
-  const uint64_t first = high | 0x4000;
-  const uint64_t second = low | uint64_t{1} << 63;
-  return absl::StrFormat("%08x-%04x-%04x-%04x-%012x", first >> 32, first >> 16 & 0xffff,
-                         first & 0xffff, second >> 48, second & 0xffff'ffff'ffff);
 }
 
 }  // namespace certiq::cli

@@ -1,4 +1,4 @@
-// What `certiq quantize` writes, and what it is called.
+// What the command writes, and what it is called.
 #ifndef CERTIQ_CLIENT_CPP_CLI_FILES_H_
 #define CERTIQ_CLIENT_CPP_CLI_FILES_H_
 
@@ -8,6 +8,7 @@
 #include "certiq/atomic_file.h"
 #include "certiq/client.h"
 #include "certiq/v1/certificate.pb.h"
+#include "google/protobuf/message.h"
 
 namespace certiq::cli {
 
@@ -20,15 +21,14 @@ std::string OutputName(const std::string& weight, const std::string& role);
 absl::StatusOr<AtomicFile> StageResult(const std::string& path, const std::string& weight,
                                        const QuantizeResult& result);
 
-// The certificate as protobuf JSON with the contract's field names, defaults printed, and a
-// newline at the end.
+// Protobuf JSON with the contract's field names, defaults printed, and a newline at the end.
+absl::StatusOr<std::string> JsonText(const google::protobuf::Message& message);
+
+// The certificate as JsonText.
 absl::StatusOr<std::string> ReportText(const v1::Certificate& certificate);
 
 // ReportText on disk but for Commit().
 absl::StatusOr<AtomicFile> StageReport(const std::string& path, const v1::Certificate& certificate);
-
-// "2f1c….": version 4 of RFC 4122.
-std::string RandomUuid();
 
 }  // namespace certiq::cli
 

@@ -10,82 +10,44 @@
 #include "absl/status/statusor.h"
 #include "certiq/client.h"
 #include "certiq/safetensors.h"
+#include "certiq/uuid.h"
 #include "connection_flags.h"
 #include "errors.h"
 #include "files.h"
 #include "progress.h"
 #include "summary.h"
+#include "verb.h"
 
 namespace certiq::cli {
 namespace {
 
 // The flags' files, open, and the request whose views point into them.
 struct Inputs {
-  std::optional<SafetensorsFile> weights;
-  std::optional<SafetensorsFile> activations;
+  std::optional<OpenWeight> weights;
+  std::optional<OpenActivations> activations;
   QuantizeRequestData request;
 };
 
 absl::StatusOr<Inputs> OpenInputs(const QuantizeFlags& flags) {
   Inputs inputs;
-  absl::StatusOr<SafetensorsFile> weights = SafetensorsFile::Open(flags.weights_file);
+  QuantizeRequestData& request = inputs.request;
+  absl::StatusOr<OpenWeight> weights = OpenWeightFile(flags);
   if (!weights.ok()) return weights.status();
   inputs.weights = *std::move(weights);
-  absl::StatusOr<TensorView> weight = inputs.weights->Tensor(flags.weight);
-  if (!weight.ok()) return weight.status();
-  QuantizeRequestData& request = inputs.request;
-  request.weight = *std::move(weight);
-
+  request.weight = inputs.weights->weight;
   if (!flags.activations_file.empty()) {
-    absl::StatusOr<SafetensorsFile> activations = SafetensorsFile::Open(flags.activations_file);
+    absl::StatusOr<OpenActivations> activations = OpenActivationFile(flags);
     if (!activations.ok()) return activations.status();
     inputs.activations = *std::move(activations);
-    absl::StatusOr<TensorView> x = inputs.activations->Tensor(flags.x);
-    if (!x.ok()) return x.status();
-    request.x = *std::move(x);
-    if (!flags.x_quantized.empty()) {
-      absl::StatusOr<TensorView> x_quantized = inputs.activations->Tensor(flags.x_quantized);
-      if (!x_quantized.ok()) return x_quantized.status();
-      request.x_quantized = *std::move(x_quantized);
-    }
+    request.x = inputs.activations->x;
+    request.x_quantized = inputs.activations->x_quantized;
   }
   request.request_id = RandomUuid();
   request.layer_name = flags.weight;
   request.spec = flags.spec;
   request.held_out_fraction = flags.held_out_fraction;
-  request.calibration_id = flags.calibration;
+  request.sequence_rows = flags.sequence_rows;
   return inputs;
-}
-
-// Hours of work should not end at a folder that does not exist.
-absl::Status CheckOutputs(const QuantizeFlags& flags) {
-  for (const std::string& path : {flags.output_file, flags.report_file}) {
-    if (path.empty()) continue;
-    if (absl::Status status = AtomicFile::CheckWritable(path); !status.ok()) return status;
-  }
-  return absl::OkStatus();
-}
-
-absl::Status WriteOutputs(const QuantizeFlags& flags, const QuantizeResult& result,
-                          const std::stop_token& interrupt) {
-  std::optional<AtomicFile> output;
-  std::optional<AtomicFile> report;
-  if (!flags.output_file.empty()) {
-    absl::StatusOr<AtomicFile> staged = StageResult(flags.output_file, flags.weight, result);
-    if (!staged.ok()) return staged.status();
-    output = *std::move(staged);
-  }
-  if (!flags.report_file.empty()) {
-    absl::StatusOr<AtomicFile> staged = StageReport(flags.report_file, result.certificate);
-    if (!staged.ok()) return staged.status();
-    report = *std::move(staged);
-  }
-  if (interrupt.stop_requested()) return absl::CancelledError("interrupted");
-  for (std::optional<AtomicFile>* file : {&output, &report}) {
-    if (!file->has_value()) continue;
-    if (absl::Status status = (*file)->Commit(); !status.ok()) return status;
-  }
-  return absl::OkStatus();
 }
 
 }  // namespace
@@ -102,28 +64,30 @@ int RunQuantize(const QuantizeFlags& flags, const Io& io) {
   if (absl::Status status = CheckOutputs(flags); !status.ok()) return failed(status, "");
   const absl::StatusOr<std::unique_ptr<Client>> client = Connect(flags.connection, io);
   if (!client.ok()) return failed(client.status(), "");
-  const absl::StatusOr<Inputs> inputs = OpenInputs(flags);
+  absl::StatusOr<Inputs> inputs = OpenInputs(flags);
   if (!inputs.ok()) return failed(inputs.status(), "");
+  if (!flags.calibration.empty()) {
+    const absl::StatusOr<v1::Calibration> calibration =
+        FindFinalized(flags.connection, io, flags.calibration);
+    if (!calibration.ok()) return Fail(calibration.status(), flags.connection, io);
+    inputs->request.calibration_id = calibration->id();
+  }
 
   absl::StatusOr<QuantizeResult> result;
   {
     ProgressPrinter progress(&io.err, io.err_is_terminal);
-    QuantizeOptions options;
-    options.progress = [&progress](const ProgressEvent& event) { progress.Show(event); };
-    options.cancel = io.interrupt;
-    result = (*client)->Quantize(inputs->request, options);
+    result = (*client)->Quantize(inputs->request, CallOptionsFor(io, &progress));
   }
   if (!result.ok()) {
     return failed(result.status(),
                   AdviceFor(result.status(), flags.connection.server, inputs->request.request_id));
   }
-  if (absl::Status status = WriteOutputs(flags, *result, io.interrupt); !status.ok()) {
+  if (absl::Status status = WriteOutputs(flags, flags.weight, *result, io.interrupt);
+      !status.ok()) {
     return failed(status, "");
   }
   io.out << SummaryText(flags.weight, inputs->request.weight.dtype, result->certificate);
-  for (const std::string& path : {flags.output_file, flags.report_file}) {
-    if (!path.empty()) io.out << "wrote           " << path << "\n";
-  }
+  PrintWritten(flags, io.out);
   return kExitOk;
 }
 

@@ -29,7 +29,7 @@ std::string MethodText(const v1::Certificate& certificate) {
 
 std::string StorageText(v1::DataType dtype, double bits) {
   std::string text = absl::StrFormat("%.2f bits a weight", bits);
-  if (bits > 0) {
+  if (bits > 0 && DataTypeBytes(dtype) > 0) {
     absl::StrAppendFormat(&text, ", %.2f times smaller than %s",
                           8 * static_cast<double>(DataTypeBytes(dtype)) / bits,
                           DataTypeName(dtype));
@@ -108,10 +108,11 @@ std::string SummaryText(const std::string& layer, v1::DataType weight_dtype,
                         const v1::Certificate& certificate) {
   const int64_t rows = certificate.rows();
   const int64_t features = certificate.features();
+  const std::string dtype = weight_dtype == v1::DATA_TYPE_UNSPECIFIED
+                                ? ""
+                                : absl::StrCat(" ", DataTypeName(weight_dtype));
   std::string text;
-  Line(&text, "layer",
-       absl::StrFormat("%s [%d, %d] %s", Printable(layer), rows, features,
-                       DataTypeName(weight_dtype)));
+  Line(&text, "layer", absl::StrFormat("%s [%d, %d]%s", Printable(layer), rows, features, dtype));
   Line(&text, "method", MethodText(certificate));
   if (certificate.outcome() == v1::OUTCOME_FELL_BACK_TO_NEAREST) {
     Line(&text, "outcome", "FELL BACK TO PLAIN ROUNDING: every damping attempt failed");
@@ -133,6 +134,9 @@ std::string SummaryText(const std::string& layer, v1::DataType weight_dtype,
            weights > 0 ? 100 * static_cast<double>(certificate.clipped_weights()) / weights : 0.0,
            certificate.clipped_rows(), rows));
   Line(&text, "features", absl::StrFormat("%d dead of %d", certificate.dead_features(), features));
+  if (!certificate.calibration_id().empty()) {
+    Line(&text, "calibration", Printable(certificate.calibration_id()));
+  }
   Line(&text, "tokens",
        absl::StrFormat("%d fitted, %d held out", certificate.tokens(),
                        certificate.held_out_tokens()));

@@ -10,7 +10,8 @@
 
 namespace certiq::cli {
 
-// Aligned lines, each with its newline. What the certificate does not say is left out.
+// Aligned lines, each with its newline. What the certificate does not say is left out, and the type
+// of the weights where it is DATA_TYPE_UNSPECIFIED.
 std::string SummaryText(const std::string& layer, v1::DataType weight_dtype,
                         const v1::Certificate& certificate);
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
@@ -113,6 +114,22 @@ class TokenInterceptors final : public grpc::experimental::ClientInterceptorFact
 };
 
 }  // namespace
+
+absl::Status CheckAddress(const std::string& address) {
+  const size_t colon = address.rfind(':');
+  const absl::string_view host = HostOf(address);
+  int port = 0;
+  const bool bracketed = absl::StartsWith(address, "[") && colon != std::string::npos &&
+                         colon > 0 && address[colon - 1] == ']';
+  if (colon == std::string::npos || host.empty() ||
+      (host.find(':') != absl::string_view::npos && !bracketed) ||
+      host.find_first_of("/ []") != absl::string_view::npos ||
+      !absl::SimpleAtoi(address.substr(colon + 1), &port) || port < 1 || port > 65535) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("address: expected HOST:PORT, got \"", address, "\""));
+  }
+  return absl::OkStatus();
+}
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const ClientOptions& options) {
   if (absl::Status status = CheckToken(options); !status.ok()) return status;

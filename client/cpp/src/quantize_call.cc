@@ -2,38 +2,13 @@
 
 #include <algorithm>
 #include <memory>
-#include <optional>
-#include <string>
 #include <thread>
 #include <utility>
 
-#include "absl/strings/match.h"
-#include "certiq/status.h"
 #include "request_check.h"
+#include "rows.h"
 
 namespace certiq {
-namespace {
-
-// `count` rows from `first` on of a matrix of `rows` rows.
-absl::string_view Rows(const TensorView& matrix, int64_t first, int64_t count) {
-  const size_t row_bytes = matrix.data.size() / static_cast<size_t>(matrix.shape[0]);
-  return matrix.data.substr(static_cast<size_t>(first) * row_bytes,
-                            static_cast<size_t>(count) * row_bytes);
-}
-
-int64_t RowBytes(const std::optional<TensorView>& matrix) {
-  return matrix.has_value() ? static_cast<int64_t>(matrix->data.size()) / matrix->shape[0] : 0;
-}
-
-// Whether the status is a server's. One that refuses before it reads anything leaves neither a
-// write nor a read behind; but once there is a connection, the peer has an address family.
-bool Answered(const grpc::ClientContext& context, const grpc::Status& status) {
-  const std::string peer = context.peer();
-  return status.error_code() != grpc::StatusCode::UNAVAILABLE || absl::StartsWith(peer, "ipv4:") ||
-         absl::StartsWith(peer, "ipv6:");
-}
-
-}  // namespace
 
 QuantizeCall::QuantizeCall(v1::QuantizationService::StubInterface* stub,
                            const QuantizeRequestData& request, const QuantizeOptions& options,
@@ -46,32 +21,23 @@ QuantizeCall::QuantizeCall(v1::QuantizationService::StubInterface* stub,
       collector_(request.weight.shape[0], request.weight.shape[1]) {}
 
 AttemptOutcome QuantizeCall::Run(absl::Time deadline, QuantizeResult* result) {
-  const absl::Time start = absl::Now();
-  if (deadline != absl::InfiniteFuture()) context_.set_deadline(absl::ToChronoTime(deadline));
-  // Runs at once if the token was stopped before; gone before the context is.
-  const std::stop_callback cancel(options_.cancel, [this] { context_.TryCancel(); });
-
-  const std::unique_ptr<Stream> stream = stub_->Quantize(&context_);
+  CallContext context(deadline, options_.cancel);
+  const std::unique_ptr<Stream> stream = stub_->Quantize(context.get());
   bool uploaded = false;
   {
-    const std::jthread reader([this, &stream] { ReadAll(stream.get()); });
+    const std::jthread reader([this, &stream, &context] { ReadAll(stream.get(), &context); });
     uploaded = Upload(stream.get());
   }
   const grpc::Status grpc_status = stream->Finish();
 
-  AttemptOutcome outcome;
-  outcome.reached_server = wrote_ || read_ || Answered(context_, grpc_status);
+  AttemptOutcome outcome = context.Outcome(grpc_status, wrote_ || read_);
   outcome.result_started = collector_.started();
-  outcome.elapsed = absl::Now() - start;
   if (!read_error_.ok()) {
     outcome.status = read_error_;
     outcome.local = true;
     return outcome;
   }
-  if (!grpc_status.ok()) {
-    outcome.status = FromGrpcStatus(grpc_status);
-    return outcome;
-  }
+  if (!grpc_status.ok()) return outcome;
   outcome.local = true;
   if (!uploaded) {
     outcome.status = absl::InternalError(
@@ -96,26 +62,18 @@ bool QuantizeCall::Upload(Stream* stream) {
 }
 
 bool QuantizeCall::UploadWeight(Stream* stream) {
-  const TensorView& weight = request_.weight;
-  const int64_t rows = weight.shape[0];
-  const int64_t step = std::max<int64_t>(1, chunk_bytes_ / RowBytes(weight));
-  v1::QuantizeRequest frame;
-  for (int64_t row = 0; row < rows; row += step) {
-    const absl::string_view data = Rows(weight, row, std::min(step, rows - row));
-    v1::TensorChunk* const chunk = frame.mutable_weight();
-    chunk->set_row_offset(row);
-    chunk->mutable_data()->assign(data.data(), data.size());
-    if (!Send(stream, frame, data.size())) return false;
-  }
-  return true;
+  return SendWeight<v1::QuantizeRequest>(
+      request_.weight, chunk_bytes_,
+      [&](const v1::QuantizeRequest& frame, size_t bytes) { return Send(stream, frame, bytes); });
 }
 
 bool QuantizeCall::UploadActivations(Stream* stream) {
   if (!request_.x.has_value()) return true;
   const TensorView& x = *request_.x;
   const int64_t rows = x.shape[0];
-  const int64_t row_bytes = RowBytes(request_.x) + RowBytes(request_.x_quantized);
-  const int64_t step = std::max<int64_t>(1, chunk_bytes_ / row_bytes);
+  const int64_t row_bytes =
+      RowBytes(x) + (request_.x_quantized.has_value() ? RowBytes(*request_.x_quantized) : 0);
+  const int64_t step = RowsInChunk(chunk_bytes_, row_bytes);
   v1::QuantizeRequest frame;
   for (int64_t row = 0; row < rows; row += step) {
     const int64_t count = std::min(step, rows - row);
@@ -142,7 +100,7 @@ bool QuantizeCall::Send(Stream* stream, const v1::QuantizeRequest& frame, size_t
   return true;
 }
 
-void QuantizeCall::ReadAll(Stream* stream) {
+void QuantizeCall::ReadAll(Stream* stream, CallContext* context) {
   v1::QuantizeResponse frame;
   while (stream->Read(&frame)) {
     read_ = true;
@@ -152,7 +110,7 @@ void QuantizeCall::ReadAll(Stream* stream) {
       continue;
     }
     read_error_ = collector_.Add(frame);
-    if (!read_error_.ok()) context_.TryCancel();
+    if (!read_error_.ok()) context->get()->TryCancel();
   }
   reading_ended_.store(true, std::memory_order_relaxed);
 }

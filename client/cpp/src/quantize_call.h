@@ -12,8 +12,8 @@
 #include "certiq/client.h"
 #include "certiq/retry.h"
 #include "certiq/v1/quantization_service.grpc.pb.h"
-#include "grpcpp/client_context.h"
 #include "result_collector.h"
+#include "tries.h"
 
 namespace certiq {
 
@@ -43,7 +43,7 @@ class QuantizeCall {
   bool UploadWeight(Stream* stream);
   bool UploadActivations(Stream* stream);
   bool Send(Stream* stream, const v1::QuantizeRequest& frame, size_t tensor_bytes);
-  void ReadAll(Stream* stream);
+  void ReadAll(Stream* stream, CallContext* context);
   void Report(const ProgressEvent& event);
 
   v1::QuantizationService::StubInterface* const stub_;
@@ -52,7 +52,6 @@ class QuantizeCall {
   const int64_t chunk_bytes_;
   const int64_t total_bytes_;
 
-  grpc::ClientContext context_;
   std::mutex progress_mutex_;  // One progress event at a time.
   std::atomic<bool> reading_ended_{false};
 

@@ -17,7 +17,7 @@ std::string Named(const TensorView& tensor) {
                       ShapeText(tensor.shape));
 }
 
-absl::Status CheckMatrix(const char* field, const TensorView& tensor) {
+absl::Status CheckMatrix(absl::string_view field, const TensorView& tensor) {
   if (tensor.shape.size() != 2 || tensor.shape[0] < 1 || tensor.shape[1] < 1) {
     return Invalid(absl::StrCat(field, ".shape"),
                    absl::StrCat("expected two dimensions of at least 1, got ", Named(tensor)));
@@ -40,6 +40,8 @@ absl::Status CheckRow(const char* field, int64_t row_bytes) {
 
 int64_t RowBytes(const TensorView& tensor) { return tensor.shape[1] * DataTypeBytes(tensor.dtype); }
 
+}  // namespace
+
 v1::TensorHeader HeaderOf(const TensorView& tensor) {
   v1::TensorHeader header;
   header.set_name(tensor.name);
@@ -48,16 +50,33 @@ v1::TensorHeader HeaderOf(const TensorView& tensor) {
   return header;
 }
 
-}  // namespace
-
-absl::Status CheckRequest(const QuantizeRequestData& request) {
-  const TensorView& weight = request.weight;
+absl::Status CheckWeight(const TensorView& weight) {
   if (absl::Status status = CheckMatrix("weight", weight); !status.ok()) return status;
   if (!IsFloatingPoint(weight.dtype)) {
     return Invalid("weight.dtype",
                    absl::StrCat("expected F64, F32, F16 or BF16, got ", Named(weight)));
   }
-  if (absl::Status status = CheckRow("weight.shape", RowBytes(weight)); !status.ok()) return status;
+  return CheckRow("weight.shape", RowBytes(weight));
+}
+
+absl::Status CheckActivations(const TensorView& x, const std::optional<TensorView>& x_quantized) {
+  if (absl::Status status = CheckMatrix("x", x); !status.ok()) return status;
+  int64_t row_bytes = RowBytes(x);
+  if (x_quantized.has_value()) {
+    if (absl::Status status = CheckMatrix("x_quantized", *x_quantized); !status.ok()) return status;
+    if (x_quantized->shape != x.shape) {
+      return Invalid("x_quantized.shape",
+                     absl::StrCat("expected ", ShapeText(x.shape), " to match x ", Named(x),
+                                  ", got x_quantized ", Named(*x_quantized)));
+    }
+    row_bytes += RowBytes(*x_quantized);
+  }
+  return CheckRow("x.shape", row_bytes);
+}
+
+absl::Status CheckRequest(const QuantizeRequestData& request) {
+  const TensorView& weight = request.weight;
+  if (absl::Status status = CheckWeight(weight); !status.ok()) return status;
   if (!request.x.has_value()) {
     if (request.x_quantized.has_value()) {
       return Invalid("x_quantized", "expected x beside it, got x_quantized alone");
@@ -68,24 +87,13 @@ absl::Status CheckRequest(const QuantizeRequestData& request) {
     return absl::OkStatus();
   }
   const TensorView& x = *request.x;
-  if (absl::Status status = CheckMatrix("x", x); !status.ok()) return status;
+  if (absl::Status status = CheckActivations(x, request.x_quantized); !status.ok()) return status;
   if (x.shape[1] != weight.shape[1]) {
     return Invalid("x.shape", absl::StrCat("expected [tokens, ", weight.shape[1],
                                            "] to match the features of weight ", Named(weight),
                                            ", got x ", Named(x)));
   }
-  int64_t row_bytes = RowBytes(x);
-  if (request.x_quantized.has_value()) {
-    const TensorView& x_quantized = *request.x_quantized;
-    if (absl::Status status = CheckMatrix("x_quantized", x_quantized); !status.ok()) return status;
-    if (x_quantized.shape != x.shape) {
-      return Invalid("x_quantized.shape",
-                     absl::StrCat("expected ", ShapeText(x.shape), " to match x ", Named(x),
-                                  ", got x_quantized ", Named(x_quantized)));
-    }
-    row_bytes += RowBytes(x_quantized);
-  }
-  return CheckRow("x.shape", row_bytes);
+  return absl::OkStatus();
 }
 
 v1::QuantizeHeader MakeHeader(const QuantizeRequestData& request) {

@@ -1,11 +1,13 @@
 #include "result_collector.h"
 
+#include <algorithm>
 #include <set>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "google/protobuf/unknown_field_set.h"
+#include "google/protobuf/util/message_differencer.h"
 
 namespace certiq {
 namespace {
@@ -23,6 +25,12 @@ absl::Status Broken(const Parts&... parts) {
 int64_t SaturatingProduct(int64_t a, int64_t b) {
   int64_t product = 0;
   return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
+}
+
+absl::Status WithoutPayload(const google::protobuf::Message& frame) {
+  // A kind of frame of a newer contract may be skipped: what is required is checked at the end.
+  if (!frame.GetReflection()->GetUnknownFields(frame).empty()) return absl::OkStatus();
+  return Broken("frame: expected a payload, got none");
 }
 
 }  // namespace
@@ -53,14 +61,40 @@ absl::Status ResultCollector::Add(const v1::QuantizeResponse& frame) {
     case v1::QuantizeResponse::PAYLOAD_NOT_SET:
       break;
   }
-  // A kind of frame of a newer contract may be skipped: what is required is checked at the end.
-  if (!frame.GetReflection()->GetUnknownFields(frame).empty()) return absl::OkStatus();
-  return Broken("frame: expected a payload, got none");
+  return WithoutPayload(frame);
+}
+
+absl::Status ResultCollector::Add(const v1::ReadResultResponse& frame) {
+  switch (frame.payload_case()) {
+    case v1::ReadResultResponse::kResult:
+      return AddHeader(frame.result());
+    case v1::ReadResultResponse::kData:
+      return AddBytes(frame.data());
+    case v1::ReadResultResponse::kCertificate:
+      return AddCertificate(frame.certificate());
+    case v1::ReadResultResponse::PAYLOAD_NOT_SET:
+      break;
+  }
+  return WithoutPayload(frame);
+}
+
+void ResultCollector::Resume() {
+  header_came_ = false;
+  certificate_started_ = false;
+  certificate_bytes_ = 0;
+  result_.certificate.Clear();
 }
 
 absl::Status ResultCollector::AddHeader(const v1::ResultHeader& header) {
-  if (started_) return Broken("result: expected one header, got a second one");
+  if (header_came_) return Broken("result: expected one header, got a second one");
+  header_came_ = true;
+  if (started_) {
+    return google::protobuf::util::MessageDifferencer::Equals(header, header_)
+               ? absl::OkStatus()
+               : Broken("result: expected the header that came first, got another one");
+  }
   started_ = true;
+  header_ = header;
   if (header.tensors().empty() || header.tensors_size() > kMaxTensors) {
     return Broken("result.tensors: expected 1 to ", kMaxTensors, ", got ", header.tensors_size());
   }
@@ -110,7 +144,7 @@ absl::Status ResultCollector::AddHeader(const v1::ResultHeader& header) {
 }
 
 absl::Status ResultCollector::AddChunk(const v1::ResultChunk& chunk) {
-  if (!started_) return Broken("chunk: expected the result header first");
+  if (!header_came_) return Broken("chunk: expected the result header first");
   if (certificate_started_) return Broken("chunk: expected none after the certificate");
   if (chunk.tensor() < 0 || static_cast<size_t>(chunk.tensor()) >= result_.tensors.size()) {
     return Broken("chunk.tensor: expected an index below ", result_.tensors.size(), ", got ",
@@ -134,11 +168,34 @@ absl::Status ResultCollector::AddChunk(const v1::ResultChunk& chunk) {
                   chunk.data().size());
   }
   tensor.data += chunk.data();
+  received_bytes_ += static_cast<int64_t>(chunk.data().size());
+  return absl::OkStatus();
+}
+
+absl::Status ResultCollector::AddBytes(const v1::ResultBytes& bytes) {
+  if (!header_came_) return Broken("data: expected the result header first");
+  if (certificate_started_) return Broken("data: expected none after the certificate");
+  if (bytes.byte_offset() != received_bytes_) {
+    return Broken("data.byte_offset: expected ", received_bytes_, ", got ", bytes.byte_offset());
+  }
+  const auto missing = static_cast<uint64_t>(header_.total_bytes() - received_bytes_);
+  if (bytes.data().empty() || bytes.data().size() > missing) {
+    return Broken("data: expected 1 to ", missing, " bytes, got ", bytes.data().size());
+  }
+  absl::string_view rest = bytes.data();
+  while (!rest.empty()) {
+    const size_t index = FirstIncomplete();
+    std::string& data = result_.tensors[index].data;
+    const auto room = static_cast<size_t>(expected_bytes_[index]) - data.size();
+    data.append(rest.data(), std::min(room, rest.size()));
+    rest.remove_prefix(std::min(room, rest.size()));
+  }
+  received_bytes_ += static_cast<int64_t>(bytes.data().size());
   return absl::OkStatus();
 }
 
 absl::Status ResultCollector::AddCertificate(const v1::Certificate& certificate) {
-  if (!started_) return Broken("certificate: expected the result header first");
+  if (!header_came_) return Broken("certificate: expected the result header first");
   if (const size_t index = FirstIncomplete(); index < result_.tensors.size()) {
     return Broken("certificate: expected every row of \"", result_.tensors[index].name, "\" first");
   }
@@ -163,7 +220,7 @@ size_t ResultCollector::FirstIncomplete() const {
 }
 
 absl::StatusOr<QuantizeResult> ResultCollector::Finish() && {
-  if (!started_) return absl::DataLossError("the server ended the call without a result");
+  if (!header_came_) return absl::DataLossError("the server ended the call without a result");
   if (const size_t index = FirstIncomplete(); index < result_.tensors.size()) {
     const OwnedTensor& tensor = result_.tensors[index];
     return absl::DataLossError(absl::StrCat("the server ended the call within tensor \"",

@@ -8,13 +8,15 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "certiq/client.h"
+#include "certiq/v1/job_service.pb.h"
 #include "certiq/v1/quantization_service.pb.h"
 
 namespace certiq {
 
-// Order of the frames: result header, chunks (each tensor's rows in order), certificate; progress
-// anywhere. Memory is bounded by what a [rows, features] layer can come to, whatever the header
-// claims. Not thread-safe.
+// Order of the frames: result header, the tensors' bytes, certificate; progress anywhere. The bytes
+// come as chunks (each tensor's rows in order) from Quantize, as runs of all tensors' bytes from
+// ReadResult, which may begin where an earlier stream broke. Memory is bounded by what a [rows,
+// features] layer can come to, whatever the header claims. Not thread-safe.
 class ResultCollector {
  public:
   // The shape of the weights that were sent.
@@ -23,6 +25,14 @@ class ResultCollector {
   // Takes a frame other than progress. INTERNAL where it breaks the contract; nothing after that
   // makes sense.
   absl::Status Add(const v1::QuantizeResponse& frame);
+  absl::Status Add(const v1::ReadResultResponse& frame);
+
+  // A new stream of ReadResult begins: the same header again, then the bytes from received_bytes()
+  // on, then the whole certificate.
+  void Resume();
+
+  // Of all tensors.
+  int64_t received_bytes() const { return received_bytes_; }
 
   // A result header came.
   bool started() const { return started_; }
@@ -36,6 +46,7 @@ class ResultCollector {
  private:
   absl::Status AddHeader(const v1::ResultHeader& header);
   absl::Status AddChunk(const v1::ResultChunk& chunk);
+  absl::Status AddBytes(const v1::ResultBytes& bytes);
   absl::Status AddCertificate(const v1::Certificate& certificate);
   // The first tensor that misses rows; size() if none does.
   size_t FirstIncomplete() const;
@@ -43,6 +54,9 @@ class ResultCollector {
   const int64_t rows_;
   const int64_t features_;
   bool started_ = false;
+  bool header_came_ = false;  // In this stream.
+  v1::ResultHeader header_;
+  int64_t received_bytes_ = 0;
   bool certificate_started_ = false;
   uint64_t certificate_bytes_ = 0;
   std::vector<int64_t> row_bytes_;

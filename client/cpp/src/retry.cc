@@ -20,9 +20,12 @@ bool SleepUnlessStopped(absl::Duration duration, const std::stop_token& stop) {
 }
 
 std::optional<absl::Duration> Backoff::NextDelay(const AttemptOutcome& outcome) {
+  if (outcome.progressed) {
+    attempts_ = 0;
+    unreachable_ = stuck_ = absl::ZeroDuration();
+  }
   ++attempts_;
   if (outcome.status.ok() || outcome.local || outcome.result_started) return std::nullopt;
-  if (attempts_ >= policy_.max_attempts) return std::nullopt;
 
   const std::optional<absl::Duration> server_delay = DetailsOf(outcome.status).retry_delay;
   const bool unavailable = absl::IsUnavailable(outcome.status);
@@ -38,11 +41,20 @@ std::optional<absl::Duration> Backoff::NextDelay(const AttemptOutcome& outcome) 
     // The jitter comes on top: earlier than asked would only be refused again.
     delay = *server_delay + std::min(delay, *server_delay / 4);
   }
-  if (!outcome.reached_server) {
-    unreachable_ += outcome.elapsed + delay;
-    if (unreachable_ > policy_.unreachable_budget) return std::nullopt;
-  }
+  if (!MayRepeat(outcome, delay)) return std::nullopt;
   return delay;
+}
+
+bool Backoff::MayRepeat(const AttemptOutcome& outcome, absl::Duration delay) {
+  if (outcome.resumable) {
+    // What a try that got further took was no waste.
+    stuck_ += delay + (outcome.progressed ? absl::ZeroDuration() : outcome.elapsed);
+    return stuck_ <= policy_.resume_budget;
+  }
+  if (attempts_ >= policy_.max_attempts) return false;
+  if (outcome.reached_server) return true;
+  unreachable_ += outcome.elapsed + delay;
+  return unreachable_ <= policy_.unreachable_budget;
 }
 
 }  // namespace certiq

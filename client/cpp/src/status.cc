@@ -27,21 +27,28 @@ bool ReadDetail(const absl::Status& status, Message* detail) {
 
 }  // namespace
 
-absl::Status FromGrpcStatus(const grpc::Status& status) {
-  if (status.ok()) return absl::OkStatus();
-  const auto code = static_cast<absl::StatusCode>(status.error_code());
+absl::Status FromRpcStatus(const google::rpc::Status& status) {
+  if (status.code() == 0) return absl::OkStatus();
+  const auto code = static_cast<absl::StatusCode>(status.code());
   // A code of a newer gRPC becomes UNKNOWN; it must never become OK.
-  const bool known = absl::StatusCodeToString(code)[0] != '\0' && code != absl::StatusCode::kOk;
-  absl::Status result(known ? code : absl::StatusCode::kUnknown, status.error_message());
-  google::rpc::Status details;
-  if (!details.ParseFromString(status.error_details())) return result;
-  for (const auto& detail : details.details()) {
+  const bool known = absl::StatusCodeToString(code)[0] != '\0';
+  absl::Status result(known ? code : absl::StatusCode::kUnknown, status.message());
+  for (const auto& detail : status.details()) {
     // Several details of a type concatenate: that is how protobuf merges messages.
     absl::Cord payload = result.GetPayload(detail.type_url()).value_or(absl::Cord());
     payload.Append(detail.value());
     result.SetPayload(detail.type_url(), payload);
   }
   return result;
+}
+
+absl::Status FromGrpcStatus(const grpc::Status& status) {
+  google::rpc::Status rpc;
+  if (!rpc.ParseFromString(status.error_details())) rpc.Clear();
+  // These say it for certain.
+  rpc.set_code(status.error_code());
+  rpc.set_message(status.error_message());
+  return FromRpcStatus(rpc);
 }
 
 ErrorDetails DetailsOf(const absl::Status& status) {

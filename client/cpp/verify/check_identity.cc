@@ -21,6 +21,23 @@ void CheckSpec(const v1::Certificate& c, Ledger& ledger) {
                spec.bits() + (scale_bits + zero_bits) * groups / n, 1e-12);
 }
 
+// The activations came with the call, whose digests the certificate then has, or they were summed
+// before, where only the sums have one.
+void CheckInputs(const Sources& sources, const v1::Certificate& c, Ledger& ledger) {
+  const bool summed = !c.calibration_id().empty();
+  ledger.Same("x_sha256", c.x_sha256(), summed ? "" : Sha256Hex(sources.x.data));
+  ledger.Same(
+      "x_quantized_sha256", c.x_quantized_sha256(),
+      sources.x_quantized.has_value() && !summed ? Sha256Hex(sources.x_quantized->data) : "");
+  if (summed) {
+    ledger.NotChecked("calibration_id, sums_sha256",
+                      "of sums that are not given; that they are those of these activations shows "
+                      "in the numbers");
+  } else {
+    ledger.Same("sums_sha256", c.sums_sha256(), "");
+  }
+}
+
 }  // namespace
 
 void OptionalClose(absl::string_view name, bool present, double certified,
@@ -37,9 +54,7 @@ void OptionalClose(absl::string_view name, bool present, double certified,
 void CheckIdentity(const Sources& sources, const v1::Certificate& c, Ledger& ledger) {
   ledger.Count("schema_version", c.schema_version(), 1, 1);
   ledger.Same("weights_sha256", c.weights_sha256(), Sha256Hex(sources.weight.data));
-  ledger.Same("x_sha256", c.x_sha256(), Sha256Hex(sources.x.data));
-  ledger.Same("x_quantized_sha256", c.x_quantized_sha256(),
-              sources.x_quantized.has_value() ? Sha256Hex(sources.x_quantized->data) : "");
+  CheckInputs(sources, c, ledger);
   ledger.Count("rows", c.rows(), sources.weight.shape[0], sources.weight.shape[0]);
   ledger.Count("features", c.features(), sources.weight.shape[1], sources.weight.shape[1]);
   CheckSpec(c, ledger);

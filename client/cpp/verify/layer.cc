@@ -105,6 +105,11 @@ absl::StatusOr<Layer> LoadLayer(const Sources& sources, const v1::Certificate& c
         "held_out_fraction, held_out_block_rows: expected 0 to 0.5 and at least 1, got ", fraction,
         " and ", certificate.held_out_block_rows()));
   }
+  if (!certificate.calibration_id().empty() && fraction > 0) {
+    return absl::UnimplementedError(
+        "the certificate is of a calibration that held tokens out, stream by stream: which ones "
+        "cannot be told from the activations");
+  }
   Layer layer;
   absl::StatusOr<Quantized> q =
       ReadQuantized(spec, sources.weight.shape[0], sources.weight.shape[1], sources.result);

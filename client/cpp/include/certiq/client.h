@@ -95,7 +95,8 @@ struct RetryNotice {
 
 using ProgressEvent = std::variant<UploadProgress, v1::Progress, RetryNotice>;
 
-struct QuantizeOptions {
+// Of any call of the library.
+struct CallOptions {
   // Called for one event at a time, from the calling thread or one of the client's: it must not
   // throw and should return soon, for the stream waits for it.
   std::function<void(const ProgressEvent&)> progress = {};
@@ -104,6 +105,8 @@ struct QuantizeOptions {
   // Stopping it, from any thread, ends the call with CANCELLED.
   std::stop_token cancel = {};
 };
+
+using QuantizeOptions = CallOptions;
 
 struct QuantizeResult {
   // As the server named them: by role, "weight", "scales", … Sizes are checked.

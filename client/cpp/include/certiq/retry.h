@@ -25,6 +25,9 @@ struct RetryPolicy {
   absl::Duration max_server_delay = absl::Seconds(60);
   // How long a server that nobody could reach is tried for: attempts and waits together.
   absl::Duration unreachable_budget = absl::Seconds(2);
+  // How long a stream that was open once is tried without getting further: attempts and waits
+  // together. A server that restarts needs more time than a wrong address deserves.
+  absl::Duration resume_budget = absl::Minutes(2);
 };
 
 // How one attempt ended.
@@ -36,6 +39,11 @@ struct AttemptOutcome {
   bool result_started = false;
   // The error was found here, in what the server sent: it would do so again.
   bool local = false;
+  // It goes on from where it broke: resume_budget holds instead of max_attempts and
+  // unreachable_budget.
+  bool resumable = false;
+  // It got further than every try before: the counts begin anew.
+  bool progressed = false;
   absl::Duration elapsed = {};
 };
 
@@ -55,14 +63,18 @@ class Backoff {
   // wait is never shorter than RetryInfo's.
   std::optional<absl::Duration> NextDelay(const AttemptOutcome& outcome);
 
-  // Tries that NextDelay was told of.
+  // Tries that NextDelay was told of since the last one that got further.
   int attempts() const { return attempts_; }
 
  private:
+  // Within the budgets, which `delay` uses up.
+  bool MayRepeat(const AttemptOutcome& outcome, absl::Duration delay);
+
   RetryPolicy policy_;
   absl::BitGen random_;
   int attempts_ = 0;
   absl::Duration unreachable_;
+  absl::Duration stuck_;
 };
 
 }  // namespace certiq

@@ -14,6 +14,10 @@ namespace grpc {
 class Status;
 }  // namespace grpc
 
+namespace google::rpc {
+class Status;
+}  // namespace google::rpc
+
 namespace certiq {
 
 // A field of the request that is at fault (google.rpc.BadRequest), such as "spec.bits".
@@ -41,6 +45,9 @@ struct ErrorDetails {
 // google.rpc detail as a payload under its type URL. Details that do not parse are dropped: they
 // must not hide the error they came with.
 absl::Status FromGrpcStatus(const grpc::Status& status);
+
+// The same for a status within a message, such as why a job failed.
+absl::Status FromRpcStatus(const google::rpc::Status& status);
 
 // Reads the details back.
 ErrorDetails DetailsOf(const absl::Status& status);
