@@ -44,6 +44,8 @@ struct LayerCertificate {
   double lambda_requested = 0;
   double lambda_used = 0;
   std::vector<DampingAttempt> damping_attempts;
+  // Of the ladder's runs, which `damping_attempts` does not have (V2).
+  std::vector<StabilityCause> ladder_failures;
   double condition_estimate = 0;
 
   double squared_error = 0;

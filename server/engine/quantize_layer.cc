@@ -39,10 +39,10 @@ absl::Status CheckProblem(const LayerProblem& problem) {
     return PreconditionError("TOKENS", "x", "there are no calibration tokens to fit");
   }
   if (problem.statistics->tokens < problem.spec.min_tokens) {
-    return PreconditionError("TOKENS", "spec.min_tokens",
-                             absl::StrCat("the spec asks for ", problem.spec.min_tokens,
-                                          " tokens to fit, there are ",
-                                          problem.statistics->tokens));
+    return PreconditionError(
+        "TOKENS", "spec.min_tokens",
+        absl::StrCat("the spec asks for ", problem.spec.min_tokens, " tokens to fit, there are ",
+                     problem.statistics->tokens));
   }
   const bool held_out = problem.held_out != nullptr && problem.held_out->tokens > 0;
   if (problem.spec.NeedsHeldOut() && problem.spec.method != Method::kNearest && !held_out) {
@@ -118,7 +118,7 @@ absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSp
   double best_ratio = 0;
   double least = std::numeric_limits<double>::infinity();
   absl::Status last;
-  std::vector<StabilityCause> failures;
+  std::vector<StabilityCause>& failures = certificate.ladder_failures;
   for (const double ratio : spec.damping_ladder) {
     absl::StatusOr<Fit> fit = RunFit(step_spec, layer, ratio * unit, context, certificate.seconds);
     if (!fit.ok()) {
@@ -130,6 +130,9 @@ absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSp
       certificate.warnings.push_back(
           absl::StrCat("ladder step ", ratio, " was left out: ", last.message()));
       continue;
+    }
+    for (const DampingAttempt& attempt : fit->damping->attempts) {
+      if (attempt.cause != StabilityCause::kNone) failures.push_back(attempt.cause);
     }
     certificate.factor_flops += FactorFlops(*fit, layer.statistics().features());
     const absl::StatusOr<double> error = UnseenError(*unseen, layer, *fit, context);

@@ -1,7 +1,5 @@
 #include "jobs/job_report.h"
 
-#include <optional>
-
 #include "engine/status.h"
 
 namespace certiq::jobs {
@@ -29,6 +27,9 @@ void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status
     observer.PhaseTook(method, engine::Phase::kCertify, seconds.certify);
     observer.PhaseTook(method, engine::Phase::kReference, seconds.reference);
     observer.PhaseTook(method, engine::Phase::kPack, seconds.pack);
+    for (const engine::StabilityCause cause : certificate->ladder_failures) {
+      observer.StabilityFailed(method, cause);
+    }
     for (const engine::DampingAttempt& attempt : certificate->damping_attempts) {
       if (attempt.cause != engine::StabilityCause::kNone) {
         observer.StabilityFailed(method, attempt.cause);

@@ -4,7 +4,6 @@
 #define CERTIQ_JOBS_OBSERVER_H_
 
 #include <cstdint>
-#include <optional>
 
 #include "engine/certificate.h"
 #include "engine/run_context.h"
@@ -33,9 +32,8 @@ class Observer {
   // Wall clock that a job spent in a phase.
   virtual void PhaseTook(engine::Method /*method*/, engine::Phase /*phase*/, double /*seconds*/) {}
   // A damping attempt was not accepted; told whether or not the job succeeded
-  // in the end. No cause: it is not known.
-  virtual void StabilityFailed(engine::Method /*method*/,
-                               std::optional<engine::StabilityCause> /*cause*/) {}
+  // in the end.
+  virtual void StabilityFailed(engine::Method /*method*/, engine::StabilityCause /*cause*/) {}
   // `rows` tokens of `features` values, `bytes` as sent, went into sums.
   virtual void ActivationsFolded(int64_t /*rows*/, int64_t /*features*/, int64_t /*bytes*/) {}
   virtual void Rejected(Rejection /*reason*/) {}

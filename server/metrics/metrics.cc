@@ -34,7 +34,8 @@ constexpr std::array kTimedPhases = {engine::Phase::kQueue, engine::Phase::kFact
 constexpr std::array kRejections = {"invalid", "not_offered", "queue_full", "over_budget",
                                     "draining"};
 // StabilityCause::kNone is no failure; its place is taken by what is not known.
-constexpr std::array kCauses = {"unknown", "pivot", "non_finite", "condition"};
+// The first stands for no failure.
+constexpr std::array kCauses = {"", "pivot", "non_finite", "condition"};
 constexpr int kMinBits = 2;
 constexpr int kMaxBits = 8;
 constexpr size_t kBits = kMaxBits - kMinBits + 1;
@@ -91,11 +92,13 @@ struct Metrics::Families {
   Counter* flops_statistics;
   Counter* flops_factor;
   Counter* flops_round;
-  Table<Counter, kMethods.size(), kCauses.size()> stability_failures;
+  Table<Counter, kMethods.size(), kCauses.size()> stability_failures = {};
   std::array<Counter*, kMethods.size()> fallbacks;
   Histogram* lambda_ratio;
   Table<Histogram, kMethods.size(), kBits> relative_error;
   Table<Histogram, kMethods.size(), kBits> bound_tightness;
+  Counter* factor_hits;
+  Counter* factor_misses;
   Counter* clipped_weights;
   Counter* dead_features;
   Gauge* budget;
@@ -135,7 +138,7 @@ struct Metrics::Families {
         job_seconds[m][p] =
             &seconds.Add({{"method", kMethods[m]}, {"phase", kPhases[p]}}, SecondsBuckets());
       }
-      for (size_t c = 0; c < kCauses.size(); ++c) {
+      for (size_t c = 1; c < kCauses.size(); ++c) {
         stability_failures[m][c] = &failures.Add({{"method", kMethods[m]}, {"cause", kCauses[c]}});
       }
       fallbacks[m] = &fallback.Add({{"method", kMethods[m]}});
@@ -186,6 +189,11 @@ struct Metrics::Families {
     flops_statistics = &flops.Add({{"phase", "statistics"}});
     flops_factor = &flops.Add({{"phase", "factor"}});
     flops_round = &flops.Add({{"phase", "round"}});
+    auto& cache = Counters("certiq_factor_cache_total",
+                           "Factors that jobs of a calibration asked for: kept from before or "
+                           "made by another job (hit), or made (miss).");
+    factor_hits = &cache.Add({{"result", "hit"}});
+    factor_misses = &cache.Add({{"result", "miss"}});
     clipped_weights =
         &Counters("certiq_clipped_weights_total", "Weights that the grid clipped.").Add({});
     dead_features =
@@ -289,9 +297,10 @@ void Metrics::PhaseTook(engine::Method method, engine::Phase phase, double secon
   if (histogram != nullptr) histogram->Observe(seconds);
 }
 
-void Metrics::StabilityFailed(engine::Method method, std::optional<engine::StabilityCause> cause) {
-  const size_t c = static_cast<size_t>(cause.value_or(engine::StabilityCause::kNone));
-  families_->stability_failures[Index(method)][c]->Increment();
+void Metrics::StabilityFailed(engine::Method method, engine::StabilityCause cause) {
+  Counter* const failures =
+      families_->stability_failures[Index(method)][static_cast<size_t>(cause)];
+  if (failures != nullptr) failures->Increment();
 }
 
 void Metrics::ActivationsFolded(int64_t rows, int64_t features, int64_t bytes) {
@@ -303,6 +312,10 @@ void Metrics::ActivationsFolded(int64_t rows, int64_t features, int64_t bytes) {
 
 void Metrics::Rejected(jobs::Rejection reason) {
   families_->rejected[static_cast<size_t>(reason)]->Increment();
+}
+
+void Metrics::FactorAsked(bool shared) {
+  (shared ? families_->factor_hits : families_->factor_misses)->Increment();
 }
 
 void Metrics::BudgetChanged(int64_t reserved_bytes, int64_t capacity_bytes) {

@@ -30,9 +30,10 @@ class Metrics final : public jobs::Observer, public jobs::CallObserver {
   void JobFinished(engine::Method method, jobs::JobState outcome,
                    const engine::LayerCertificate* certificate) override;
   void PhaseTook(engine::Method method, engine::Phase phase, double seconds) override;
-  void StabilityFailed(engine::Method method, std::optional<engine::StabilityCause> cause) override;
+  void StabilityFailed(engine::Method method, engine::StabilityCause cause) override;
   void ActivationsFolded(int64_t rows, int64_t features, int64_t bytes) override;
   void Rejected(jobs::Rejection reason) override;
+  void FactorAsked(bool shared) override;
   void BudgetChanged(int64_t reserved_bytes, int64_t capacity_bytes) override;
   void QueueChanged(int64_t depth, int64_t limit) override;
   void WorkersChanged(int64_t busy, int64_t workers) override;

@@ -39,8 +39,7 @@ class Watcher : public Observer {
     EXPECT_GE(seconds, 0);
     ++phases[phase];
   }
-  void StabilityFailed(engine::Method /*method*/,
-                       std::optional<engine::StabilityCause> /*cause*/) override {
+  void StabilityFailed(engine::Method /*method*/, engine::StabilityCause /*cause*/) override {
     const std::lock_guard lock(mu_);
     ++failures;
   }

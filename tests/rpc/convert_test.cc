@@ -201,15 +201,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadHeader{"held_out_fraction", "got 0.6", [](auto& h) { h.set_held_out_fraction(0.6); }},
         BadHeader{"held_out_fraction", "got nan",
                   [](auto& h) { h.set_held_out_fraction(std::nan("")); }},
-        BadHeader{"sequence_rows", "got -1", [](auto& h) { h.set_sequence_rows(-1); }}));
-
-INSTANTIATE_TEST_SUITE_P(NotOffered, BadHeaderTest,
-                         ::testing::Values(BadHeader{"calibration_id", "does not offer",
-                                                     [](auto& h) {
-                                                       h.clear_x();
-                                                       h.set_calibration_id("c");
-                                                     },
-                                                     absl::StatusCode::kUnimplemented}));
+        BadHeader{"sequence_rows", "got -1", [](auto& h) { h.set_sequence_rows(-1); }},
+        BadHeader{"calibration_id", "either a calibration",
+                  [](auto& h) { h.set_calibration_id("c"); }}));
 
 TEST(ConvertTest, NoHeldOutShareIsFine) {
   v1::QuantizeHeader header = ValidHeader();
@@ -263,6 +257,7 @@ TEST(ConvertTest, CertificateEchoesTheSpec) {
   const v1::QuantizationSpec echo = ToProto(certificate, CallFacts())[0].spec();
   v1::QuantizationSpec expected = spec;
   expected.set_scale_dtype(v1::DATA_TYPE_F16);
+  expected.set_min_tokens(1);
   expected.mutable_damping()->set_factor(10);
   expected.mutable_damping()->set_on_failure(v1::ON_FAILURE_FAIL);
   expected.mutable_certificate()->set_per_row(true);

@@ -135,7 +135,7 @@ TEST(MetricsTest, CertificateOfAFallback) {
   certificate.l2_bound = 6;
   counters.JobFinished(engine::Method::kOptq, jobs::JobState::kSucceeded, &certificate);
   counters.StabilityFailed(engine::Method::kOptq, engine::StabilityCause::kCondition);
-  counters.StabilityFailed(engine::Method::kOptq, std::nullopt);
+  counters.StabilityFailed(engine::Method::kOptq, engine::StabilityCause::kPivot);
   const std::string text = counters.Text();
   EXPECT_CONTAINS(text, "certiq_lambda_fallbacks_total{method=\"optq\"} 1\n");
   EXPECT_CONTAINS(text, "certiq_lambda_ratio_sum 100\n");
@@ -143,7 +143,7 @@ TEST(MetricsTest, CertificateOfAFallback) {
   EXPECT_CONTAINS(
       text, "certiq_lambda_stability_failures_total{cause=\"condition\",method=\"optq\"} 1\n");
   EXPECT_CONTAINS(text,
-                  "certiq_lambda_stability_failures_total{cause=\"unknown\",method=\"optq\"} 1\n");
+                  "certiq_lambda_stability_failures_total{cause=\"pivot\",method=\"optq\"} 1\n");
 }
 
 TEST(HttpServerTest, ServesTwoPages) {
