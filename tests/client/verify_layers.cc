@@ -226,8 +226,11 @@ absl::StatusOr<VerifiedLayer> QuantizeRandom(const LayerOptions& options,
   engine::StripMatrix strips(options.rows, n);
   const std::vector<float> weights = Floats(layer.weight);
   for (int64_t r = 0; r < options.rows; ++r) strips.SetRow(r, weights.data() + r * n);
-  engine::LayerProblem problem{*resolved, std::move(strips), Sums(layer, split, false)};
-  if (options.held_out_fraction > 0) problem.held_out = Sums(layer, split, true);
+  engine::LayerProblem problem{*resolved, std::move(strips),
+                               std::make_shared<engine::Statistics>(Sums(layer, split, false))};
+  if (options.held_out_fraction > 0) {
+    problem.held_out = std::make_shared<engine::Statistics>(Sums(layer, split, true));
+  }
   absl::StatusOr<engine::QuantizedLayer> quantized =
       engine::QuantizeLayer(std::move(problem), context);
   if (!quantized.ok()) return quantized.status();

@@ -16,11 +16,13 @@ Matrix Worked(const Matrix& m, const std::vector<int64_t>& order) {
 
 Matrix DampedGram(const Layer& layer, const std::vector<int64_t>& order, double lambda) {
   const Eigen::Index n = layer.gram.rows();
+  // A dead feature stands apart from the others; its pivot is only to be harmless (D3).
+  const double mean = layer.gram.trace() / static_cast<double>(n);
   Matrix h(n, n);
   for (Eigen::Index i = 0; i < n; ++i) {
     const int64_t from = order[static_cast<size_t>(i)];
     for (Eigen::Index k = 0; k < n; ++k) h(i, k) = layer.gram(from, order[static_cast<size_t>(k)]);
-    h(i, i) += layer.dead[static_cast<size_t>(from)] && lambda == 0 ? 1 : lambda;
+    h(i, i) += layer.dead[static_cast<size_t>(from)] ? lambda + mean : lambda;
   }
   return h;
 }
