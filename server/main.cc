@@ -241,6 +241,33 @@ rpc::CallLog LogCallsTo(const metrics::Log& log) {
 // The process's log, for those who may write until the very end.
 const metrics::Log* process_log = nullptr;
 
+double Seconds(jobs::UnixMicros from, jobs::UnixMicros to) {
+  return from == 0 ? 0 : 1e-6 * static_cast<double>(to - from);
+}
+
+std::function<void(const jobs::JobRecord&, const absl::Status&)> LogJobsTo(
+    const metrics::Log& log) {
+  return [&log](const jobs::JobRecord& job, const absl::Status& outcome) {
+    metrics::LogFields fields = {
+        {"id", job.id},
+        {"tenant", job.tenant},
+        {"request_id", job.request_id},
+        {"layer", job.layer_name},
+        {"calibration", job.calibration_id},
+        {"rows", job.rows},
+        {"features", job.features},
+        {"starts", int64_t{job.starts}},
+        {"result_bytes", job.result_tensor_bytes},
+        {"relative_error", job.relative_error},
+        {"seconds", Seconds(job.create_time, job.end_time)},
+        {"run_seconds", Seconds(job.start_time, job.end_time)},
+        {"code", absl::StatusCodeToString(outcome.code())},
+    };
+    if (!outcome.ok()) fields.emplace_back("message", std::string(outcome.message()));
+    log.Info("job", fields);
+  };
+}
+
 const char* TlsMode(const rpc::TlsFiles& tls) {
   if (!tls.enabled()) return "off";
   return tls.client_ca.empty() ? "on" : "on, with client certificates";
@@ -278,7 +305,8 @@ int Serve(const Flags& flags, const metrics::Log& log) {
                                        .disk_bytes = flags.disk_budget_bytes,
                                        .cache_bytes = flags.memory_budget_bytes / 4,
                                        .commit_interval = commit,
-                                       .observer = &counters},
+                                       .observer = &counters,
+                                       .job_log = LogJobsTo(log)},
                                       *std::move(store), std::make_unique<rpc::JobCodec>());
   if (!backend.ok()) return failed(absl::StrCat("--data_dir: ", backend.status().message()));
   const rpc::Warn warn = [&log](const std::string& message) {

@@ -14,7 +14,7 @@ Backend::Backend(const Options& options, std::unique_ptr<Store> store,
       pool_(options.workers, options.queue_limit, *options.observer),
       cache_(pool_, memory_, options.cache_bytes),
       accounts_(memory_, disk_),
-      environment_{pool_, *store_, cache_, accounts_, *options.observer},
+      environment_{pool_, *store_, cache_, accounts_, *options.observer, options.job_log},
       calibrations_(environment_, options.commit_interval),
       manager_(environment_, calibrations_, *codec_),
       housekeeper_(

@@ -39,6 +39,8 @@ class Backend {
     std::chrono::milliseconds tick_interval{200};
     // Outlives the backend.
     Observer* observer = &IgnoreEvents();
+    // See Environment.
+    std::function<void(const JobRecord&, const absl::Status&)> job_log = nullptr;
   };
 
   // Takes up what the store holds. Errors are the store's.

@@ -40,6 +40,8 @@ struct Environment {
   SharedCache& cache;
   Accounts& accounts;
   Observer& observer;
+  // Told once of every stored job that ended, and why; may be null. Does not block.
+  std::function<void(const JobRecord&, const absl::Status&)> job_log = nullptr;
 };
 
 // How far a stream is; see StreamProgress in the contract.

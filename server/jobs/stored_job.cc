@@ -265,6 +265,7 @@ void StoredJob::WriteEnd() {
   const std::optional<engine::LayerCertificate> certificate =
       std::exchange(certificate_, std::nullopt);
   ReportFinished(spec_, outcome, certificate.has_value() ? &*certificate : nullptr, env_.observer);
+  if (env_.job_log) env_.job_log(next, outcome);
 }
 
 void StoredJob::Retry() {
