@@ -247,23 +247,27 @@ void StoredJob::WriteEnd() {
   {
     const std::lock_guard lock(mu_);
     if (!unwritten_.has_value()) return;
-    next = *unwritten_;
+    // Taken out, so that nobody else writes it too.
+    next = *std::exchange(unwritten_, std::nullopt);
     weights = record_.weights;
   }
-  // Until it is written it is seen as it was; Retry comes back to it.
-  if (!Publish(next).ok()) return;
+  if (!Publish(next).ok()) {
+    // Until it is written it is seen as it was; Retry comes back to it.
+    const std::lock_guard lock(mu_);
+    unwritten_ = std::move(next);
+    return;
+  }
   if (!weights.empty()) env_.store.DeleteBlob(weights);
   absl::Status outcome;
   Holdings holdings;
+  std::optional<engine::LayerCertificate> certificate;
   {
     const std::lock_guard lock(mu_);
-    unwritten_.reset();
     outcome = outcome_;
+    certificate = std::exchange(certificate_, std::nullopt);
     std::swap(holdings, holdings_);
     stored_.ShrinkTo(next.result.bytes);
   }
-  const std::optional<engine::LayerCertificate> certificate =
-      std::exchange(certificate_, std::nullopt);
   ReportFinished(spec_, outcome, certificate.has_value() ? &*certificate : nullptr, env_.observer);
   if (env_.job_log) env_.job_log(next, outcome);
 }
