@@ -105,7 +105,12 @@ void StoredJob::NotifyAll() {
 }
 
 absl::Status StoredJob::Publish(JobRecord next) {
-  if (absl::Status put = env_.store.PutJob(next); !put.ok()) return put;
+  absl::Status put = env_.store.PutJob(next);
+  if (put.ok()) Show(std::move(next));
+  return put;
+}
+
+void StoredJob::Show(JobRecord next) {
   {
     const std::lock_guard lock(mu_);
     env_.observer.JobLeft(record_.state);
@@ -113,7 +118,6 @@ absl::Status StoredJob::Publish(JobRecord next) {
     record_ = std::move(next);
   }
   NotifyAll();
-  return absl::OkStatus();
 }
 
 void StoredJob::Start(WorkerPool::Slot slot, const std::atomic<bool>& hold) {
@@ -251,7 +255,7 @@ void StoredJob::WriteEnd() {
     next = *std::exchange(unwritten_, std::nullopt);
     weights = record_.weights;
   }
-  if (!Publish(next).ok()) {
+  if (!env_.store.PutJob(next).ok()) {
     // Until it is written it is seen as it was; Retry comes back to it.
     const std::lock_guard lock(mu_);
     unwritten_ = std::move(next);
@@ -259,15 +263,17 @@ void StoredJob::WriteEnd() {
   }
   if (!weights.empty()) env_.store.DeleteBlob(weights);
   absl::Status outcome;
-  Holdings holdings;
   std::optional<engine::LayerCertificate> certificate;
   {
+    // Given back before anybody sees the end: who does may delete the calibration at once.
+    Holdings holdings;
     const std::lock_guard lock(mu_);
     outcome = outcome_;
     certificate = std::exchange(certificate_, std::nullopt);
     std::swap(holdings, holdings_);
     stored_.ShrinkTo(next.result.bytes);
   }
+  Show(next);
   ReportFinished(spec_, outcome, certificate.has_value() ? &*certificate : nullptr, env_.observer);
   if (env_.job_log) env_.job_log(next, outcome);
 }

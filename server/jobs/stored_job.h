@@ -108,6 +108,7 @@ class StoredJob : public std::enable_shared_from_this<StoredJob> {
   void WriteEnd();
   // Writes `next` and makes it what everybody sees.
   absl::Status Publish(JobRecord next);
+  void Show(JobRecord next);
   void Enqueue(WorkerPool::Slot slot);
   void NotifyAll();
 
