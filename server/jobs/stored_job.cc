@@ -273,8 +273,9 @@ void StoredJob::WriteEnd() {
     std::swap(holdings, holdings_);
     stored_.ShrinkTo(next.result.bytes);
   }
-  Show(next);
+  // Counted first, so that who sees the end finds it in the metrics.
   ReportFinished(spec_, outcome, certificate.has_value() ? &*certificate : nullptr, env_.observer);
+  Show(next);
   if (env_.job_log) env_.job_log(next, outcome);
 }
 
