@@ -233,6 +233,11 @@ rpc::CallLog LogCallsTo(const metrics::Log& log) {
         {"seconds", call.seconds},
         {"code", absl::StatusCodeToString(call.status.code())},
     };
+    for (const auto& [name, value] : {std::pair{"calibration", &call.calibration_id},
+                                      {"stream", &call.stream_id},
+                                      {"job", &call.job_id}}) {
+      if (!value->empty()) fields.emplace_back(name, *value);
+    }
     if (!call.status.ok()) fields.emplace_back("message", std::string(call.status.message()));
     log.Info("rpc", fields);
   };

@@ -26,6 +26,7 @@ absl::Status AccumulateReactor::First(const Bytes& message) {
   const auto request = Parse<v1::AccumulateRequest>(message, "an AccumulateRequest");
   if (!request.ok()) return request.status();
   if (!request->has_header()) return NoHeader();
+  if (absl::Status draining = Draining(); !draining.ok()) return draining;
   const v1::AccumulateHeader& header = request->header();
   auto calibration = env_.calibrations.Find(tenant_, header.calibration_id());
   if (!calibration.ok()) return calibration.status();
@@ -45,8 +46,8 @@ absl::Status AccumulateReactor::First(const Bytes& message) {
                                              [this] { OnStreamChanged(); });
   calibration_ = *std::move(calibration);
   life_.summary.features = calibration_->features();
-  life_.summary.layer_name = calibration_->id();
-  life_.summary.request_id = call->stream_id;
+  life_.summary.calibration_id = calibration_->id();
+  life_.summary.stream_id = call->stream_id;
   return absl::OkStatus();
 }
 
@@ -117,6 +118,7 @@ absl::Status ImportReactor::First(const Bytes& message) {
   const auto request = Parse<v1::ImportStatisticsRequest>(message, "an ImportStatisticsRequest");
   if (!request.ok()) return request.status();
   if (!request->has_header()) return NoHeader();
+  if (absl::Status draining = Draining(); !draining.ok()) return draining;
   auto calibration = env_.calibrations.Find(tenant_, request->header().calibration_id());
   if (!calibration.ok()) return calibration.status();
   absl::StatusOr<ImportCall> call = FromProto(request->header(), **calibration);
@@ -136,8 +138,8 @@ absl::Status ImportReactor::First(const Bytes& message) {
   call_ = *std::move(call);
   calibration_ = *std::move(calibration);
   life_.summary.features = calibration_->features();
-  life_.summary.layer_name = calibration_->id();
-  life_.summary.request_id = call_.stream_id;
+  life_.summary.calibration_id = calibration_->id();
+  life_.summary.stream_id = call_.stream_id;
   life_.summary.tokens = call_.tokens;
   return absl::OkStatus();
 }

@@ -30,7 +30,9 @@ class ExportReactor final : public SendingReactor<v1::ExportStatisticsResponse> 
       : SendingReactor(context, environment, jobs::kExportStatisticsMethod, tenant, request_bytes),
         calibration_(std::move(calibration)),
         held_out_(held_out),
-        layout_(layout) {}
+        layout_(layout) {
+    life_.summary.calibration_id = calibration_->id();
+  }
 
  protected:
   absl::StatusOr<Made> Make(v1::ExportStatisticsResponse& message) override {
@@ -227,6 +229,7 @@ class CalibrationService final
                                   CalibrationPtr calibration, Work work) {
     auto* const reactor = new UnaryReactor<Response>(
         env_, method, tenant, static_cast<int64_t>(request.ByteSizeLong()), response);
+    if (calibration != nullptr) reactor->summary().calibration_id = calibration->id();
     jobs::Strand* const strand = calibration == nullptr ? nullptr : &calibration->strand();
     reactor->Begin(env_.jobs.pool, strand,
                    [tenant, calibration = std::move(calibration), work = std::move(work)] {

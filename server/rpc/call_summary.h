@@ -19,6 +19,10 @@ struct CallSummary {
   // As the client sent them, at most a few hundred bytes of any UTF-8.
   std::string request_id;
   std::string layer_name;
+  // Of calls about a calibration or a job.
+  std::string calibration_id;
+  std::string stream_id;
+  std::string job_id;
   // 0 where no header came.
   int64_t rows = 0;
   int64_t features = 0;

@@ -56,6 +56,7 @@ class CreateJobReactor final : public MessageReactor<grpc::ServerReadReactor<Byt
     }
     const auto job = upload_->Finish();
     if (!job.ok()) return job.status();
+    life_.summary.job_id = (*job)->id();
     return Serialize(ToProto((*job)->View()), response_)
                ? absl::OkStatus()
                : absl::InternalError("a response could not be serialized");
@@ -102,6 +103,7 @@ class WatchReactor final : public SendingReactor<v1::WatchJobResponse> {
       : SendingReactor(context, environment, jobs::kWatchJobMethod, tenant, request_bytes),
         job_(std::move(job)),
         listener_(std::make_shared<jobs::Listener>([this] { Changed(); })) {
+    life_.summary.job_id = job_->id();
     job_->Watch(listener_);
   }
 
@@ -137,7 +139,9 @@ class ResultReactor final : public SendingReactor<v1::ReadResultResponse> {
                 JobPtr job, int64_t offset, int64_t request_bytes)
       : SendingReactor(context, environment, jobs::kReadResultMethod, tenant, request_bytes),
         job_(std::move(job)),
-        offset_(offset) {}
+        offset_(offset) {
+    life_.summary.job_id = job_->id();
+  }
 
  protected:
   absl::StatusOr<Made> Make(v1::ReadResultResponse& message) override {
@@ -316,6 +320,10 @@ class JobService final
     if (!tenant.ok()) return Refuse<Base>(env_, method, tenant.status());
     auto job = env_.manager.Find(*tenant, request.job_id());
     if (!job.ok()) return Refuse<Base>(env_, method, job.status());
+    if (std::is_same_v<Reactor, WatchReactor> && !env_.jobs.pool.admitting()) {
+      return Refuse<Base>(env_, method,
+                          absl::UnavailableError("the server is draining; the job goes on later"));
+    }
     auto* const reactor = new Reactor(context, env_, *tenant, *std::move(job), more...,
                                       static_cast<int64_t>(request.ByteSizeLong()));
     reactor->Begin();

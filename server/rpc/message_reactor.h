@@ -144,6 +144,12 @@ class MessageReactor : public Base, public LiveCall {
     SetFailure(std::move(status));
     Advance();
   }
+  // UNAVAILABLE where the server takes no new work.
+  absl::Status Draining() const {
+    if (env_.jobs.pool.admitting()) return absl::OkStatus();
+    env_.jobs.observer.Rejected(jobs::Rejection::kDraining);
+    return absl::UnavailableError("the server is draining and takes no new work");
+  }
   // With the lock. The client has no more to say.
   bool half_closed() const { return half_closed_; }
   // With the lock. Keeps the first failure.
@@ -194,9 +200,9 @@ class MessageReactor : public Base, public LiveCall {
     this->Finish(ToGrpc(status_));
   }
 
-  void Run(std::function<absl::Status()> work) {
+  void Run(const std::function<absl::Status()>& work) {
     busy_ = true;
-    absl::Status posted = Post({.run = std::move(work), .done = [this](absl::Status status) {
+    absl::Status posted = Post({.run = work, .done = [this](absl::Status status) {
                                   const std::lock_guard lock(mu_);
                                   busy_ = false;
                                   if (ending_ && status.ok()) ended_ = true;

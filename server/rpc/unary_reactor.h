@@ -29,13 +29,17 @@ class UnaryReactor final : public grpc::ServerUnaryReactor, public LiveCall {
   }
 
   // Once, after construction; may end the call before it returns.
-  void Begin(jobs::WorkerPool& pool, jobs::Strand* strand, std::function<absl::Status()> work) {
-    jobs::WorkerPool::Task task{.run = std::move(work),
+  void Begin(jobs::WorkerPool& pool, jobs::Strand* strand,
+             const std::function<absl::Status()>& work) {
+    jobs::WorkerPool::Task task{.run = work,
                                 .done = [this](absl::Status status) { End(std::move(status)); }};
     absl::Status posted =
         strand != nullptr ? strand->Post(std::move(task)) : pool.Post(std::move(task));
     if (!posted.ok()) End(std::move(posted));
   }
+
+  // Before Begin.
+  CallSummary& summary() { return life_.summary; }
 
   void Abort(const absl::Status& /*reason*/, bool /*only_waiting*/) override {}
   void OnDone() override {
