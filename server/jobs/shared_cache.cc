@@ -48,16 +48,21 @@ SharedCache::Value SharedCache::Keep(const std::string& key, int64_t bytes, Valu
     const std::lock_guard lock(mu_);
     DropUnused([&] { return bytes_ + bytes > capacity_; }, dropped);
     if (bytes_ + bytes > capacity_) return value;
+    // Others that come while the budget is asked see that this room is taken.
+    bytes_ += bytes;
   }
   dropped.clear();
   absl::StatusOr<ByteBudget::Reservation> reservation =
       budget_.TryReserve(bytes, "a factor to keep");
-  if (!reservation.ok()) return value;
+  if (!reservation.ok()) {
+    const std::lock_guard lock(mu_);
+    bytes_ -= bytes;
+    return value;
+  }
   const auto held = std::make_shared<Held>(Held{*std::move(reservation), std::move(value)});
   const std::lock_guard lock(mu_);
   const auto used = by_use_.insert(by_use_.end(), key);
   entries_[key] = {held, used};
-  bytes_ += bytes;
   return Value(held, held->value.get());
 }
 

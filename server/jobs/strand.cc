@@ -3,6 +3,8 @@
 #include <functional>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
+
 namespace certiq::jobs {
 
 absl::Status Strand::Post(WorkerPool::Task task) {
@@ -22,8 +24,9 @@ absl::Status Strand::Start() {
   WorkerPool::Task& first = tasks_.front();
   // It stays at the front, so that nobody starts the next.
   return pool_.Post({.run = first.run, .done = [self, done = first.done](absl::Status status) {
+                       // Also where `done` throws.
+                       const absl::Cleanup next = [&self] { self->Next(); };
                        done(std::move(status));
-                       self->Next();
                      }});
 }
 
