@@ -1,14 +1,14 @@
 """CalibrationService and JobService as the contract tells a client to use them."""
 
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
 from google.protobuf import duration_pb2
 from programs import PATIENCE_SECONDS, Server
-from raw import OPTIONS, announce
+from raw import OPTIONS, Failure, announce, unpack
 from stubs import (
     calibration_pb2,
     calibration_pb2_grpc,
@@ -84,7 +84,7 @@ class AccumulateCall:
         self._call.cancel()
         self._pipe.close()
 
-    def failure(self) -> grpc.RpcError:
+    def failure(self) -> Failure:
         """Reads to the end, which must be an error."""
         try:
             while True:
@@ -92,7 +92,7 @@ class AccumulateCall:
         except StopIteration:
             raise AssertionError("the call succeeded") from None
         except grpc.RpcError as error:
-            return error
+            return unpack(error)
 
 
 @dataclass
@@ -146,6 +146,15 @@ class Result:
         certificate.CopyFrom(self.certificate)
         certificate.ClearField("phase_seconds")
         return certificate.SerializeToString(deterministic=True)
+
+
+def refusal(call: Callable[[], object]) -> Failure:
+    """How a call failed, which must not succeed."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return unpack(error)
+    raise AssertionError("the call succeeded")
 
 
 def seconds(value: float) -> duration_pb2.Duration:
