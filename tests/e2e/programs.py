@@ -79,6 +79,36 @@ class Metrics:
         )
 
 
+def spawn_server(
+    folder: Path,
+    flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    embedded_defaults: bool = True,
+) -> subprocess.Popen:
+    """Starts a certiq-server whose ports and log go into the folder; waits for nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [str(SERVER)]
+    if embedded_defaults:
+        defaults = {
+            "--listen": "127.0.0.1:0",
+            "--metrics_listen": "127.0.0.1:0",
+            "--data_dir": "",
+            "--port_file": str(folder / "port"),
+        }
+        for flag, value in defaults.items():
+            if flag not in flags:
+                command += [flag, value]
+    with (folder / "server.log").open("wb") as log:
+        return subprocess.Popen(
+            [*command, *flags],
+            env=environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
 class Server:
     """A certiq-server on free ports of the loopback; ready when constructed."""
 
@@ -90,29 +120,10 @@ class Server:
         *,
         embedded_defaults: bool = True,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.port_file = folder / "port"
         self.metrics_port_file = folder / "port.metrics"
         self.log_file = folder / "server.log"
-        command = [str(SERVER)]
-        if embedded_defaults:
-            defaults = {
-                "--listen": "127.0.0.1:0",
-                "--metrics_listen": "127.0.0.1:0",
-                "--data_dir": "",
-                "--port_file": str(self.port_file),
-            }
-            for flag, value in defaults.items():
-                if flag not in flags:
-                    command += [flag, value]
-        with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *flags],
-                env=environment(env),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        self.process = spawn_server(folder, flags, env, embedded_defaults=embedded_defaults)
         try:
             wait_until(self._is_ready, f"{SERVER.name} writes its ports")
         except AssertionError:

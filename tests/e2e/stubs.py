@@ -33,7 +33,11 @@ def _module(name: str) -> ModuleType:
 
 
 _generate()
+calibration_pb2 = _module("calibration_service_pb2")
+calibration_pb2_grpc = _module("calibration_service_pb2_grpc")
 certificate_pb2 = _module("certificate_pb2")
+job_pb2 = _module("job_service_pb2")
+job_pb2_grpc = _module("job_service_pb2_grpc")
 service_pb2 = _module("quantization_service_pb2")
 service_pb2_grpc = _module("quantization_service_pb2_grpc")
 spec_pb2 = _module("spec_pb2")
