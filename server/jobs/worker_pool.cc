@@ -315,8 +315,7 @@ void WorkerPool::Work() {
       ++active_;
       SetBusy(+1);
       lock.unlock();
-      RunJob(*std::move(queued));
-      queued.reset();
+      RunJob(*std::exchange(queued, std::nullopt));
       lock.lock();
       --active_;
       SetBusy(-1);

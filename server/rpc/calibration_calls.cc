@@ -94,7 +94,7 @@ class CalibrationService final
                                               const v1::CreateCalibrationRequest* request,
                                               v1::Calibration* response) override {
     return Answer(context, jobs::kCreateCalibrationMethod, Scope::kWrite, *request, response,
-                  [this, request, response](const jobs::Tenant& tenant, CalibrationPtr) {
+                  [this, request, response](const jobs::Tenant& tenant, const CalibrationPtr&) {
                     if (!env_.jobs.pool.admitting()) return env_.jobs.pool.Admit().status();
                     const auto asked = FromProto(*request);
                     if (!asked.ok()) return asked.status();
@@ -166,7 +166,7 @@ class CalibrationService final
                                            const v1::GetCalibrationRequest* request,
                                            v1::Calibration* response) override {
     return Answer(context, jobs::kGetCalibrationMethod, Scope::kRead, *request, response,
-                  [this, request, response](const jobs::Tenant& tenant, CalibrationPtr) {
+                  [this, request, response](const jobs::Tenant& tenant, const CalibrationPtr&) {
                     const auto found = env_.calibrations.Find(tenant, request->calibration_id());
                     if (found.ok()) *response = ToProto((*found)->View(true));
                     return found.status();
@@ -177,7 +177,7 @@ class CalibrationService final
                                              const v1::ListCalibrationsRequest* request,
                                              v1::ListCalibrationsResponse* response) override {
     return Answer(context, jobs::kListCalibrationsMethod, Scope::kRead, *request, response,
-                  [this, request, response](const jobs::Tenant& tenant, CalibrationPtr) {
+                  [this, request, response](const jobs::Tenant& tenant, const CalibrationPtr&) {
                     const auto page = env_.calibrations.List(
                         tenant, request->label(), request->page_size(), request->page_token());
                     if (!page.ok()) return page.status();
