@@ -121,6 +121,21 @@ absl::Status StatisticsImport::Append(std::span<const std::byte> bytes) {
   return absl::OkStatus();
 }
 
+absl::Status StatisticsImport::CheckCross() const {
+  const std::vector<double>& cross = sums_.mismatch->cross;
+  for (int64_t i = 0; i < features_; ++i) {
+    for (int64_t j = 0; j < features_; ++j) {
+      const double value = cross[static_cast<size_t>(i * features_ + j)];
+      const double limit = std::sqrt(sums_.gram.at(i, i)) * std::sqrt(x_.at(j, j));
+      if (std::abs(value) <= (1 + kBeyondCauchySchwarz) * limit) continue;
+      return InvalidField(
+          "data", absl::StrCat("expected at most sqrt((X~^T X~)_ii (X^T X)_jj) = ", limit,
+                               " in magnitude, got ", value, " in ", Place(kNames[2], i, j)));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<engine::Statistics> StatisticsImport::Finish(int64_t tokens) {
   if (part_ != Part::kEnd) {
     return InvalidField("data",
@@ -129,6 +144,7 @@ absl::StatusOr<engine::Statistics> StatisticsImport::Finish(int64_t tokens) {
   }
   absl::Status possible = CheckPossible(kNames[0], x_);
   if (possible.ok() && mismatched_) possible = CheckPossible(kNames[1], sums_.gram);
+  if (possible.ok() && mismatched_) possible = CheckCross();
   if (!possible.ok()) return possible;
   sums_.tokens = tokens;
   if (!mismatched_) {

@@ -32,13 +32,15 @@ class StatisticsImport {
   // sqrt(H_ii H_jj)), and too much.
   absl::Status Append(std::span<const std::byte> bytes);
   // The sums of `tokens` tokens. Refuses too little, negative diagonals, and what no activations
-  // have: |H_ij| > (1 + 1e-3) sqrt(H_ii H_jj). Spends the import.
+  // have: |H_ij| > (1 + 1e-3) sqrt(H_ii H_jj), in X~^T X with (X~^T X~)_ii and (X^T X)_jj. Spends
+  // the import.
   absl::StatusOr<engine::Statistics> Finish(int64_t tokens);
 
  private:
   enum class Part { kX, kQuantized, kCross, kEnd };
 
   absl::Status Take(double value);
+  absl::Status CheckCross() const;
   engine::UpperPanels<double>& triangle();
   void NextRow();
 
