@@ -26,9 +26,6 @@ NOT_YET_OFFERED = [
     (["--polish", "2"], "spec.polish"),
     (["--quality", "best"], "spec.quality"),
 ]
-VERBS_NOT_YET_OFFERED = [
-    *("calibrations", "jobs", "submit", "watch", "result", "cancel", "import", "export")
-]
 
 
 @pytest.fixture
@@ -69,14 +66,6 @@ def test_what_is_not_built_says_so(
     assert status == REFUSED
     assert "UNIMPLEMENTED" in errors
     assert field in errors
-
-
-@pytest.mark.parametrize("verb", VERBS_NOT_YET_OFFERED)
-def test_verbs_that_are_not_built_say_so(verb: str) -> None:
-    done = certiq(verb)
-    assert done.returncode == REFUSED
-    assert verb in done.stderr
-    assert "not there yet" in done.stderr
 
 
 @pytest.mark.parametrize("bits", ["1", "9", "0", "-4"])

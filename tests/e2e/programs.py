@@ -153,7 +153,10 @@ class Server:
         return Metrics(response.text)
 
     def wait_idle(self) -> None:
-        """Until nothing runs, waits or is held in memory for a client."""
+        """Until nothing runs, waits or is held in memory for a client.
+
+        Never where calibrations were used: what they share is kept as long as there is room.
+        """
 
         def idle() -> bool:
             assert self.process.poll() is None, f"{SERVER.name} ended:\n{self.log()}"

@@ -187,21 +187,6 @@ def test_clear_text_beyond_loopback_has_to_be_allowed(start_server: StartServer)
 
 
 @pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["--data_dir", "state"], "data_dir"),
-    ],
-)
-def test_what_is_not_built_says_so(tmp_path: Path, flags: list[str], word: str) -> None:
-    """A value that is built leaves this list."""
-    done = run_server("--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0", *flags)
-    assert done.returncode != 0
-    assert word in done.stderr + done.stdout
-    assert "not" in done.stderr + done.stdout
-    assert not (tmp_path / "state").exists()
-
-
-@pytest.mark.parametrize(
     "flags",
     [
         ["--no_such_flag"],
