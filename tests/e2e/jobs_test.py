@@ -346,3 +346,11 @@ def test_a_deleted_job_stays_deleted(client: Client, one_worker: Server) -> None
 
     wait_until(lambda: counted() >= 200, "the jobs are counted")
     assert counted() == 200
+
+
+def test_a_seen_end_frees_what_was_held(client: Client) -> None:
+    for seed in range(50):
+        request = small(client, features=8, rows=1, seed=seed)
+        job = client.wait_job(client.create_job(request).id)
+        client.delete(request.calibration_id)
+        client.delete_job(job.id)

@@ -1,5 +1,6 @@
 """A server that is killed again and again, and clients that keep at it."""
 
+import hashlib
 import random
 import threading
 import time
@@ -78,8 +79,8 @@ class StoredJob:
     request: JobRequest
     ids: set[str] = field(default_factory=set)
     last: job_pb2.Job | None = None
-    data: bytes = b""
-    certificate: bytes = b""
+    # Of the result; empty without one.
+    digest: str = ""
 
     @property
     def id(self) -> str:
@@ -110,6 +111,11 @@ class Round:
         """Fitted to, held out."""
         fit, held_out = split_sums(self.sources, self.fraction, self.sequence_rows)
         return fit + self.imported, held_out
+
+
+def digest(result: Result) -> str:
+    """Of the bytes and the certificate, times aside."""
+    return hashlib.sha256(result.data + result.timeless()).hexdigest()
 
 
 class Clients:
@@ -265,24 +271,23 @@ class Clients:
     def _read(self, job: StoredJob) -> None:
         """From odd offsets, as calls break and because it may."""
         assert job.last is not None
-        parts = bytearray()
-        certificate = None
-        while certificate is None:
-            result = Result(len(parts))
+        whole = Result(0)
+
+        def go_on(client: Client) -> None:
+            part = Result(len(whole.data))
             try:
-                result.take(self._victim.client.read_frames(job.id, len(parts)))
-                certificate = result.timeless()
-            except grpc.RpcError as error:
-                if error.code() not in RETRIED:
-                    raise
-                time.sleep(0.02)
-            parts += result.data
-        job.data, job.certificate = bytes(parts), certificate
-        assert len(job.data) == job.last.result_bytes
-        offset = self._random.randrange(len(job.data) + 1)
+                part.take(client.read_frames(job.id, part.offset))
+            finally:
+                whole.data += part.data
+            whole.certificate = part.certificate
+
+        self._victim.persist(go_on)
+        assert len(whole.data) == job.last.result_bytes
+        job.digest = digest(whole)
+        offset = self._random.randrange(len(whole.data) + 1)
         rest = self._victim.persist(lambda client: client.read(job.id, offset))
-        assert bytes(rest.data) == job.data[offset:]
-        assert rest.timeless() == certificate
+        assert rest.data == whole.data[offset:]
+        assert rest.timeless() == whole.timeless()
 
 
 def run(victim: Victim, clients: list[Clients], kills: int, seed: int) -> None:
