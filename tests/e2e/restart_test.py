@@ -52,11 +52,14 @@ def test_queued_jobs_run_after_a_restart(start: StartServer, how: str) -> None:
     for number in range(4):
         request.request_id, request.priority = f"r-{number}", number
         jobs.append(client.create_job(request).id)
+    watch = client.watch(jobs[0])
+    assert next(watch).state == QUEUED
     if how == "stop":
         assert server.stop() == 0
     else:
         server.process.kill()
         server.wait()
+    assert refusal(lambda: list(watch)).code == grpc.StatusCode.UNAVAILABLE
 
     client = Client.of(start())
     # What was asked for before is known again, whatever state it is in.

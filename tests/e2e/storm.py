@@ -81,6 +81,7 @@ class StoredJob:
     last: job_pb2.Job | None = None
     # Of the result; empty without one.
     digest: str = ""
+    deleted: bool = False
 
     @property
     def id(self) -> str:
@@ -217,7 +218,7 @@ class Clients:
     def _use(self, made: Round) -> None:
         features = made.sources[0].x.shape[1]
         # Large enough for some to be running when a kill comes.
-        rows = self._random.choice([8, 300, 2000])
+        rows = self._random.choice([8, 300, 4000])
         W = self._numpy.standard_normal((rows, features)).astype(np.float32)
         specs = [
             spec_pb2.QuantizationSpec(bits=4),
@@ -227,13 +228,15 @@ class Clients:
         if made.mismatched:
             specs[1].method = spec_pb2.METHOD_QRONOS
         if made.fraction:
-            specs[2].damping.held_out.ladder[:] = [0.01, 0.1]
+            specs[2].damping.held_out.ladder[:] = [0.01 * step for step in range(1, 13)]
         for number, spec in enumerate(specs):
             request = JobRequest(made.id, W, spec, f"{made.name}-{number}", chunk_rows=64)
             self._abandon(request)
             job = StoredJob(request)
             made.jobs.append(job)
             self._create(job)
+        if self._random.random() < 0.3:
+            self._victim.persist(lambda client: client.cancel_job(made.jobs[2].id))
         for job in made.jobs:
             self._victim.persist(lambda client, job=job: self._watch(client, job))
             assert job.last is not None
@@ -241,6 +244,8 @@ class Clients:
                 self._read(job)
             # The same again, now that it has ended.
             self._create(job)
+        if self._random.random() < 0.3:
+            self._victim.persist(lambda client: self._delete(client, made.jobs[1]))
 
     def _create(self, job: StoredJob) -> None:
         job.ids.add(self._victim.persist(lambda client: client.create_job(job.request)).id)
@@ -257,6 +262,16 @@ class Clients:
         time.sleep(self._random.uniform(0, 0.02))
         call.cancel()
         pipe.close()
+
+    @staticmethod
+    def _delete(client: Client, job: StoredJob) -> None:
+        try:
+            client.delete_job(job.id)
+        except grpc.RpcError as error:
+            # An earlier try may have done it.
+            if error.code() != grpc.StatusCode.NOT_FOUND:
+                raise
+        job.deleted = True
 
     @staticmethod
     def _watch(client: Client, job: StoredJob) -> None:
