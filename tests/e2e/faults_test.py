@@ -70,8 +70,8 @@ def test_nothing_is_lost_or_counted_twice(tmp_path: Path) -> None:
             f"{len(jobs)} jobs, {sum(count > 1 for count in starts)} of them started again, "
             f"{failed} of them given up"
         )
-        # After the storm most jobs must have lived; all of them where the kills were few.
-        assert failed <= KILLS // 50
+        # Hardly any has such luck: else it would be the kills that are tested, not the jobs.
+        assert failed <= KILLS // 20
 
         victim.kill()
         victim.start()

@@ -228,7 +228,7 @@ class Clients:
         if made.mismatched:
             specs[1].method = spec_pb2.METHOD_QRONOS
         if made.fraction:
-            specs[2].damping.held_out.ladder[:] = [0.01 * step for step in range(1, 13)]
+            specs[2].damping.held_out.ladder[:] = [0.01 * step for step in range(1, 5)]
         for number, spec in enumerate(specs):
             request = JobRequest(made.id, W, spec, f"{made.name}-{number}", chunk_rows=64)
             self._abandon(request)
@@ -324,7 +324,7 @@ def run(victim: Victim, clients: list[Clients], kills: int, seed: int) -> None:
         done = 0
         while done < kills and not errors:
             # The storm itself, no wait for anything.
-            time.sleep(chance.expovariate(1.6) if chance.random() < 0.9 else 2.5)
+            time.sleep(0.1 + chance.expovariate(1.8) if chance.random() < 0.9 else 2.5)
             victim.kill()
             done += 1
             if chance.random() < 0.1 and done < kills:
