@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from cluster import Client, JobRequest
-from storm import Clients, Round, StoredJob, Victim, expect, run
+from storm import Clients, Round, StoredJob, Victim, digest, expect, run
 from stubs import job_pb2
 
 KILLS = int(os.environ.get("CERTIQ_FAULT_KILLS", "100"))
@@ -12,20 +12,19 @@ FLAGS = ["--workers", "2", "--commit_seconds", "0.2"]
 SEED = 20240229
 
 
-def check_job(client: Client, job: StoredJob) -> bool:
-    """Whether it succeeded; the only excuse is that four crashes met it running."""
+def check_job(client: Client, job: StoredJob) -> int:
+    """Its state; the only excuse for a failure is that four crashes met it running."""
     now = client.get_job(job.id)
     assert job.last is not None
     assert now.state == job.last.state
     if now.state == job_pb2.JOB_STATE_FAILED:
         assert now.starts == 4, now
         assert "went down" in now.error.message
-        return False
-    assert now.state == job_pb2.JOB_STATE_SUCCEEDED, now
-    stored = client.read(now.id)
-    assert bytes(stored.data) == job.data
-    assert stored.timeless() == job.certificate
-    return True
+    elif now.state == job_pb2.JOB_STATE_SUCCEEDED:
+        assert digest(client.read(now.id)) == job.digest
+    else:
+        assert now.state == job_pb2.JOB_STATE_CANCELLED, now
+    return now.state
 
 
 def check_again(client: Client, made: Round, job: StoredJob) -> None:
@@ -36,8 +35,7 @@ def check_again(client: Client, made: Round, job: StoredJob) -> None:
     again = client.wait_job(client.create_job(request).id)
     assert again.state == job_pb2.JOB_STATE_SUCCEEDED, again
     result = client.read(again.id)
-    assert bytes(result.data) == job.data, made.name
-    assert result.timeless() == job.certificate, made.name
+    assert digest(result) == job.digest, made.name
     client.delete_job(again.id)
 
 
@@ -51,33 +49,35 @@ def test_nothing_is_lost_or_counted_twice(tmp_path: Path) -> None:
     try:
         run(victim, clients, KILLS, SEED)
         rounds = [made for one in clients for made in one.rounds]
-        jobs = [job for made in rounds for job in made.jobs]
+        jobs = [job for made in rounds for job in made.jobs if not job.deleted]
         client = victim.client
         # Nothing but what was answered, and all of it.
         assert {found.id for found in client.list_calibrations(7)} == {made.id for made in rounds}
         assert {found.id for found in client.list_jobs(7)} == {job.id for job in jobs}
         assert len({job.id for job in jobs}) == len(jobs)
-        succeeded = [check_job(client, job) for job in jobs]
+        states = [check_job(client, job) for job in jobs]
+        succeeded = states.count(job_pb2.JOB_STATE_SUCCEEDED)
+        failed = states.count(job_pb2.JOB_STATE_FAILED)
         starts = [client.get_job(job.id).starts for job in jobs]
         for made in rounds:
             expect(client, made)
             for job in made.jobs:
-                if job.data:
+                if job.digest:
                     check_again(client, made, job)
         given_up = sum(one.given_up for one in clients)
         print(
             f"{KILLS} kills, {len(rounds)} calibrations, {given_up} streams broken off, "
             f"{len(jobs)} jobs, {sum(count > 1 for count in starts)} of them started again, "
-            f"{succeeded.count(False)} of them given up"
+            f"{failed} of them given up"
         )
-        # After the storm most jobs must have lived; all of them where the kills were few.
-        assert succeeded.count(False) <= KILLS // 50
+        # Hardly any has such luck: else it would be the kills that are tested, not the jobs.
+        assert failed <= KILLS // 20
 
         victim.kill()
         victim.start()
         client = victim.client
         assert files(victim.data, "incoming") == 0
-        assert files(victim.data, "tensors") == len(rounds) + succeeded.count(True)
+        assert files(victim.data, "tensors") == len(rounds) + succeeded
         for job in jobs:
             client.delete_job(job.id)
         for made in rounds:

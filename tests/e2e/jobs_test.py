@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 from cluster import Client, JobRequest, Pipe, refusal
+from conftest import StartServer
 from programs import Server, wait_until
 from stubs import job_pb2, spec_pb2, tensor_pb2
 from sums import made_up
@@ -346,3 +348,14 @@ def test_a_deleted_job_stays_deleted(client: Client, one_worker: Server) -> None
 
     wait_until(lambda: counted() >= 200, "the jobs are counted")
     assert counted() == 200
+
+
+def test_a_seen_end_frees_what_was_held(start_server: StartServer, tmp_path: Path) -> None:
+    """Who sees a job's end may delete its calibration, or use its place, at once."""
+    client = Client.of(start_server("--data_dir", str(tmp_path / "data"), "--workers", "2"))
+    for seed in range(20):
+        # Weights that take a moment to delete.
+        request = small(client, features=32, rows=20000, seed=seed)
+        job = client.wait_job(client.create_job(request).id)
+        client.delete(request.calibration_id)
+        client.delete_job(job.id)

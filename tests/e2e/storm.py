@@ -1,5 +1,6 @@
 """A server that is killed again and again, and clients that keep at it."""
 
+import hashlib
 import random
 import threading
 import time
@@ -78,8 +79,9 @@ class StoredJob:
     request: JobRequest
     ids: set[str] = field(default_factory=set)
     last: job_pb2.Job | None = None
-    data: bytes = b""
-    certificate: bytes = b""
+    # Of the result; empty without one.
+    digest: str = ""
+    deleted: bool = False
 
     @property
     def id(self) -> str:
@@ -110,6 +112,11 @@ class Round:
         """Fitted to, held out."""
         fit, held_out = split_sums(self.sources, self.fraction, self.sequence_rows)
         return fit + self.imported, held_out
+
+
+def digest(result: Result) -> str:
+    """Of the bytes and the certificate, times aside."""
+    return hashlib.sha256(result.data + result.timeless()).hexdigest()
 
 
 class Clients:
@@ -211,7 +218,7 @@ class Clients:
     def _use(self, made: Round) -> None:
         features = made.sources[0].x.shape[1]
         # Large enough for some to be running when a kill comes.
-        rows = self._random.choice([8, 300, 2000])
+        rows = self._random.choice([8, 300, 4000])
         W = self._numpy.standard_normal((rows, features)).astype(np.float32)
         specs = [
             spec_pb2.QuantizationSpec(bits=4),
@@ -221,13 +228,15 @@ class Clients:
         if made.mismatched:
             specs[1].method = spec_pb2.METHOD_QRONOS
         if made.fraction:
-            specs[2].damping.held_out.ladder[:] = [0.01, 0.1]
+            specs[2].damping.held_out.ladder[:] = [0.01 * step for step in range(1, 5)]
         for number, spec in enumerate(specs):
             request = JobRequest(made.id, W, spec, f"{made.name}-{number}", chunk_rows=64)
             self._abandon(request)
             job = StoredJob(request)
             made.jobs.append(job)
             self._create(job)
+        if self._random.random() < 0.3:
+            self._victim.persist(lambda client: client.cancel_job(made.jobs[2].id))
         for job in made.jobs:
             self._victim.persist(lambda client, job=job: self._watch(client, job))
             assert job.last is not None
@@ -235,6 +244,8 @@ class Clients:
                 self._read(job)
             # The same again, now that it has ended.
             self._create(job)
+        if self._random.random() < 0.3:
+            self._victim.persist(lambda client: self._delete(client, made.jobs[1]))
 
     def _create(self, job: StoredJob) -> None:
         job.ids.add(self._victim.persist(lambda client: client.create_job(job.request)).id)
@@ -253,6 +264,16 @@ class Clients:
         pipe.close()
 
     @staticmethod
+    def _delete(client: Client, job: StoredJob) -> None:
+        try:
+            client.delete_job(job.id)
+        except grpc.RpcError as error:
+            # An earlier try may have done it.
+            if error.code() != grpc.StatusCode.NOT_FOUND:
+                raise
+        job.deleted = True
+
+    @staticmethod
     def _watch(client: Client, job: StoredJob) -> None:
         last = job.last
         for now in client.watch(job.id):
@@ -265,24 +286,23 @@ class Clients:
     def _read(self, job: StoredJob) -> None:
         """From odd offsets, as calls break and because it may."""
         assert job.last is not None
-        parts = bytearray()
-        certificate = None
-        while certificate is None:
-            result = Result(len(parts))
+        whole = Result(0)
+
+        def go_on(client: Client) -> None:
+            part = Result(len(whole.data))
             try:
-                result.take(self._victim.client.read_frames(job.id, len(parts)))
-                certificate = result.timeless()
-            except grpc.RpcError as error:
-                if error.code() not in RETRIED:
-                    raise
-                time.sleep(0.02)
-            parts += result.data
-        job.data, job.certificate = bytes(parts), certificate
-        assert len(job.data) == job.last.result_bytes
-        offset = self._random.randrange(len(job.data) + 1)
+                part.take(client.read_frames(job.id, part.offset))
+            finally:
+                whole.data += part.data
+            whole.certificate = part.certificate
+
+        self._victim.persist(go_on)
+        assert len(whole.data) == job.last.result_bytes
+        job.digest = digest(whole)
+        offset = self._random.randrange(len(whole.data) + 1)
         rest = self._victim.persist(lambda client: client.read(job.id, offset))
-        assert bytes(rest.data) == job.data[offset:]
-        assert rest.timeless() == certificate
+        assert rest.data == whole.data[offset:]
+        assert rest.timeless() == whole.timeless()
 
 
 def run(victim: Victim, clients: list[Clients], kills: int, seed: int) -> None:
@@ -304,7 +324,7 @@ def run(victim: Victim, clients: list[Clients], kills: int, seed: int) -> None:
         done = 0
         while done < kills and not errors:
             # The storm itself, no wait for anything.
-            time.sleep(chance.expovariate(1.6) if chance.random() < 0.9 else 2.5)
+            time.sleep(0.1 + chance.expovariate(1.8) if chance.random() < 0.9 else 2.5)
             victim.kill()
             done += 1
             if chance.random() < 0.1 and done < kills:
