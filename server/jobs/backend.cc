@@ -21,10 +21,10 @@ Backend::Backend(const Options& options, std::unique_ptr<Store> store,
           [this] {
             calibrations_.Tick(std::chrono::steady_clock::now());
             manager_.Tick();
-            // What was given back may be what a job waits for.
-            pool_.Poke();
           },
-          options.tick_interval) {
+          options.tick_interval,
+          // What was given back may be what a job waits for.
+          [this] { pool_.Poke(); }) {
   memory_.SetReclaimer([this](int64_t bytes) { cache_.Reclaim(bytes); });
   memory_.SetReleased([this] { housekeeper_.Wake(); });
 }

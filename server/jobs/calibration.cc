@@ -14,6 +14,9 @@
 namespace certiq::jobs {
 namespace {
 
+// Of one calibration, so that positions do not outgrow sums.
+constexpr size_t kMaxStreams = 65536;
+
 using Clock = std::chrono::steady_clock;
 using engine::InvalidField;
 using engine::PreconditionError;
@@ -61,6 +64,14 @@ int64_t Calibration::DiskBytes(const CalibrationRecord& record) {
 absl::Status Calibration::IsFinalized() {
   return PreconditionError("FINALIZED", "calibration_id",
                            "the calibration is finalized and takes no more tokens");
+}
+
+absl::Status Calibration::CheckRoomFor(const std::string& stream_id) const {
+  if (streams_.size() < kMaxStreams || streams_.count(stream_id) > 0) return absl::OkStatus();
+  absl::Status status = absl::ResourceExhaustedError(
+      absl::StrCat("calibration ", id_, " has ", kMaxStreams, " streams, as many as it may have"));
+  SetRetryAfter(status, kRetryLate);
+  return status;
 }
 
 absl::Status Calibration::Usable() const {
@@ -124,6 +135,7 @@ absl::Status Calibration::Open(const std::shared_ptr<LiveStream>& live) {
       return PreconditionError("IMPORTED", live->stream_id,
                                "ready-made sums were imported under this stream_id");
     }
+    if (absl::Status room = CheckRoomFor(live->stream_id); !room.ok()) return room;
   }
   if (absl::Status loaded = Load(); !loaded.ok()) return loaded;
   std::shared_ptr<LiveStream> older;
@@ -258,6 +270,8 @@ absl::StatusOr<bool> Calibration::Import(const std::string& stream_id, bool held
       known = true;
     } else if (now_.finalize_time != 0) {
       return IsFinalized();
+    } else if (absl::Status room = CheckRoomFor(stream_id); !room.ok()) {
+      return room;
     }
   }
   if (!known) {

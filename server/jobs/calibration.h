@@ -179,6 +179,8 @@ class Calibration : public std::enable_shared_from_this<Calibration> {
   static int64_t Portions(const CalibrationRecord& record) {
     return record.held_out_fraction > 0 ? 2 : 1;
   }
+  // RESOURCE_EXHAUSTED where there are so many streams that one more is refused. Needs mu_.
+  absl::Status CheckRoomFor(const std::string& stream_id) const;
   // What a call is told that comes too late.
   static absl::Status IsFinalized();
   absl::Status Usable() const;                    // needs mu_

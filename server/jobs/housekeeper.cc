@@ -20,13 +20,19 @@ void Housekeeper::Wake() {
 }
 
 void Housekeeper::Run() {
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point next = Clock::now() + interval_;
   std::unique_lock lock(mu_);
-  while (!done_) {
-    changed_.wait_for(lock, interval_, [this] { return woken_ || done_; });
+  for (;;) {
+    changed_.wait_until(lock, next, [this] { return woken_ || done_; });
     if (done_) return;
     woken_ = false;
     lock.unlock();
-    work_();
+    if (Clock::now() >= next) {
+      due_();
+      next = Clock::now() + interval_;
+    }
+    woken_work_();
     lock.lock();
   }
 }

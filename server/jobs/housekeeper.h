@@ -12,11 +12,12 @@
 
 namespace certiq::jobs {
 
-// Calls `work` every `interval`, and soon after Wake. Thread-safe.
+// Calls `due` every `interval`, and `woken` soon after Wake, both on its thread. Thread-safe.
 class Housekeeper {
  public:
-  Housekeeper(std::function<void()> work, std::chrono::milliseconds interval)
-      : work_(std::move(work)), interval_(interval) {}
+  Housekeeper(std::function<void()> due, std::chrono::milliseconds interval,
+              std::function<void()> woken)
+      : due_(std::move(due)), interval_(interval), woken_work_(std::move(woken)) {}
   ~Housekeeper() { Stop(); }
   Housekeeper(const Housekeeper&) = delete;
   Housekeeper& operator=(const Housekeeper&) = delete;
@@ -26,14 +27,15 @@ class Housekeeper {
     thread_ = std::thread([this] { Run(); });
   }
   void Wake();
-  // Waits for `work` to end. Idempotent.
+  // Waits for what runs to end. Idempotent.
   void Stop();
 
  private:
   void Run();
 
-  const std::function<void()> work_;
+  const std::function<void()> due_;
   const std::chrono::milliseconds interval_;
+  const std::function<void()> woken_work_;
   std::mutex mu_;
   std::condition_variable changed_;
   bool woken_ = false;  // guarded by mu_

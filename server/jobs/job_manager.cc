@@ -130,6 +130,7 @@ absl::Status JobManager::Prepare(JobUpload& upload) {
   sizes.rows = request.rows;
   sizes.features = request.features;
   sizes.weight_dtype = static_cast<int32_t>(request.weight_dtype);
+  sizes.spec = request.stored_spec;
   absl::Status room =
       account.memory.CheckCanFit(StoredJob::PeakBytes(sizes, request.spec, about), "this job");
   ByteBudget& store = env_.store.durable() ? account.disk : account.memory;
@@ -137,7 +138,12 @@ absl::Status JobManager::Prepare(JobUpload& upload) {
     auto stored = store.TryReserve(StoredJob::StoredBytes(sizes, request.spec),
                                    "storing this job and its result");
     room = stored.status();
-    if (stored.ok()) upload.stored_ = *std::move(stored);
+    if (stored.ok()) upload.keeps_.stored = *std::move(stored);
+  }
+  if (room.ok()) {
+    auto record = account.memory.TryReserve(StoredJob::RecordBytes(sizes), "this job's record");
+    room = record.status();
+    if (record.ok()) upload.keeps_.record = *std::move(record);
   }
   if (!room.ok()) {
     env_.observer.Rejected(Rejection::kOverBudget);
@@ -186,7 +192,7 @@ absl::StatusOr<std::shared_ptr<StoredJob>> JobManager::Commit(JobUpload& upload)
     return put;
   }
   auto job = std::make_shared<StoredJob>(env_, codec_, record, request.spec,
-                                         std::move(upload.holdings_), std::move(upload.stored_));
+                                         std::move(upload.holdings_), std::move(upload.keeps_));
   Insert(job, record);
   job->Start(std::move(upload.slot_), hold_);
   return job;
@@ -211,8 +217,9 @@ void JobManager::Restore(std::vector<JobRecord> records) {
 void JobManager::RestoreOne(JobRecord record) {
   Account& account = env_.accounts.Of(record.tenant);
   if (IsFinal(record.state)) {
-    auto stored = account.disk.Reserve(record.result.bytes);
-    const auto job = std::make_shared<StoredJob>(env_, codec_, record, std::move(stored));
+    StoredJob::Keeps keeps{account.disk.Reserve(record.result.bytes),
+                           account.memory.Reserve(StoredJob::RecordBytes(record))};
+    const auto job = std::make_shared<StoredJob>(env_, codec_, record, std::move(keeps));
     Insert(job, record);
     return;
   }
@@ -234,11 +241,12 @@ void JobManager::RestoreOne(JobRecord record) {
                                               " times while this job ran; it is not tried again"));
   }
   const engine::ResolvedSpec resolved = spec.ok() ? *spec : engine::ResolvedSpec();
-  auto stored = account.disk.Reserve(StoredJob::StoredBytes(record, resolved));
+  StoredJob::Keeps keeps{account.disk.Reserve(StoredJob::StoredBytes(record, resolved)),
+                         account.memory.Reserve(StoredJob::RecordBytes(record))};
   holdings.place = account.jobs.TakeAnyway();
   record.state = JobState::kQueued;
   const auto job = std::make_shared<StoredJob>(env_, codec_, record, resolved, std::move(holdings),
-                                               std::move(stored));
+                                               std::move(keeps));
   Insert(job, record);
   if (failed.ok()) {
     job->Start(env_.pool.AdmitAgain(), hold_);

@@ -78,7 +78,7 @@ class JobUpload {
   bool creating_ = false;
   StoredJob::Holdings holdings_;
   WorkerPool::Slot slot_;
-  ByteBudget::Reservation stored_;
+  StoredJob::Keeps keeps_;
   std::unique_ptr<BlobWriter> writer_;
   Sha256 digest_;
   int64_t rows_ = 0;

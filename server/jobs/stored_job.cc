@@ -14,6 +14,7 @@ namespace {
 
 // Of a header, a certificate without rows, and lengths.
 constexpr int64_t kSmallChange = int64_t{1} << 20;
+constexpr int64_t kRecordBytes = 4096;
 
 bool MayPassByItself(absl::StatusCode code) {
   return code == absl::StatusCode::kResourceExhausted || code == absl::StatusCode::kUnavailable;
@@ -22,7 +23,7 @@ bool MayPassByItself(absl::StatusCode code) {
 }  // namespace
 
 StoredJob::StoredJob(const Environment& environment, const Codec& codec, JobRecord record,
-                     engine::ResolvedSpec spec, Holdings holdings, ByteBudget::Reservation stored)
+                     engine::ResolvedSpec spec, Holdings holdings, Keeps keeps)
     : env_(environment),
       codec_(codec),
       id_(record.id),
@@ -30,13 +31,13 @@ StoredJob::StoredJob(const Environment& environment, const Codec& codec, JobReco
       spec_(std::move(spec)),
       record_(std::move(record)),
       holdings_(std::move(holdings)),
-      stored_(std::move(stored)) {
+      keeps_(std::move(keeps)) {
   env_.observer.JobEntered(record_.state);
 }
 
 StoredJob::StoredJob(const Environment& environment, const Codec& codec, JobRecord record,
-                     ByteBudget::Reservation stored)
-    : StoredJob(environment, codec, std::move(record), {}, {}, std::move(stored)) {}
+                     Keeps keeps)
+    : StoredJob(environment, codec, std::move(record), {}, {}, std::move(keeps)) {}
 
 int64_t StoredJob::StoredBytes(const JobRecord& record, const engine::ResolvedSpec& spec) {
   const int64_t weights = record.rows * record.features;
@@ -44,6 +45,11 @@ int64_t StoredJob::StoredBytes(const JobRecord& record, const engine::ResolvedSp
   // Levels in float32 are the widest result; two doubles a row in the certificate, with tags.
   return weights * (item + 4) + record.rows * spec.Groups(record.features) * 8 +
          record.features * 4 + record.rows * 24 + kSmallChange;
+}
+
+int64_t StoredJob::RecordBytes(const JobRecord& record) {
+  // Once as it came and once as it was understood; names, digests, tables.
+  return 2 * static_cast<int64_t>(record.spec.size()) + kRecordBytes;
 }
 
 int64_t StoredJob::PeakBytes(const JobRecord& record, const engine::ResolvedSpec& spec,
@@ -271,7 +277,7 @@ void StoredJob::WriteEnd() {
     outcome = outcome_;
     certificate = std::exchange(certificate_, std::nullopt);
     std::swap(holdings, holdings_);
-    stored_.ShrinkTo(next.result.bytes);
+    keeps_.stored.ShrinkTo(next.result.bytes);
   }
   // Counted first, so that who sees the end finds it in the metrics.
   ReportFinished(spec_, outcome, certificate.has_value() ? &*certificate : nullptr, env_.observer);
@@ -299,7 +305,7 @@ absl::Status StoredJob::Remove() {
     const std::lock_guard lock(mu_);
     env_.observer.JobLeft(record_.state);
     result = record_.result;
-    stored_.Release();
+    keeps_ = {};
   }
   if (!result.empty()) env_.store.DeleteBlob(result);
   return absl::OkStatus();

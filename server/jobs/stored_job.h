@@ -51,15 +51,23 @@ class StoredJob : public std::enable_shared_from_this<StoredJob> {
     Calibration::Pin calibration;
   };
 
-  // `record` is in the store; `stored` pays for its weights and its result there.
+  // What it keeps as long as it is known: `stored` pays for its weights and its result in the
+  // store, `record` for what is said of it in memory.
+  struct Keeps {
+    ByteBudget::Reservation stored;
+    ByteBudget::Reservation record;
+  };
+
+  // `record` is in the store.
   StoredJob(const Environment& environment, const Codec& codec, JobRecord record,
-            engine::ResolvedSpec spec, Holdings holdings, ByteBudget::Reservation stored);
+            engine::ResolvedSpec spec, Holdings holdings, Keeps keeps);
   // One that ended before this server started.
-  StoredJob(const Environment& environment, const Codec& codec, JobRecord record,
-            ByteBudget::Reservation stored);
+  StoredJob(const Environment& environment, const Codec& codec, JobRecord record, Keeps keeps);
 
   // Bytes its weights and result take in the store, at most.
   static int64_t StoredBytes(const JobRecord& record, const engine::ResolvedSpec& spec);
+  // Bytes of its record in memory; an explicit grid in the spec may be large.
+  static int64_t RecordBytes(const JobRecord& record);
   // Bytes it needs to run.
   static int64_t PeakBytes(const JobRecord& record, const engine::ResolvedSpec& spec,
                            const CalibrationRecord& calibration);
@@ -135,7 +143,7 @@ class StoredJob : public std::enable_shared_from_this<StoredJob> {
   std::optional<WorkerPool::JobId> pool_id_;
   std::set<std::shared_ptr<Listener>> listeners_;
   Holdings holdings_;
-  ByteBudget::Reservation stored_;
+  Keeps keeps_;
   // Final, but not in the store yet; and what the observer will hear.
   std::optional<JobRecord> unwritten_;
   absl::Status outcome_;
