@@ -246,12 +246,17 @@ void StoredJob::WriteEnd() {
   BlobRef weights;
   {
     const std::lock_guard lock(mu_);
-    if (!unwritten_.has_value()) return;
+    if (!unwritten_.has_value() || writing_end_) return;
+    writing_end_ = true;
     next = *unwritten_;
     weights = record_.weights;
   }
   // Until it is written it is seen as it was; Retry comes back to it.
-  if (!Publish(next).ok()) return;
+  if (!Publish(next).ok()) {
+    const std::lock_guard lock(mu_);
+    writing_end_ = false;
+    return;
+  }
   if (!weights.empty()) env_.store.DeleteBlob(weights);
   absl::Status outcome;
   Holdings holdings;

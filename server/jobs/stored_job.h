@@ -138,6 +138,8 @@ class StoredJob : public std::enable_shared_from_this<StoredJob> {
   // Final, but not in the store yet; and what the observer will hear.
   std::optional<JobRecord> unwritten_;
   absl::Status outcome_;
+  // Somebody writes it: nobody else does, nor tells of it.
+  bool writing_end_ = false;
   // It could not be started, for want of the disk.
   bool start_again_ = false;
 };
