@@ -189,8 +189,7 @@ absl::Status StoredJob::Run() {
   ++record.starts;
   const double queue_seconds = 1e-6 * static_cast<double>(record.start_time - record.create_time);
   if (absl::Status published = Publish(record); !published.ok()) {
-    const std::lock_guard lock(mu_);
-    start_again_ = MayPassByItself(published.code());
+    start_failed_ = MayPassByItself(published.code());
     return published;
   }
   env_.observer.PhaseTook(spec_.method, engine::Phase::kQueue, queue_seconds);
@@ -210,6 +209,8 @@ void StoredJob::Done(const absl::Status& status) {
   {
     const std::lock_guard lock(mu_);
     pool_id_.reset();
+    // Not before: whoever starts it again must not meet this run.
+    start_again_ = std::exchange(start_failed_, false);
     if (start_again_) return;
   }
   if (!status.ok() && cancellation_->status().code() == absl::StatusCode::kUnavailable) {

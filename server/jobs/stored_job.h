@@ -134,6 +134,8 @@ class StoredJob : public std::enable_shared_from_this<StoredJob> {
   std::optional<engine::LayerCertificate> certificate_;
   // The record with its result, where there is one.
   std::optional<JobRecord> finished_;
+  // That it started could not be written.
+  bool start_failed_ = false;
 
   mutable std::mutex mu_;
   // All guarded by mu_.

@@ -121,6 +121,91 @@ TEST(ByteBudgetTest, ThreadsNeverPassTheCapacity) {
   EXPECT_EQ(budget.reserved(), 0);
 }
 
+TEST(ByteBudgetTest, AShareTakesFromTheWhole) {
+  ByteBudget whole(100);
+  ByteBudget share(60, whole, "this tenant's quota");
+  auto held = share.TryReserve(50, "this layer");
+  ASSERT_TRUE(held.ok());
+  EXPECT_EQ(whole.reserved(), 50);
+  EXPECT_CONTAINS(share.TryReserve(11, "this layer").status().message(),
+                  "10 of this tenant's quota of 60");
+  const auto others = whole.TryReserve(45, "others");
+  ASSERT_TRUE(others.ok());
+  // The share has room, the whole has not: neither keeps anything of it.
+  EXPECT_CONTAINS(held->Resize(56, "this layer").message(), "5 of the budget of 100");
+  EXPECT_EQ(share.reserved(), 50);
+  EXPECT_TRUE(held->Resize(55, "this layer").ok());
+  held->Release();
+  EXPECT_EQ(share.reserved(), 0);
+  EXPECT_EQ(whole.reserved(), 45);
+}
+
+TEST(ByteBudgetTest, SaysWhatCanNeverFit) {
+  ByteBudget whole(100);
+  ByteBudget share(60, whole, "this tenant's quota");
+  ByteBudget wide(500, whole, "this tenant's quota");
+  const auto held = whole.TryReserve(100, "others");
+  EXPECT_TRUE(share.CheckCanFit(60, "this job").ok());
+  EXPECT_CONTAINS(share.CheckCanFit(61, "this job").message(), "this tenant's quota of 60");
+  const absl::Status refused = wide.CheckCanFit(101, "this job");
+  EXPECT_CONTAINS(refused.message(), "the budget of 100");
+  EXPECT_EQ(RetryAfterOf(refused), kRetryLate);
+}
+
+TEST(ByteBudgetTest, WhatIsThereAlreadyMayPassTheCapacity) {
+  ByteBudget whole(100);
+  ByteBudget share(60, whole, "this tenant's quota");
+  {
+    const auto found = share.Reserve(130);
+    EXPECT_EQ(whole.reserved(), 130);
+    EXPECT_CONTAINS(share.TryReserve(1, "this job").status().message(), "; 0 of");
+    EXPECT_CONTAINS(whole.TryReserve(1, "this job").status().message(), "; 0 of");
+    EXPECT_TRUE(absl::IsResourceExhausted(share.TryReserve(INT64_MAX, "this job").status()));
+  }
+  EXPECT_EQ(share.reserved(), 0);
+  EXPECT_EQ(whole.reserved(), 0);
+}
+
+TEST(ByteBudgetTest, AsksForWhatNobodyNeeds) {
+  ByteBudget whole(100);
+  ByteBudget share(1000, whole, "this tenant's quota");
+  auto cache = *whole.TryReserve(80, "a cache");
+  int64_t asked = 0;
+  whole.SetReclaimer([&](int64_t bytes) {
+    asked += bytes;
+    cache.ShrinkTo(40);
+  });
+  EXPECT_TRUE(share.TryReserve(20, "this layer").ok());
+  EXPECT_EQ(asked, 0);
+  {
+    const auto held = share.TryReserve(60, "this layer");
+    EXPECT_TRUE(held.ok());
+    EXPECT_EQ(asked, 60);
+    EXPECT_FALSE(share.TryReserve(10, "this layer").ok());
+    EXPECT_EQ(share.reserved(), 60);
+  }
+  EXPECT_EQ(whole.reserved(), 40);
+}
+
+TEST(ByteBudgetTest, TellsWhenBytesComeBack) {
+  ByteBudget whole(100);
+  ByteBudget share(60, whole, "this tenant's quota");
+  int told = 0;
+  int64_t left = -1;
+  whole.SetReleased([&] {
+    ++told;
+    left = whole.reserved();
+  });
+  auto held = *share.TryReserve(50, "this layer");
+  EXPECT_EQ(told, 0);
+  held.ShrinkTo(20);
+  EXPECT_EQ(told, 1);
+  EXPECT_EQ(left, 20);
+  held.Release();
+  EXPECT_EQ(told, 2);
+  EXPECT_EQ(left, 0);
+}
+
 TEST(StatusDetailsTest, NoDelayWhereNoneWasSet) {
   EXPECT_EQ(RetryAfterOf(absl::OkStatus()), std::nullopt);
   EXPECT_EQ(RetryAfterOf(absl::InternalError("x")), std::nullopt);
