@@ -18,6 +18,9 @@ using engine::UpperPanels;
 constexpr double kAsymmetry = 1e-5;
 constexpr double kBeyondCauchySchwarz = 1e-3;
 
+// 2^40 products of float32 are far below; sums and differences of such numbers stay finite.
+constexpr double kLargest = 1e100;
+
 constexpr const char* kNames[] = {"X^T X", "X~^T X~", "X~^T X"};
 
 double Symmetric(const UpperPanels<double>& triangle, int64_t i, int64_t j) {
@@ -78,9 +81,9 @@ absl::Status StatisticsImport::Take(double value) {
     return InvalidField("data", "expected no more bytes: all sums that the header announces came");
   }
   const char* const name = kNames[static_cast<int>(part_)];
-  if (!std::isfinite(value)) {
-    return InvalidField("data", absl::StrCat("expected finite numbers, got ", value, " in ",
-                                             Place(name, row_, column_)));
+  if (!(std::abs(value) <= kLargest)) {
+    return InvalidField("data", absl::StrCat("expected finite numbers up to ", kLargest, ", got ",
+                                             value, " in ", Place(name, row_, column_)));
   }
   if (part_ == Part::kCross) {
     sums_.mismatch->cross[static_cast<size_t>(row_ * features_ + column_)] = value;

@@ -28,8 +28,8 @@ class StatisticsImport {
   // Memory it takes, the sums included.
   static int64_t BytesFor(int64_t features, bool mismatched);
 
-  // Any whole number of elements. Refuses what is not finite, not symmetric (to 1e-5 of
-  // sqrt(H_ii H_jj)), and too much.
+  // Any whole number of elements. Refuses what is not finite (or beyond 1e100), not symmetric (to
+  // 1e-5 of sqrt(H_ii H_jj)), and too much.
   absl::Status Append(std::span<const std::byte> bytes);
   // The sums of `tokens` tokens. Refuses too little, negative diagonals, and what no activations
   // have: |H_ij| > (1 + 1e-3) sqrt(H_ii H_jj), in X~^T X with (X~^T X~)_ii and (X^T X)_jj. Spends
