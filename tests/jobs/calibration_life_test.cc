@@ -149,6 +149,7 @@ TEST_P(CalibrationLifeTest, RemoveWhileStreamsSend) {
   for (int round = 0; round < 5; ++round) {
     const auto calibration = Create();
     std::vector<std::thread> threads;
+    threads.reserve(2);
     for (int s = 0; s < 2; ++s) {
       threads.emplace_back([&, s] {
         const absl::Status sent = SendRows(*calibration, absl::StrCat(s), layer_, kChunk);

@@ -231,8 +231,9 @@ TEST_P(CalibrationTest, AnExportIsOfOneMoment) {
   std::optional<Snapshot> snapshot;
   ASSERT_TRUE(InStrand(*calibration, [&] {
                 auto taken = calibration->Export(false);
-                if (taken.ok()) snapshot = *std::move(taken);
-                return taken.status();
+                const absl::Status status = taken.status();
+                if (status.ok()) snapshot = *std::move(taken);
+                return status;
               }).ok());
   EXPECT_GT(server_->memory().reserved(), before);
   EXPECT_TRUE(Fold(*calibration, *live, 1, 333, 700).ok());
