@@ -166,6 +166,7 @@ TEST_P(CalibrationLifeTest, RemoveWhileStreamsSend) {
 TEST_P(CalibrationLifeTest, OneRequestMakesOneCalibration) {
   std::vector<std::thread> threads;
   std::vector<std::string> ids(4);
+  threads.reserve(ids.size());
   for (size_t t = 0; t < ids.size(); ++t) {
     threads.emplace_back([&, t] {
       for (;;) {

@@ -251,6 +251,7 @@ TEST_P(JobLifeTest, ManyThreads) {
   constexpr int kThreads = 3;
   constexpr int kJobs = 12;
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   std::atomic<int> left{kThreads};
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {

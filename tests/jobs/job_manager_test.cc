@@ -113,6 +113,7 @@ TEST_P(JobManagerTest, OneRequestMakesOneJob) {
 
   std::vector<std::shared_ptr<StoredJob>> made(4);
   std::vector<std::thread> threads;
+  threads.reserve(made.size());
   for (auto& slot : made) {
     threads.emplace_back([&] {
       for (;;) {

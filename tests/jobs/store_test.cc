@@ -263,6 +263,7 @@ TYPED_TEST(StoreTest, ThreadsDoNotDisturbEachOther) {
   constexpr int64_t kThreads = 4;
   constexpr int64_t kRounds = 12;
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int64_t t = 0; t < kThreads; ++t) {
     threads.emplace_back([this, t] {
       const std::vector<std::byte> bytes = Pattern(std::to_string(t), kMebi + t);
@@ -300,6 +301,7 @@ TYPED_TEST(StoreTest, ThreadsShareAReader) {
   auto reader = this->store_->OpenBlob(this->MustWrite(bytes));
   ASSERT_TRUE(reader.ok());
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (size_t t = 0; t < 4; ++t) {
     threads.emplace_back([&, t] {
       for (size_t at = t; at + 1000 < bytes.size(); at += 300'007) {
