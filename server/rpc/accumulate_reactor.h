@@ -24,6 +24,8 @@ class AccumulateReactor final : public MessageReactor<grpc::ServerBidiReactor<By
                     const jobs::Tenant& tenant)
       : MessageReactor(context, environment, jobs::kAccumulateMethod, tenant) {}
 
+  void OnWriteDone(bool ok) override { WriteDone(ok); }
+
  protected:
   absl::Status First(const Bytes& message) override;
   absl::Status Take(const Bytes& message) override;

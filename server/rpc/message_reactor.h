@@ -86,16 +86,6 @@ class MessageReactor : public Base, public LiveCall {
     Advance();
   }
 
-  // Of bidirectional calls only.
-  void OnWriteDone(bool ok) {
-    if (!ok) OnCancel();
-    const std::lock_guard lock(mu_);
-    writing_ = false;
-    if (ok) life_.Sent(static_cast<int64_t>(outgoing_.Length()));
-    outgoing_.Clear();
-    Advance();
-  }
-
   void OnCancel() override { Fail(life_.CancelReason(*context_)); }
 
   void Abort(const absl::Status& reason, bool only_waiting) override {
@@ -133,6 +123,16 @@ class MessageReactor : public Base, public LiveCall {
   }
   // Whether a drain ends the call at once rather than waiting for it.
   virtual bool EndsWithDrain() const { return false; }
+
+  // What OnWriteDone of a bidirectional call does.
+  void WriteDone(bool ok) {
+    if (!ok) OnCancel();
+    const std::lock_guard lock(mu_);
+    writing_ = false;
+    if (ok) life_.Sent(static_cast<int64_t>(outgoing_.Length()));
+    outgoing_.Clear();
+    Advance();
+  }
 
   // Something to write may be there; any thread, without the lock.
   void Changed() {
