@@ -145,6 +145,7 @@ TEST_F(WorkerPoolGateTest, HigherPriorityIsAskedFirst) {
 
 TEST_F(WorkerPoolGateTest, PlacesBeyondTheLimitCount) {
   std::vector<WorkerPool::Slot> slots;
+  slots.reserve(9);
   for (int i = 0; i < 9; ++i) slots.push_back(pool_.AdmitAgain());
   EXPECT_TRUE(absl::IsResourceExhausted(pool_.Admit().status()));
   slots.pop_back();
