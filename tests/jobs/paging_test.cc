@@ -21,6 +21,7 @@ absl::StatusOr<Page<Item>> Cut(std::vector<Item> all, int32_t size, const std::s
 // Every third has the time of the one before.
 std::vector<Item> Items(int count) {
   std::vector<Item> items;
+  items.reserve(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) {
     items.emplace_back(1000 + i - (i % 3 == 2 ? 1 : 0), absl::StrCat("id.", i));
   }
