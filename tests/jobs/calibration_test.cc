@@ -231,7 +231,7 @@ TEST_P(CalibrationTest, AnExportIsOfOneMoment) {
   std::optional<Snapshot> snapshot;
   ASSERT_TRUE(InStrand(*calibration, [&] {
                 auto taken = calibration->Export(false);
-                const absl::Status status = taken.status();
+                absl::Status status = taken.status();
                 if (status.ok()) snapshot = *std::move(taken);
                 return status;
               }).ok());
