@@ -291,7 +291,6 @@ void WorkerPool::Shutdown() {
     }
     work_.notify_all();
   }
-  // A job that a worker takes meanwhile is in running_ when Cancel looks for it.
   for (const JobId id : queued) Cancel(id, absl::StatusCode::kUnavailable);
   const std::lock_guard join_lock(join_mu_);
   for (std::thread& thread : threads_) thread.join();
@@ -341,6 +340,8 @@ void WorkerPool::Work() {
 }
 
 std::optional<WorkerPool::Queued> WorkerPool::TakeJob() {
+  // Shutdown cancels what waits.
+  if (stopping_) return std::nullopt;
   bool gated = false;
   for (auto at = queue_.begin(); at != queue_.end(); ++at) {
     const Job& job = at->second.job;

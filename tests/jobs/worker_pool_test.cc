@@ -334,14 +334,18 @@ TEST(WorkerPoolTest, ShutdownCancelsTheRest) {
     const std::lock_guard lock(mu);
     codes.push_back(status.code());
   };
-  WorkerPool pool(1, 4);
+  constexpr int kWaiting = 200;
+  WorkerPool pool(1, kWaiting + 2);
   Gate never;
   Enqueue(pool, MakeBlockingJob(pool, never, record));
-  Enqueue(pool, MakeJob([] {}, record));
+  // The worker is free again while these are being cancelled, and starts none of them.
+  for (int i = 0; i < kWaiting; ++i) {
+    Enqueue(pool, MakeJob([] { ADD_FAILURE() << "started"; }, record));
+  }
   auto slot = pool.Admit();
   pool.Shutdown();
   pool.Shutdown();
-  EXPECT_EQ(codes, std::vector(2, absl::StatusCode::kUnavailable));
+  EXPECT_EQ(codes, std::vector(kWaiting + 1, absl::StatusCode::kUnavailable));
   EXPECT_TRUE(absl::IsUnavailable(pool.Enqueue(*std::move(slot), MakeJob([] {})).status()));
   EXPECT_TRUE(absl::IsUnavailable(
       pool.Post({.run = [] { return absl::OkStatus(); }, .done = [](const absl::Status&) {}})));
