@@ -82,7 +82,8 @@ ROOMS = (
     Room(
         "engine",
         ("server/engine",),
-        ("engine/", "Eigen/", *ABSL_VALUES),
+        # sys/mman.h: large pages.
+        ("engine/", "Eigen/", "sys/mman.h", *ABSL_VALUES),
         without_standard=FILES,
     ),
     Room(

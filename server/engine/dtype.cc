@@ -1,9 +1,11 @@
 #include "engine/dtype.h"
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 namespace certiq::engine {
 namespace {
@@ -39,6 +41,28 @@ int64_t Decode(const std::byte* bytes, int64_t count, float* out, Convert conver
   if (bad == 0) return -1;
   for (int64_t i = 0; i < count; ++i) {
     if (IsNonFinite(out[i])) return i;
+  }
+  return -1;
+}
+
+// Index of the first element whose `exponent` bits are all set, or -1.
+template <typename Stored>
+int64_t FindExponent(const std::byte* bytes, int64_t count, Stored exponent) {
+  constexpr int64_t kPiece = 4096;
+  const auto load = [bytes](int64_t i) {
+    Stored stored;
+    std::memcpy(&stored, bytes + i * static_cast<int64_t>(sizeof(Stored)), sizeof(Stored));
+    return stored;
+  };
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    const int64_t end = std::min(count, begin + kPiece);
+    Stored bad = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      bad = static_cast<Stored>(bad | ((load(i) & exponent) == exponent ? 1 : 0));
+    }
+    for (int64_t i = begin; bad != 0 && i < end; ++i) {
+      if ((load(i) & exponent) == exponent) return i;
+    }
   }
   return -1;
 }
@@ -106,6 +130,31 @@ int64_t DecodeToFloat(DType dtype, const std::byte* bytes, int64_t count, float*
       return Decode<uint8_t>(bytes, count, out, [](uint8_t v) { return static_cast<float>(v); });
   }
   return 0;
+}
+
+int64_t FindNonFinite(DType dtype, const std::byte* bytes, int64_t count) {
+  switch (dtype) {
+    case DType::kF16:
+      return FindExponent<uint16_t>(bytes, count, 0x7c00);
+    case DType::kBF16:
+      return FindExponent<uint16_t>(bytes, count, 0x7f80);
+    case DType::kF32:
+      return FindExponent<uint32_t>(bytes, count, 0x7f800000);
+    case DType::kF64: {
+      float decoded[256];
+      for (int64_t begin = 0; begin < count; begin += std::ssize(decoded)) {
+        const int64_t bad = DecodeToFloat(dtype, bytes + begin * ItemSize(dtype),
+                                          std::min(std::ssize(decoded), count - begin), decoded);
+        if (bad >= 0) return begin + bad;
+      }
+      return -1;
+    }
+    case DType::kI64:
+    case DType::kI32:
+    case DType::kU8:
+      return -1;
+  }
+  return -1;
 }
 
 float RoundTo(DType dtype, float value) {

@@ -23,6 +23,9 @@ bool IsFloating(DType dtype);
 // `out` is written.
 int64_t DecodeToFloat(DType dtype, const std::byte* bytes, int64_t count, float* out);
 
+// The index that DecodeToFloat would return, without decoding.
+int64_t FindNonFinite(DType dtype, const std::byte* bytes, int64_t count);
+
 // Rounds a float32 to the nearest value of the type (ties to even) and
 // returns it widened again; infinite where it does not fit. Only kF32, kF16, kBF16.
 float RoundTo(DType dtype, float value);

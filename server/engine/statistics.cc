@@ -1,7 +1,9 @@
 #include "engine/statistics.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <functional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -18,35 +20,118 @@ constexpr float kLargest = 0x1p40f;
 
 int64_t Strips(int64_t features) { return (features + kStrip<float> - 1) / kStrip<float>; }
 
-// out[i][j] += sum over staged rows of a_i b_j for one strip of columns j,
-// kMicroRows columns i. `scale` is null or per column.
-void FoldBlock(int64_t depth, const float* a, int64_t live_rows, const float* b, int64_t live_cols,
-               const double* scale_a, const double* scale_b, double* out, int64_t out_stride) {
-  for (int64_t k0 = 0; k0 < depth; k0 += StatisticsAccumulator::kChainRows) {
-    Accumulator<float> sum = {};
-    MultiplyStrip(std::min(StatisticsAccumulator::kChainRows, depth - k0), a + k0 * kStrip<float>,
-                  kStrip<float>, 1, b + k0 * kStrip<float>, sum);
-    for (int64_t r = 0; r < live_rows; ++r) {
-      double* row = out + r * out_stride;
-      if (scale_a == nullptr && live_cols == kStrip<float>) {
-        for (int half = 0; half < 2; ++half) {
-          for (int lane = 0; lane < kLanes<float>; ++lane) {
-            row[half * kLanes<float> + lane] += static_cast<double>(sum.row[r][half][lane]);
-          }
-        }
-        continue;
-      }
-      for (int64_t c = 0; c < live_cols; ++c) {
-        const double factor = scale_a == nullptr ? 1.0 : scale_a[r] * scale_b[c];
-        row[c] += factor * static_cast<double>(sum.row[r][c / kLanes<float>][c % kLanes<float>]);
+// Rows of a chain, and of the sums that are made of chains.
+constexpr int64_t kSpans[] = {8, 32, 128, 256};
+constexpr int kTopSpan = 3;
+
+// sum = sum over kSpans[0] rows of a_i b_j. Unrolled: the chain is short, and where its length is
+// known its end does not wait.
+__attribute__((always_inline)) inline void SumChain(const float* a, const float* b,
+                                                    Accumulator<float>& sum) {
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < kSpans[0]; ++k) {
+    const Vector<float> b0 = LoadVector(b + k * kStrip<float>);
+    const Vector<float> b1 = LoadVector(b + k * kStrip<float> + kLanes<float>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kMicroRows; ++r) {
+      const float scalar = a[k * kStrip<float> + r];
+      if (k == 0) {
+        sum.row[r][0] = scalar * b0;
+        sum.row[r][1] = scalar * b1;
+      } else {
+        sum.row[r][0] += scalar * b0;
+        sum.row[r][1] += scalar * b1;
       }
     }
   }
 }
 
+// sum = sum over `rows` <= kSpans[level] rows of a_i b_j; see StatisticsAccumulator. `whole`: rows
+// is a multiple of kSpans[0].
+template <int level, bool whole>
+__attribute__((always_inline)) inline void SumSpan(int64_t rows, const float* a, const float* b,
+                                                   Accumulator<float>& sum) {
+  if constexpr (level == 0 && whole) {
+    SumChain(a, b, sum);
+  } else if constexpr (level == 0) {
+    sum = {};
+    MultiplyStrip(rows, a, kStrip<float>, 1, b, sum);
+  } else {
+    constexpr int64_t kPart = kSpans[level - 1];
+    SumSpan<level - 1, whole>(std::min(kPart, rows), a, b, sum);
+    for (int64_t k = kPart; k < rows; k += kPart) {
+      Accumulator<float> part;
+      SumSpan<level - 1, whole>(std::min(kPart, rows - k), a + k * kStrip<float>,
+                                b + k * kStrip<float>, part);
+      for (int r = 0; r < kMicroRows; ++r) {
+        sum.row[r][0] += part.row[r][0];
+        sum.row[r][1] += part.row[r][1];
+      }
+    }
+  }
+}
+
+// out[i][j] += sum over `rows` <= 256 rows of a_i b_j for one strip of columns j,
+// kMicroRows columns i. Scales are null or per column.
+void FoldBlock(int64_t rows, const float* a, int64_t live_rows, const float* b, int64_t live_cols,
+               const double* scale_a, const double* scale_b, double* out, int64_t out_stride) {
+  // Here long before it is needed.
+  for (int64_t r = 0; r < live_rows; ++r) {
+    for (int64_t c = 0; c < live_cols; c += static_cast<int64_t>(kLineBytes / sizeof(double))) {
+      __builtin_prefetch(out + r * out_stride + c, 1);
+    }
+  }
+  Accumulator<float> sum;
+  if (rows == kSpans[kTopSpan]) {
+    SumSpan<kTopSpan, true>(kSpans[kTopSpan], a, b, sum);
+  } else {
+    SumSpan<kTopSpan, false>(rows, a, b, sum);
+  }
+  alignas(kVectorBytes) float sums[kMicroRows][kStrip<float>];
+  for (int r = 0; r < kMicroRows; ++r) {
+    StoreVector(sums[r], sum.row[r][0]);
+    StoreVector(sums[r] + kLanes<float>, sum.row[r][1]);
+  }
+  for (int64_t r = 0; r < live_rows; ++r) {
+    double* row = out + r * out_stride;
+    if (scale_a == nullptr && live_cols == kStrip<float>) {
+      for (int c = 0; c < kStrip<float>; ++c) row[c] += static_cast<double>(sums[r][c]);
+      continue;
+    }
+    for (int64_t c = 0; c < live_cols; ++c) {
+      const double factor = scale_a == nullptr ? 1.0 : scale_a[r] * scale_b[c];
+      row[c] += factor * static_cast<double>(sums[r][c]);
+    }
+  }
+}
+
+// Runs body(begin, end) over [0, count) in pieces worth a thread each: `cost` elements an item.
+void InPieces(int64_t count, int64_t cost, Executor& executor,
+              const std::function<void(int64_t, int64_t)>& body) {
+  constexpr int64_t kWorthwhile = 1 << 15;
+  const int64_t piece = std::max<int64_t>(1, kWorthwhile / std::max<int64_t>(1, cost));
+  executor.ParallelFor((count + piece - 1) / piece, [&](int64_t task) {
+    body(task * piece, std::min(count, (task + 1) * piece));
+  });
+}
+
+const std::byte* At(const TokenRows& rows, int64_t features, int64_t row, int64_t column) {
+  return rows.bytes + (row * features + column) * ItemSize(rows.dtype);
+}
+
+absl::Status CheckValues(const TokenRows& x, int64_t features, int64_t first_row, int64_t rows) {
+  const int64_t bad = FindNonFinite(x.dtype, x.bytes, rows * features);
+  if (bad < 0) return absl::OkStatus();
+  float value = 0;
+  DecodeToFloat(x.dtype, x.bytes + bad * ItemSize(x.dtype), 1, &value);
+  return NonFiniteValue(x.field, value, first_row + bad / features, bad % features);
+}
+
 void Add(const UpperPanels<double>& other, UpperPanels<double>& sums) {
   for (int64_t i = 0; i < sums.size(); ++i) {
-    for (int64_t j = i; j < sums.size(); ++j) sums.at(i, j) += other.at(i, j);
+    double* to = sums.row(i);
+    const double* from = other.row(i);
+    for (int64_t j = 0; j < sums.size() - i; ++j) to[j] += from[j];
   }
 }
 
@@ -107,52 +192,66 @@ StatisticsAccumulator::StatisticsAccumulator(Statistics sums)
 
 void StatisticsAccumulator::Allocate() {
   const auto staged = static_cast<size_t>(Strips(features_) * kBlockRows * kStrip<float>);
-  row_.resize(static_cast<size_t>(features_));
   inputs_.values.resize(staged);
-  if (!statistics_.mismatch.has_value()) return;
-  residual_.values.resize(staged);
-  x_row_.resize(row_.size());
+  if (statistics_.mismatch.has_value()) residual_.values.resize(staged);
 }
 
 int64_t StatisticsAccumulator::BytesFor(int64_t features, bool mismatched) {
   const int64_t triangle = UpperPanels<double>::ElementsFor(features) * 8;
-  const int64_t staged = Strips(features) * kStrip<float> * (kBlockRows * 4 + 4 + 8);
+  const int64_t staged = Strips(features) * kStrip<float> * (kBlockRows * 4 + 8);
   return mismatched ? 2 * triangle + features * features * 8 + 2 * staged : triangle + staged;
 }
 
-void StatisticsAccumulator::Stage(const float* row, Staged& to) const {
-  for (int64_t begin = 0, strip = 0; begin < features_; begin += kStrip<float>, ++strip) {
-    std::copy_n(row + begin, std::min<int64_t>(kStrip<float>, features_ - begin),
-                to.values.data() + (strip * kBlockRows + staged_rows_) * kStrip<float>);
-  }
+bool StatisticsAccumulator::Stage(const TokenRows& x, const TokenRows* x_quantized, int64_t row,
+                                  int64_t rows, Executor& executor) {
+  const TokenRows& inputs = x_quantized == nullptr ? x : *x_quantized;
+  std::atomic<bool> finite{true};
+  // A strip at a time: its rows lie together, those of different strips far apart.
+  InPieces(Strips(features_), rows * kStrip<float>, executor, [&](int64_t begin, int64_t end) {
+    bool good = true;
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t column = strip * kStrip<float>;
+      const int64_t live = std::min<int64_t>(kStrip<float>, features_ - column);
+      const int64_t to = (strip * kBlockRows + staged_rows_) * kStrip<float>;
+      for (int64_t r = 0; r < rows; ++r) {
+        float* values = inputs_.values.data() + to + r * kStrip<float>;
+        good &= DecodeToFloat(inputs.dtype, At(inputs, features_, row + r, column), live, values) < 0;
+        if (x_quantized == nullptr) continue;
+        float* residual = residual_.values.data() + to + r * kStrip<float>;
+        good &= DecodeToFloat(x.dtype, At(x, features_, row + r, column), live, residual) < 0;
+        for (int64_t c = 0; c < live; ++c) {
+          residual[c] -= values[c];
+          good &= std::isfinite(residual[c]);
+        }
+      }
+    }
+    if (!good) finite.store(false, std::memory_order_relaxed);
+  });
+  return finite.load(std::memory_order_relaxed);
 }
 
-absl::Status StatisticsAccumulator::DecodeRow(DType dtype, const std::byte* bytes,
-                                              int64_t first_row, int64_t r, const char* field) {
-  const int64_t bad =
-      DecodeToFloat(dtype, bytes + r * features_ * ItemSize(dtype), features_, row_.data());
-  if (bad < 0) return absl::OkStatus();
-  return NonFiniteValue(field, row_[static_cast<size_t>(bad)], first_row + r, bad);
+absl::Status StatisticsAccumulator::Check(const TokenRows& x, int64_t features, int64_t first_row,
+                                          int64_t rows) {
+  return CheckValues(x, features, first_row, rows);
 }
 
-absl::Status StatisticsAccumulator::DecodeRowPair(DType x_dtype, const std::byte* x,
-                                                  DType x_quantized_dtype,
-                                                  const std::byte* x_quantized, int64_t first_row,
-                                                  int64_t r, const char* x_field,
-                                                  const char* x_quantized_field) {
-  if (absl::Status decoded = DecodeRow(x_dtype, x, first_row, r, x_field); !decoded.ok()) {
-    return decoded;
+absl::Status StatisticsAccumulator::CheckPair(const TokenRows& x, const TokenRows& x_quantized,
+                                              int64_t features, int64_t first_row, int64_t rows) {
+  for (const TokenRows* each : {&x, &x_quantized}) {
+    if (absl::Status checked = CheckValues(*each, features, first_row, rows); !checked.ok()) {
+      return checked;
+    }
   }
-  row_.swap(x_row_);
-  if (absl::Status decoded =
-          DecodeRow(x_quantized_dtype, x_quantized, first_row, r, x_quantized_field);
-      !decoded.ok()) {
-    return decoded;
-  }
-  for (size_t j = 0; j < row_.size(); ++j) {
-    x_row_[j] -= row_[j];
-    if (!std::isfinite(x_row_[j])) {
-      return InvalidField(x_field,
+  // The difference of two binary16 is far inside float32.
+  if (x.dtype == DType::kF16 && x_quantized.dtype == DType::kF16) return absl::OkStatus();
+  std::vector<float> values(static_cast<size_t>(features));
+  std::vector<float> others(values.size());
+  for (int64_t r = 0; r < rows; ++r) {
+    DecodeToFloat(x.dtype, At(x, features, r, 0), features, values.data());
+    DecodeToFloat(x_quantized.dtype, At(x_quantized, features, r, 0), features, others.data());
+    for (size_t j = 0; j < values.size(); ++j) {
+      if (std::isfinite(values[j] - others[j])) continue;
+      return InvalidField(x.field,
                           absl::StrCat("expected x - x_quantized within float32's range, row ",
                                        first_row + r, ", column ", j));
     }
@@ -160,86 +259,69 @@ absl::Status StatisticsAccumulator::DecodeRowPair(DType x_dtype, const std::byte
   return absl::OkStatus();
 }
 
-absl::Status StatisticsAccumulator::Check(DType dtype, const std::byte* bytes, int64_t first_row,
-                                          int64_t rows, const char* field) {
-  absl::Status status;
-  for (int64_t r = 0; r < rows && status.ok(); ++r) {
-    status = DecodeRow(dtype, bytes, first_row, r, field);
-  }
-  return status;
+absl::Status StatisticsAccumulator::Append(const TokenRows& x, int64_t first_row, int64_t rows,
+                                           Executor& executor) {
+  return AppendRows(x, nullptr, first_row, rows, executor);
 }
 
-absl::Status StatisticsAccumulator::CheckPair(DType x_dtype, const std::byte* x,
-                                              DType x_quantized_dtype, const std::byte* x_quantized,
-                                              int64_t first_row, int64_t rows, const char* x_field,
-                                              const char* x_quantized_field) {
-  absl::Status status;
-  for (int64_t r = 0; r < rows && status.ok(); ++r) {
-    status = DecodeRowPair(x_dtype, x, x_quantized_dtype, x_quantized, first_row, r, x_field,
-                           x_quantized_field);
-  }
-  return status;
+absl::Status StatisticsAccumulator::AppendPair(const TokenRows& x, const TokenRows& x_quantized,
+                                               int64_t first_row, int64_t rows,
+                                               Executor& executor) {
+  return AppendRows(x, &x_quantized, first_row, rows, executor);
 }
 
-absl::Status StatisticsAccumulator::Append(DType dtype, const std::byte* bytes, int64_t first_row,
-                                           int64_t rows, const char* field, Executor& executor) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (absl::Status decoded = DecodeRow(dtype, bytes, first_row, r, field); !decoded.ok()) {
-      return decoded;
+absl::Status StatisticsAccumulator::AppendRows(const TokenRows& x, const TokenRows* x_quantized,
+                                               int64_t first_row, int64_t rows,
+                                               Executor& executor) {
+  for (int64_t row = 0; row < rows;) {
+    const int64_t piece = std::min(rows - row, kBlockRows - staged_rows_);
+    if (!Stage(x, x_quantized, row, piece, executor)) {
+      // Which value it was is looked for only now.
+      absl::Status bad = x_quantized == nullptr
+                             ? Check(x, features_, first_row, rows)
+                             : CheckPair(x, *x_quantized, features_, first_row, rows);
+      return bad.ok() ? absl::InternalError("a value that is not finite came and went") : bad;
     }
-    Stage(row_.data(), inputs_);
-    ++statistics_.tokens;
-    if (++staged_rows_ == kBlockRows) Fold(executor);
+    statistics_.tokens += piece;
+    staged_rows_ += piece;
+    row += piece;
+    if (staged_rows_ == kBlockRows) Fold(executor);
   }
   return absl::OkStatus();
 }
 
-absl::Status StatisticsAccumulator::AppendPair(DType x_dtype, const std::byte* x,
-                                               DType x_quantized_dtype,
-                                               const std::byte* x_quantized, int64_t first_row,
-                                               int64_t rows, const char* x_field,
-                                               const char* x_quantized_field, Executor& executor) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (absl::Status decoded = DecodeRowPair(x_dtype, x, x_quantized_dtype, x_quantized, first_row,
-                                             r, x_field, x_quantized_field);
-        !decoded.ok()) {
-      return decoded;
-    }
-    Stage(row_.data(), inputs_);
-    Stage(x_row_.data(), residual_);
-    ++statistics_.tokens;
-    if (++staged_rows_ == kBlockRows) Fold(executor);
-  }
-  return absl::OkStatus();
-}
-
-void StatisticsAccumulator::ScaleColumns(Staged& staged) const {
-  staged.scaled = false;
+void StatisticsAccumulator::ScaleColumns(Staged& staged, Executor& executor) const {
+  std::atomic<bool> scaled{false};
   staged.scale.assign(static_cast<size_t>(Strips(features_) * kStrip<float>), 1.0);
-  for (int64_t strip = 0; strip < Strips(features_); ++strip) {
-    float* block = staged.values.data() + strip * kBlockRows * kStrip<float>;
-    float largest[kStrip<float>] = {};
-    for (int64_t r = 0; r < staged_rows_; ++r) {
-      for (int c = 0; c < kStrip<float>; ++c) {
-        largest[c] = std::max(largest[c], std::abs(block[r * kStrip<float> + c]));
-      }
-    }
-    for (int c = 0; c < kStrip<float>; ++c) {
-      if (largest[c] == 0 || (largest[c] >= kSmallest && largest[c] <= kLargest)) continue;
-      const int exponent = std::ilogb(largest[c]);
+  InPieces(Strips(features_), staged_rows_ * kStrip<float>, executor, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      float* block = staged.values.data() + strip * kBlockRows * kStrip<float>;
+      float largest[kStrip<float>] = {};
       for (int64_t r = 0; r < staged_rows_; ++r) {
-        float& value = block[r * kStrip<float> + c];
-        value = std::ldexp(value, -exponent);
+        for (int c = 0; c < kStrip<float>; ++c) {
+          largest[c] = std::max(largest[c], std::abs(block[r * kStrip<float> + c]));
+        }
       }
-      staged.scale[static_cast<size_t>(strip * kStrip<float> + c)] = std::ldexp(1.0, exponent);
-      staged.scaled = true;
+      for (int c = 0; c < kStrip<float>; ++c) {
+        if (largest[c] == 0 || (largest[c] >= kSmallest && largest[c] <= kLargest)) continue;
+        const int exponent = std::ilogb(largest[c]);
+        for (int64_t r = 0; r < staged_rows_; ++r) {
+          float& value = block[r * kStrip<float> + c];
+          value = std::ldexp(value, -exponent);
+        }
+        staged.scale[static_cast<size_t>(strip * kStrip<float> + c)] = std::ldexp(1.0, exponent);
+        scaled.store(true, std::memory_order_relaxed);
+      }
     }
-  }
+  });
+  staged.scaled = scaled.load(std::memory_order_relaxed);
 }
 
 void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool upper, double* out,
                                      const UpperPanels<double>& layout, Executor& executor) const {
-  // One task a tile of kPanelRows x kPanelRows sums.
+  // One task a tile of kPanelRows x kPanelRows sums: 128 KiB of float64, which stay in a second
+  // level cache beside two tiles of 256 staged float32 rows, 128 KiB each. Of these a strip of 256
+  // rows (32 KiB with AVX-512) stays in the first level while the columns of the other pass.
   std::vector<std::pair<int64_t, int64_t>> tiles;
   for (int64_t p = 0; p < layout.panels(); ++p) {
     for (int64_t q = upper ? p : 0; q < layout.panels(); ++q) tiles.emplace_back(p, q);
@@ -247,19 +329,26 @@ void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool uppe
   const bool scaled = a.scaled || b.scaled;
   executor.ParallelFor(static_cast<int64_t>(tiles.size()), [&](int64_t task) {
     const auto [p, q] = tiles[static_cast<size_t>(task)];
-    for (int64_t j = layout.begin(q); j < layout.end(q); j += kStrip<float>) {
-      const float* right = b.values.data() + j / kStrip<float> * kBlockRows * kStrip<float>;
-      for (int64_t i = layout.begin(p); i < layout.end(p); i += kMicroRows) {
-        const float* left =
-            a.values.data() + i / kStrip<float> * kBlockRows * kStrip<float> + i % kStrip<float>;
-        const int64_t stride = upper ? layout.stride(p) : features_;
-        const int64_t at =
-            upper ? layout.offset(p) + (i - layout.begin(p)) * stride + (j - layout.begin(p))
-                  : i * features_ + j;
-        FoldBlock(staged_rows_, left, std::min<int64_t>(kMicroRows, layout.end(p) - i), right,
-                  std::min<int64_t>(kStrip<float>, layout.end(q) - j),
-                  scaled ? &a.scale[static_cast<size_t>(i)] : nullptr,
-                  scaled ? &b.scale[static_cast<size_t>(j)] : nullptr, out + at, stride);
+    const int64_t stride = upper ? layout.stride(p) : features_;
+    for (int64_t k = 0; k < staged_rows_; k += kSpans[kTopSpan]) {
+      const int64_t rows = std::min(kSpans[kTopSpan], staged_rows_ - k);
+      for (int64_t j = layout.begin(q); j < layout.end(q); j += kStrip<float>) {
+        const int64_t live_cols = std::min<int64_t>(kStrip<float>, layout.end(q) - j);
+        const float* right =
+            b.values.data() + (j / kStrip<float> * kBlockRows + k) * kStrip<float>;
+        for (int64_t i = layout.begin(p); i < layout.end(p); i += kMicroRows) {
+          // What lies below the diagonal is not kept.
+          if (upper && i >= j + live_cols) break;
+          const float* left = a.values.data() +
+                              (i / kStrip<float> * kBlockRows + k) * kStrip<float> +
+                              i % kStrip<float>;
+          const int64_t at =
+              upper ? layout.offset(p) + (i - layout.begin(p)) * stride + (j - layout.begin(p))
+                    : i * features_ + j;
+          FoldBlock(rows, left, std::min<int64_t>(kMicroRows, layout.end(p) - i), right, live_cols,
+                    scaled ? &a.scale[static_cast<size_t>(i)] : nullptr,
+                    scaled ? &b.scale[static_cast<size_t>(j)] : nullptr, out + at, stride);
+        }
       }
     }
   });
@@ -267,11 +356,11 @@ void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool uppe
 
 void StatisticsAccumulator::Fold(Executor& executor) {
   UpperPanels<double>& gram = statistics_.gram;
-  ScaleColumns(inputs_);
+  ScaleColumns(inputs_, executor);
   FoldInto(inputs_, inputs_, true, gram.panel(0), gram, executor);
   if (statistics_.mismatch.has_value()) {
     MismatchSums& mismatch = *statistics_.mismatch;
-    ScaleColumns(residual_);
+    ScaleColumns(residual_, executor);
     FoldInto(residual_, residual_, true, mismatch.residual.panel(0), gram, executor);
     FoldInto(residual_, inputs_, false, mismatch.cross.data(), gram, executor);
   }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "engine/aligned.h"
 #include "engine/dtype.h"
 #include "engine/run_context.h"
 #include "engine/upper_panels.h"
@@ -47,21 +48,31 @@ void Merge(const Statistics& other, Statistics& sums);
 // Features in another order: feature i of the result is feature order[i].
 Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& order);
 
+// Rows of tokens as they come: X, or X~ with X beside it.
+struct TokenRows {
+  DType dtype = DType::kF32;
+  // `rows` rows of N elements, no padding.
+  const std::byte* bytes = nullptr;
+  // Named in errors.
+  const char* field = "";
+};
+
 // Folds rows of X [m, N] into Statistics as they arrive.
 //
 // Rows are staged in blocks of kBlockRows whatever the size of the pieces
 // they come in, so the result depends on the rows and their order alone, not
-// on chunks or threads. Products are float32 in chains of kChainRows, sums float64: with
-// u = 2^-24, an entry is off by at most (kChainRows - 1) u sqrt(H_ii H_jj) < 9e-7 sqrt(H_ii H_jj)
-// however many rows stream in, plus the rounding of F64/I64/I32 inputs to
-// float32. Columns whose squares would leave the range of float32 are scaled
-// by powers of two, which is exact.
+// on chunks or threads. Products are float32, summed in chains of 8 rows, these by fours to 32 and
+// 128 rows and in pairs to 256, from there on in float64: with u = 2^-24, an entry is off by at
+// most (8 + 3 + 3 + 1) u sum |x_i x_j| < 9e-7 sqrt(H_ii H_jj) however many rows stream in, plus the
+// rounding of F64/I64/I32 inputs to float32. Columns whose squares would leave the range of float32
+// are scaled by powers of two, which is exact.
 //
 // Not thread-safe.
 class StatisticsAccumulator {
  public:
-  static constexpr int64_t kBlockRows = 256;
-  static constexpr int64_t kChainRows = 16;
+  // A fold reads and writes all sums. At 2 x 0.5 TF (float32, AVX-512) 256 rows a fold would ask
+  // for 15 GB/s of memory, 512 for half of that.
+  static constexpr int64_t kBlockRows = 512;
 
   // REQUIRES: features >= 1. `mismatched`: rows come in pairs of X and X~.
   explicit StatisticsAccumulator(int64_t features, bool mismatched = false);
@@ -71,25 +82,20 @@ class StatisticsAccumulator {
   // Bytes that an accumulator and its sums hold.
   static int64_t BytesFor(int64_t features, bool mismatched = false);
 
-  // Adds `rows` rows of `features` elements of X (= X~). A value that is not finite (or
-  // beyond float32) is refused with INVALID_ARGUMENT naming `field`, its row (`first_row` is that
-  // of the first, as the sender counts) and column; the sums are then unusable. REQUIRES: not
-  // mismatched.
-  absl::Status Append(DType dtype, const std::byte* bytes, int64_t first_row, int64_t rows,
-                      const char* field, Executor& executor);
+  // Adds `rows` rows of X (= X~). A value that is not finite (or beyond float32) is refused with
+  // INVALID_ARGUMENT naming the field, its row (`first_row` is that of the first, as the sender
+  // counts) and column; the sums are then unusable. REQUIRES: not mismatched.
+  absl::Status Append(const TokenRows& x, int64_t first_row, int64_t rows, Executor& executor);
 
   // The same rows of X and of X~. REQUIRES: mismatched.
-  absl::Status AppendPair(DType x_dtype, const std::byte* x, DType x_quantized_dtype,
-                          const std::byte* x_quantized, int64_t first_row, int64_t rows,
-                          const char* x_field, const char* x_quantized_field, Executor& executor);
+  absl::Status AppendPair(const TokenRows& x, const TokenRows& x_quantized, int64_t first_row,
+                          int64_t rows, Executor& executor);
 
-  // Whether Append, or AppendPair, would take these rows; nothing changes. For those who
+  // Whether Append, or AppendPair, would take these rows of `features` elements. For those who
   // must take a piece whole or not at all.
-  absl::Status Check(DType dtype, const std::byte* bytes, int64_t first_row, int64_t rows,
-                     const char* field);
-  absl::Status CheckPair(DType x_dtype, const std::byte* x, DType x_quantized_dtype,
-                         const std::byte* x_quantized, int64_t first_row, int64_t rows,
-                         const char* x_field, const char* x_quantized_field);
+  static absl::Status Check(const TokenRows& x, int64_t features, int64_t first_row, int64_t rows);
+  static absl::Status CheckPair(const TokenRows& x, const TokenRows& x_quantized, int64_t features,
+                                int64_t first_row, int64_t rows);
 
   // Adds ready-made sums. REQUIRES: of the same kind.
   void Add(const Statistics& sums) { Merge(sums, statistics_); }
@@ -105,26 +111,25 @@ class StatisticsAccumulator {
  private:
   // Rows waiting to be folded: strips of kStrip columns, each [kBlockRows][kStrip].
   struct Staged {
-    std::vector<float> values;
+    AlignedVector<float> values;
     // Per column, what staged values were divided by.
     std::vector<double> scale;
     bool scaled = false;
   };
 
   void Allocate();
-  // Decode row r of the piece, to row_ and, in pairs, X - X~ to x_row_; check it.
-  absl::Status DecodeRow(DType dtype, const std::byte* bytes, int64_t first_row, int64_t r,
-                         const char* field);
-  absl::Status DecodeRowPair(DType x_dtype, const std::byte* x, DType x_quantized_dtype,
-                             const std::byte* x_quantized, int64_t first_row, int64_t r,
-                             const char* x_field, const char* x_quantized_field);
-  void Stage(const float* row, Staged& to) const;
-  void ScaleColumns(Staged& staged) const;
+  // Decodes rows into `inputs_` and, in pairs, x - x~ into `residual_`, from staged_rows_ on.
+  // False, with nothing to be relied on, if a value is not finite.
+  bool Stage(const TokenRows& x, const TokenRows* x_quantized, int64_t row, int64_t rows,
+             Executor& executor);
+  void ScaleColumns(Staged& staged, Executor& executor) const;
   void Fold(Executor& executor);
   // out += a^T b over the staged rows; out is laid out like `layout`'s panels
   // where `upper`, else a row-major square.
   void FoldInto(const Staged& a, const Staged& b, bool upper, double* out,
                 const UpperPanels<double>& layout, Executor& executor) const;
+  absl::Status AppendRows(const TokenRows& x, const TokenRows* x_quantized, int64_t first_row,
+                          int64_t rows, Executor& executor);
 
   int64_t features_;
   Statistics statistics_;
@@ -132,8 +137,6 @@ class StatisticsAccumulator {
   Staged inputs_;
   Staged residual_;
   int64_t staged_rows_ = 0;
-  std::vector<float> row_;
-  std::vector<float> x_row_;
 };
 
 }  // namespace certiq::engine

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "engine/aligned.h"
 #include "engine/dtype.h"
 #include "engine/run_context.h"
 
@@ -44,7 +45,7 @@ class BasicStripMatrix {
  private:
   int64_t rows_ = 0;
   int64_t features_ = 0;
-  std::vector<T> values_;
+  AlignedVector<T> values_;
 };
 
 using StripMatrix = BasicStripMatrix<float>;

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "engine/aligned.h"
+
 namespace certiq::engine {
 
 // Rows of a panel. 128 columns of float64 rows are a tile of 128 KiB: a tile
@@ -70,7 +72,7 @@ class UpperPanels {
  private:
   int64_t size_ = 0;
   std::vector<int64_t> offsets_;
-  std::vector<T> values_;
+  AlignedVector<T> values_;
 };
 
 }  // namespace certiq::engine

@@ -171,12 +171,13 @@ absl::Status Calibration::FoldRows(const LiveStream& live, int64_t first_row, in
     const int64_t block = std::min(rows - begin, split.BlockEnd(row) - row);
     const bool held_out = holds_out_ && split.IsHeldOut(row);
     engine::StatisticsAccumulator& sums = held_out ? *held_out_ : *fit_;
+    const engine::TokenRows inputs{live.x_dtype, x + begin * x_bytes, "chunk.x"};
     absl::Status folded =
-        mismatched_
-            ? sums.AppendPair(live.x_dtype, x + begin * x_bytes, live.x_quantized_dtype,
-                              x_quantized + begin * quantized_bytes, row, block, "chunk.x",
-                              "chunk.x_quantized", env_.pool)
-            : sums.Append(live.x_dtype, x + begin * x_bytes, row, block, "chunk.x", env_.pool);
+        mismatched_ ? sums.AppendPair(inputs,
+                                      {live.x_quantized_dtype, x_quantized + begin * quantized_bytes,
+                                       "chunk.x_quantized"},
+                                      row, block, env_.pool)
+                    : sums.Append(inputs, row, block, env_.pool);
     if (!folded.ok()) return folded;
     if (held_out) held_out_rows += block;
     begin += block;
@@ -217,11 +218,12 @@ absl::Status Calibration::Fold(LiveStream& live, int64_t sequence, std::span<con
                                      mismatched_ ? "the same rows as x" : "as inputs are matched",
                                      ", got ", x_quantized.size(), " bytes"));
   }
+  const engine::TokenRows inputs{live.x_dtype, x.data(), "chunk.x"};
   absl::Status checked =
-      mismatched_
-          ? fit_->CheckPair(live.x_dtype, x.data(), live.x_quantized_dtype, x_quantized.data(),
-                            first_row, rows, "chunk.x", "chunk.x_quantized")
-          : fit_->Check(live.x_dtype, x.data(), first_row, rows, "chunk.x");
+      mismatched_ ? engine::StatisticsAccumulator::CheckPair(
+                        inputs, {live.x_quantized_dtype, x_quantized.data(), "chunk.x_quantized"},
+                        features_, first_row, rows)
+                  : engine::StatisticsAccumulator::Check(inputs, features_, first_row, rows);
   if (!checked.ok()) return checked;
 
   int64_t held_out_rows = 0;

@@ -196,10 +196,12 @@ absl::Status LayerIntake::FoldBlock(int64_t first_row, int64_t rows, const std::
                                     const std::byte* x_quantized) {
   engine::StatisticsAccumulator& sums = split_.IsHeldOut(first_row) ? *held_out_ : *statistics_;
   if (!request_.mismatched()) {
-    return sums.Append(request_.x_dtype, x, first_row, rows, "activation.x", executor_);
+    return sums.Append({request_.x_dtype, x, "activation.x"}, first_row, rows, executor_);
   }
-  return sums.AppendPair(request_.x_dtype, x, *request_.x_quantized_dtype, x_quantized, first_row,
-                         rows, "activation.x", "activation.x_quantized", executor_);
+  return sums.AppendPair(
+      {request_.x_dtype, x, "activation.x"},
+      {*request_.x_quantized_dtype, x_quantized, "activation.x_quantized"}, first_row, rows,
+      executor_);
 }
 
 double LayerIntake::fraction() const {

@@ -163,10 +163,11 @@ engine::Statistics Sums(const VerifiedLayer& layer, const engine::HeldOutSplit& 
     const auto* row = reinterpret_cast<const std::byte*>(x.data() + t * n);
     const absl::Status status =
         layer.x_quantized.has_value()
-            ? sums.AppendPair(engine::DType::kF32, row, engine::DType::kF32,
-                              reinterpret_cast<const std::byte*>(q.data() + t * n), t, 1, "x",
-                              "x_quantized", executor)
-            : sums.Append(engine::DType::kF32, row, t, 1, "x", executor);
+            ? sums.AppendPair({engine::DType::kF32, row, "x"},
+                              {engine::DType::kF32,
+                               reinterpret_cast<const std::byte*>(q.data() + t * n), "x_quantized"},
+                              t, 1, executor)
+            : sums.Append({engine::DType::kF32, row, "x"}, t, 1, executor);
     if (!status.ok()) std::abort();
   }
   return std::move(sums).Finish(executor);

@@ -186,7 +186,7 @@ TEST(InputTest, RefusesWhatFloat32CannotHold) {
   const std::vector<double> wide{1, 2, 3, 4, -1e39, 6};
   StatisticsAccumulator sums(3);
   const absl::Status beyond = sums.Append(
-      DType::kF64, reinterpret_cast<const std::byte*>(wide.data()), 0, 2, "x", executor);
+      {DType::kF64, reinterpret_cast<const std::byte*>(wide.data()), "x"}, 0, 2, executor);
   EXPECT_EQ(beyond.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(FieldOf(beyond), "x");
   EXPECT_NE(beyond.message().find("row 1, column 1"), absl::string_view::npos) << beyond;
@@ -196,8 +196,9 @@ TEST(InputTest, RefusesWhatFloat32CannotHold) {
   const std::vector<float> x_quantized{-3e38f};
   StatisticsAccumulator pair(1, true);
   const absl::Status apart = pair.AppendPair(
-      DType::kF32, reinterpret_cast<const std::byte*>(x.data()), DType::kF32,
-      reinterpret_cast<const std::byte*>(x_quantized.data()), 0, 1, "x", "x_quantized", executor);
+      {DType::kF32, reinterpret_cast<const std::byte*>(x.data()), "x"},
+      {DType::kF32, reinterpret_cast<const std::byte*>(x_quantized.data()), "x_quantized"}, 0, 1,
+      executor);
   EXPECT_EQ(apart.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(FieldOf(apart), "x");
 }
@@ -208,7 +209,7 @@ TEST(InputTest, Float16SubnormalsCount) {
   const std::vector<uint16_t> bits{0x0001, 0x8003, 0x03ff, 0x0000};
   StatisticsAccumulator sums(2);
   ASSERT_TRUE(
-      sums.Append(DType::kF16, reinterpret_cast<const std::byte*>(bits.data()), 0, 2, "x", executor)
+      sums.Append({DType::kF16, reinterpret_cast<const std::byte*>(bits.data()), "x"}, 0, 2, executor)
           .ok());
   const Statistics found = std::move(sums).Finish(executor);
   EXPECT_EQ(found.gram.at(0, 0), (1 + 1023.0 * 1023) * 0x1p-48);

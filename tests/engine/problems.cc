@@ -79,8 +79,9 @@ engine::Statistics AccumulatePair(const textbook::Matrix& x, const textbook::Mat
   const std::vector<float> a = Floats(x);
   const std::vector<float> b = Floats(x_quantized);
   const absl::Status status = sums.AppendPair(
-      engine::DType::kF32, reinterpret_cast<const std::byte*>(a.data()), engine::DType::kF32,
-      reinterpret_cast<const std::byte*>(b.data()), 0, x.rows, "x", "x_quantized", executor);
+      {engine::DType::kF32, reinterpret_cast<const std::byte*>(a.data()), "x"},
+      {engine::DType::kF32, reinterpret_cast<const std::byte*>(b.data()), "x_quantized"}, 0, x.rows,
+      executor);
   if (!status.ok()) std::abort();
   return std::move(sums).Finish(executor);
 }
@@ -91,8 +92,8 @@ engine::Statistics Accumulate(const textbook::Matrix& x, int64_t chunk) {
   const std::vector<float> values = Floats(x);
   for (int64_t t = 0; t < x.rows; t += chunk) {
     const absl::Status status = sums.Append(
-        engine::DType::kF32, reinterpret_cast<const std::byte*>(values.data() + t * x.cols), t,
-        std::min(chunk, x.rows - t), "x", executor);
+        {engine::DType::kF32, reinterpret_cast<const std::byte*>(values.data() + t * x.cols), "x"},
+        t, std::min(chunk, x.rows - t), executor);
     if (!status.ok()) std::abort();
   }
   return std::move(sums).Finish(executor);

@@ -89,8 +89,8 @@ TEST(StatisticsTest, DependsOnNeitherChunksNorThreads) {
   StatisticsAccumulator threaded(150);
   const std::vector<float> values(x.values.begin(), x.values.end());
   ASSERT_TRUE(threaded
-                  .Append(DType::kF32, reinterpret_cast<const std::byte*>(values.data()), 0, 1000,
-                          "x", contrary)
+                  .Append({DType::kF32, reinterpret_cast<const std::byte*>(values.data()), "x"}, 0,
+                          1000, contrary)
                   .ok());
   EXPECT_TRUE(BitIdentical(whole, std::move(threaded).Finish(contrary)));
 }
@@ -100,9 +100,9 @@ TEST(StatisticsTest, RefusesNonFiniteValuesWithTheirPosition) {
   StatisticsAccumulator sums(3);
   std::vector<float> rows(6, 1.0f);
   const auto* bytes = reinterpret_cast<const std::byte*>(rows.data());
-  ASSERT_TRUE(sums.Append(DType::kF32, bytes, 0, 2, "x", executor).ok());
+  ASSERT_TRUE(sums.Append({DType::kF32, bytes, "x"}, 0, 2, executor).ok());
   rows[4] = NAN;
-  const absl::Status status = sums.Append(DType::kF32, bytes, 2, 2, "x", executor);
+  const absl::Status status = sums.Append({DType::kF32, bytes, "x"}, 2, 2, executor);
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(FieldOf(status), "x");
   EXPECT_NE(std::string(status.message()).find("row 3, column 1"), std::string::npos) << status;

@@ -1,0 +1,329 @@
+// Times each phase of the engine; see README.md for what the names mean.
+
+#include <benchmark/benchmark.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "engine/damping.h"
+#include "engine/factor.h"
+#include "engine/grid.h"
+#include "engine/quantize_layer.h"
+#include "engine/rounding.h"
+#include "engine/statistics.h"
+#include "jobs/worker_pool.h"
+#include "tests/bench/layers.h"
+#include "tests/bench/peak.h"
+
+namespace certiq::bench {
+namespace {
+
+using engine::RunContext;
+using engine::SharedStatistics;
+using jobs::WorkerPool;
+
+constexpr double kDampingShare = 0.01;
+constexpr uint64_t kSeed = 1;
+
+// Stops the program where what is to be measured fails: there is no time to report then.
+void CheckOk(const absl::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "engine_bench: %s\n", status.ToString().c_str());
+  std::exit(1);
+}
+
+// Runs on a worker, as jobs do: the pool then has as many threads as it has workers.
+void OnWorker(WorkerPool& pool, const std::function<void()>& body) {
+  CheckOk(pool.Post({.run =
+                         [&body] {
+                           body();
+                           return absl::OkStatus();
+                         },
+                     .done = [](const absl::Status& status) { CheckOk(status); }}));
+  while (!pool.WaitRunning(std::chrono::steady_clock::now() + std::chrono::hours(1))) {
+  }
+}
+
+RunContext On(WorkerPool& pool) {
+  RunContext context;
+  context.executor = &pool;
+  return context;
+}
+
+enum class Data { kMatched, kMismatched };
+
+// Sums made once a size and kept: they are not what most benchmarks measure.
+SharedStatistics Sums(int64_t features, int64_t tokens, Data data, uint64_t seed = kSeed) {
+  static std::map<std::tuple<int64_t, int64_t, Data, uint64_t>, SharedStatistics> known;
+  SharedStatistics& sums = known[{features, tokens, data, seed}];
+  if (sums != nullptr) return sums;
+  WorkerPool pool(2, 1);
+  const std::vector<std::byte> x = Activations(tokens, features, seed);
+  if (data == Data::kMatched) {
+    engine::StatisticsAccumulator accumulator(features);
+    CheckOk(accumulator.Append({engine::DType::kF16, x.data(), "x"}, 0, tokens, pool));
+    sums = std::make_shared<const engine::Statistics>(std::move(accumulator).Finish(pool));
+    return sums;
+  }
+  const std::vector<std::byte> seen = Disturbed(x, seed + 1);
+  engine::StatisticsAccumulator accumulator(features, /*mismatched=*/true);
+  CheckOk(accumulator.AppendPair({engine::DType::kF16, x.data(), "x"},
+                                 {engine::DType::kF16, seen.data(), "x_quantized"}, 0, tokens,
+                                 pool));
+  sums = std::make_shared<const engine::Statistics>(std::move(accumulator).Finish(pool));
+  return sums;
+}
+
+engine::ResolvedSpec Spec(engine::Method method) {
+  engine::QuantizationSpec asked;
+  asked.method = method;
+  asked.bits = 4;
+  asked.damping_rule = engine::DampingRule::kRelativeTrace;
+  asked.damping_value = kDampingShare;
+  absl::StatusOr<engine::ResolvedSpec> spec = engine::ResolveSpec(asked);
+  CheckOk(spec.status());
+  return *std::move(spec);
+}
+
+void SetRate(benchmark::State& state, double flops, double peak) {
+  const auto runs = static_cast<double>(state.iterations());
+  state.counters["gflops"] =
+      benchmark::Counter(flops * runs * 1e-9, benchmark::Counter::kIsRate);
+  state.counters["peak_percent"] =
+      benchmark::Counter(flops * runs * 1e-7 / peak, benchmark::Counter::kIsRate);
+}
+
+void BenchPeak(benchmark::State& state, double (*peak)(int), int workers) {
+  for (auto _ : state) benchmark::DoNotOptimize(peak(workers));
+  state.counters["gflops"] = peak(workers);
+}
+
+void BenchStatistics(benchmark::State& state, int64_t features, int64_t tokens, int workers) {
+  const std::vector<std::byte> x = Activations(tokens, features, kSeed);
+  const double peak = PeakFloat(workers);
+  WorkerPool pool(workers, 1);
+  OnWorker(pool, [&] {
+    engine::StatisticsAccumulator accumulator(features);
+    for (auto _ : state) {
+      CheckOk(accumulator.Append({engine::DType::kF16, x.data(), "x"}, 0, tokens, pool));
+      accumulator.Flush(pool);
+    }
+  });
+  const auto n = static_cast<double>(features);
+  SetRate(state, n * n * static_cast<double>(tokens), peak);
+}
+
+void BenchFactor(benchmark::State& state, int64_t features, int64_t tokens, int workers) {
+  const SharedStatistics sums = Sums(features, tokens, Data::kMatched);
+  const std::vector<bool> dead(static_cast<size_t>(features));
+  const double lambda = kDampingShare * engine::MeanDiagonal(sums->gram);
+  const double peak = PeakDouble(workers);
+  WorkerPool pool(workers, 1);
+  OnWorker(pool, [&] {
+    for (auto _ : state) {
+      const auto attempt =
+          engine::FactorDamped(sums->gram, dead, lambda, On(pool));
+      CheckOk(attempt.status());
+      benchmark::DoNotOptimize(attempt->factor.condition);
+    }
+  });
+  const auto n = static_cast<double>(features);
+  SetRate(state, n * n * n / 3, peak);
+}
+
+void BenchRounding(benchmark::State& state, const Shape& shape, int64_t tokens, int workers) {
+  const SharedStatistics sums = Sums(shape.features, tokens, Data::kMatched);
+  const std::vector<bool> dead(static_cast<size_t>(shape.features));
+  const engine::ResolvedSpec spec = Spec(engine::Method::kOptq);
+  const double lambda = kDampingShare * engine::MeanDiagonal(sums->gram);
+  const engine::StripMatrix weights = Weights(shape, kSeed);
+  const double peak = PeakFloat(workers);
+  WorkerPool pool(workers, 1);
+  OnWorker(pool, [&] {
+    const RunContext context = On(pool);
+    const auto attempt = engine::FactorDamped(sums->gram, dead, lambda, context);
+    CheckOk(attempt.status());
+    const engine::FeedbackColumns u(attempt->factor, pool);
+    engine::Grid grid = engine::MakeGrid(spec, shape.rows, shape.features, {});
+    engine::FillSteps(spec, weights, context, grid);
+    engine::SweepRules rules;
+    rules.first_dynamic_group = grid.groups;
+    for (auto _ : state) {
+      state.PauseTiming();
+      engine::StripMatrix targets = weights;
+      state.ResumeTiming();
+      const auto rounded =
+          engine::FeedbackSweep(spec, rules, u, attempt->factor.d, grid, targets, context);
+      CheckOk(rounded.status());
+      benchmark::DoNotOptimize(rounded->codes.data());
+    }
+  });
+  const auto n = static_cast<double>(shape.features);
+  SetRate(state, n * n * static_cast<double>(shape.rows), peak);
+}
+
+// Milliseconds of each phase, means over the runs.
+void AddSeconds(const engine::LayerCertificate& certificate, benchmark::State& state) {
+  const auto add = [&state](const char* name, double seconds) {
+    benchmark::Counter& counter = state.counters[name];
+    counter = benchmark::Counter(counter.value + 1e3 * seconds, benchmark::Counter::kAvgIterations);
+  };
+  add("factor_ms", certificate.seconds.factor);
+  add("round_ms", certificate.seconds.round);
+  add("certify_ms", certificate.seconds.certify);
+  add("reference_ms", certificate.seconds.reference);
+  add("pack_ms", certificate.seconds.pack);
+}
+
+// A cache of one run: three layers of a calibration come one after another.
+class OneRunCache final : public engine::FactorCache {
+ public:
+  absl::StatusOr<engine::SharedFactor> Get(
+      const engine::FactorKey& key,
+      const std::function<absl::StatusOr<engine::DampedFactor>()>& make) override {
+    engine::SharedFactor& factor = factors_[key];
+    if (factor != nullptr) return factor;
+    absl::StatusOr<engine::DampedFactor> made = make();
+    if (!made.ok()) return made.status();
+    factor = std::make_shared<const engine::DampedFactor>(*std::move(made));
+    return factor;
+  }
+
+ private:
+  std::map<engine::FactorKey, engine::SharedFactor> factors_;
+};
+
+struct Job {
+  engine::ResolvedSpec spec;
+  SharedStatistics sums;
+  SharedStatistics held_out = nullptr;
+  // Layers that share the sums.
+  int layers = 1;
+};
+
+void BenchJob(benchmark::State& state, const Shape& shape, const std::function<Job()>& make,
+              int workers) {
+  const Job job = make();
+  const engine::StripMatrix weights = Weights(shape, kSeed);
+  WorkerPool pool(workers, 1);
+  OnWorker(pool, [&] {
+    const RunContext context = On(pool);
+    for (auto _ : state) {
+      OneRunCache factors;
+      for (int layer = 0; layer < job.layers; ++layer) {
+        state.PauseTiming();
+        engine::LayerProblem problem{job.spec, weights, job.sums, job.held_out,
+                                     job.layers > 1 ? &factors : nullptr};
+        state.ResumeTiming();
+        const auto result = engine::QuantizeLayer(std::move(problem), context);
+        CheckOk(result.status());
+        state.PauseTiming();
+        AddSeconds(result->certificate, state);
+        state.ResumeTiming();
+      }
+    }
+  });
+}
+
+std::vector<Shape> ParseShapes(const std::vector<std::string>& texts) {
+  std::vector<Shape> shapes;
+  for (const std::string& text : texts) {
+    Shape shape;
+    char rest = 0;
+    long long rows = 0;
+    long long features = 0;
+    if (std::sscanf(text.c_str(), "%lldx%lld%c", &rows, &features, &rest) != 2 || rows < 1 ||
+        features < 1) {
+      std::fprintf(stderr, "engine_bench: --shapes: expected ROWSxFEATURES, got %s\n",
+                   text.c_str());
+      std::exit(2);
+    }
+    shape.rows = rows;
+    shape.features = features;
+    shapes.push_back(shape);
+  }
+  return shapes;
+}
+
+void Register(const std::string& name, std::function<void(benchmark::State&)> body) {
+  benchmark::RegisterBenchmark(name.c_str(), std::move(body))
+      ->Unit(benchmark::kMillisecond)
+      ->UseRealTime()
+      ->MeasureProcessCPUTime();
+}
+
+void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
+  const std::string tail = absl::StrCat("/workers:", workers);
+  const std::string features = absl::StrCat("/features:", shape.features);
+  const std::string layer = absl::StrCat("/rows:", shape.rows, features);
+  const int64_t n = shape.features;
+  Register(absl::StrCat("statistics", features, "/tokens:", tokens, tail),
+           [=](benchmark::State& state) { BenchStatistics(state, n, tokens, workers); });
+  Register(absl::StrCat("factor", features, tail),
+           [=](benchmark::State& state) { BenchFactor(state, n, tokens, workers); });
+  Register(absl::StrCat("rounding", layer, tail),
+           [=](benchmark::State& state) { BenchRounding(state, shape, tokens, workers); });
+  const auto job = [&](const char* name, std::function<Job()> make) {
+    Register(absl::StrCat(name, layer, tail), [=](benchmark::State& state) {
+      BenchJob(state, shape, make, workers);
+    });
+  };
+  job("quantize", [=] { return Job{Spec(engine::Method::kOptq), Sums(n, tokens, Data::kMatched)}; });
+  job("qronos",
+      [=] { return Job{Spec(engine::Method::kQronos), Sums(n, tokens, Data::kMismatched)}; });
+  job("shared", [=] {
+    return Job{.spec = Spec(engine::Method::kOptq),
+               .sums = Sums(n, tokens, Data::kMatched),
+               .layers = 3};
+  });
+  job("quantize_held_out", [=] {
+    return Job{Spec(engine::Method::kOptq), Sums(n, tokens, Data::kMatched),
+               Sums(n, tokens / 8, Data::kMatched, kSeed + 7)};
+  });
+  job("ladder", [=] {
+    Job ladder{Spec(engine::Method::kOptq), Sums(n, tokens, Data::kMatched),
+               Sums(n, tokens / 8, Data::kMatched, kSeed + 7)};
+    ladder.spec.damping_rule = engine::DampingRule::kHeldOut;
+    ladder.spec.damping_ladder = {0.001, 0.01, 0.03, 0.1, 0.3, 1};
+    return ladder;
+  });
+}
+
+int Main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  CLI::App app("Times each phase of certiq's engine");
+  std::vector<std::string> shapes{"4096x4096"};
+  std::vector<int> workers{1, 2};
+  int64_t tokens = 4096;
+  app.add_option("--shapes", shapes, "ROWSxFEATURES, comma-separated")->delimiter(',');
+  app.add_option("--workers", workers, "threads, comma-separated")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber);
+  app.add_option("--tokens", tokens, "calibration tokens")->check(CLI::PositiveNumber);
+  CLI11_PARSE(app, argc, argv);
+
+  benchmark::AddCustomContext("isa", engine::EngineIsa());
+  for (const int count : workers) {
+    Register(absl::StrCat("peak_f32/workers:", count),
+             [=](benchmark::State& state) { BenchPeak(state, PeakFloat, count); });
+    Register(absl::StrCat("peak_f64/workers:", count),
+             [=](benchmark::State& state) { BenchPeak(state, PeakDouble, count); });
+    for (const Shape& shape : ParseShapes(shapes)) RegisterShape(shape, tokens, count);
+  }
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return 0;
+}
+
+}  // namespace
+}  // namespace certiq::bench
+
+int main(int argc, char** argv) { return certiq::bench::Main(argc, argv); }
