@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "engine/code_strip.h"
+#include "engine/feedback_kernel.h"
 #include "engine/simd.h"
 
 namespace certiq::engine {
@@ -13,6 +14,71 @@ namespace {
 // In steps: the rounding of a scale to float32 moves the edge of 8-bit grids by 2^-17.
 constexpr double kTie = 1e-5;
 
+// Rows of U^-1 that a task computes: they share each slice of U.
+constexpr int64_t kTileRows = 128;
+
+// Rows of X = U^-1 side by side, lane c holding row `row[c]`, -1 for none. From X U = I,
+//   x_j = [j is the row] - sum_{k < j} x_k U_kj,
+// the same products that the sweep makes.
+class InverseRows {
+ public:
+  InverseRows(const FeedbackColumns& u, const int64_t* rows, int64_t live)
+      : u_(u),
+        x_(static_cast<size_t>(u.features() * kStripRows)),
+        v_(static_cast<size_t>(kPanelRows * kStripRows)) {
+    std::fill_n(row_, kStripRows, int64_t{-1});
+    std::copy_n(rows, live, row_);
+    first_block_ = *std::min_element(rows, rows + live) / kPanelRows;
+  }
+
+  int64_t first_block() const { return first_block_; }
+  void Begin() { std::fill(v_.begin(), v_.end(), 0.0f); }
+  void Hear(int64_t b, int64_t k0, int64_t k1) {
+    HearBlock(u_, b, std::max(k0, first_block_ * kPanelRows), k1, x_.data(), v_.data());
+  }
+  // The columns of the block, from what they heard.
+  void Solve(int64_t b) {
+    const int64_t begin = b * kPanelRows;
+    for (int64_t g = 0; begin + g * kMicroRows < u_.end(b); ++g) {
+      const int64_t first = begin + g * kMicroRows;
+      float* v = v_.data() + g * kMicroRows * kStripRows;
+      HearGroup(u_, b, g, begin, first, x_.data(), v);
+      for (int64_t i = 0; i < std::min<int64_t>(kMicroRows, u_.end(b) - first); ++i) {
+        float* x = x_.data() + (first + i) * kStripRows;
+        for (int64_t c = 0; c < kStripRows; ++c) {
+          x[c] = (row_[c] == first + i ? 1.0f : 0.0f) - v[i * kStripRows + c];
+        }
+        const float* feedback = FeedbackRow(u_, b, g, first + i);
+        for (int64_t k = i + 1; k < kMicroRows; ++k) {
+          for (int64_t c = 0; c < kStripRows; ++c) v[k * kStripRows + c] += feedback[k] * x[c];
+        }
+      }
+    }
+  }
+
+  // Sum over lanes [from, to) of |x_j| or x_j^2, the diagonal left out.
+  double SumOver(int64_t j, int64_t from, int64_t to, bool squares) const {
+    const float* x = x_.data() + j * kStripRows;
+    double value[kStripRows];
+    for (int64_t c = 0; c < kStripRows; ++c) {
+      const bool counts = c >= from && c < to && row_[c] != j;
+      const double size = counts ? std::abs(static_cast<double>(x[c])) : 0.0;
+      value[c] = squares ? size * size : size;
+    }
+    for (int64_t half = kStripRows / 2; half > 0; half /= 2) {
+      for (int64_t c = 0; c < half; ++c) value[c] += value[c + half];
+    }
+    return value[0];
+  }
+
+ private:
+  const FeedbackColumns& u_;
+  int64_t row_[kStripRows];
+  int64_t first_block_ = 0;
+  AlignedVector<float> x_;
+  AlignedVector<float> v_;
+};
+
 }  // namespace
 
 absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, const Grid& grid,
@@ -20,49 +86,78 @@ absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, 
                                                       const std::vector<bool>& dead,
                                                       const RunContext& context) {
   const int64_t n = u.features();
+  const bool squares = spec.rounding == Rounding::kStochastic;
+  // Rows by group, so that a task meets few groups.
+  std::vector<int64_t> order;
+  order.reserve(static_cast<size_t>(n));
+  for (int64_t k = 0; k < n; ++k) {
+    if (!dead[static_cast<size_t>(k)]) order.push_back(k);
+  }
+  const auto group_of = [&grid](int64_t k) { return grid.group_of[static_cast<size_t>(k)]; };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return group_of(a) < group_of(b); });
+  const auto rows = static_cast<int64_t>(order.size());
   std::vector<double> sums(static_cast<size_t>(grid.groups * n));
-  const int64_t strips = (n + kStripRows - 1) / kStripRows;
-  context.executor->ParallelFor(strips, [&](int64_t strip) {
-    if (context.cancelled()) return;
-    // Columns [j0, j0 + kStripRows) of X = U^-1, from U X = I: rows end - 1 down to 0.
-    const int64_t j0 = strip * kStripRows;
-    const int64_t live = std::min<int64_t>(kStripRows, n - j0);
-    const int64_t end = j0 + live;
-    std::vector<float> x(static_cast<size_t>(end * kStripRows));
-    for (int64_t c = 0; c < live; ++c) x[static_cast<size_t>((j0 + c) * kStripRows + c)] = 1;
-    std::vector<float> sum(static_cast<size_t>(kPanelRows * kStripRows));
-    for (int64_t b = (end - 1) / kPanelRows; b >= 0; --b) {
-      const int64_t begin = b * kPanelRows;
-      const int64_t rows = std::min(kPanelRows, end - begin);
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int64_t later = b + 1; later * kPanelRows < end; ++later) {
-        const int64_t k0 = later * kPanelRows;
-        MultiplyIntoStrip(rows, std::min(kPanelRows, end - k0), u.block(later) + begin * kPanelRows,
-                          int64_t{1}, kPanelRows, x.data() + k0 * kStripRows, sum.data());
-      }
-      const float* square = u.block(b) + begin * kPanelRows;
-      for (int64_t i = rows - 1; i >= 0; --i) {
-        float* to = x.data() + (begin + i) * kStripRows;
-        for (int64_t c = 0; c < kStripRows; ++c)
-          to[c] -= sum[static_cast<size_t>(i * kStripRows + c)];
-        for (int64_t k = i + 1; k < rows; ++k) {
-          const float feedback = square[i * kPanelRows + k];
-          const float* from = x.data() + (begin + k) * kStripRows;
-          for (int64_t c = 0; c < kStripRows; ++c) to[c] -= feedback * from[c];
+  // A task's first and last group may have rows in other tasks too: their sums are added in order
+  // of the tasks, whoever is done first.
+  struct Shared {
+    int32_t group = 0;
+    std::vector<double> sums;
+  };
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  std::vector<Shared> shared(static_cast<size_t>(2 * tiles));
+  context.executor->ParallelFor(tiles, [&](int64_t tile) {
+    const int64_t begin = tile * kTileRows;
+    const int64_t end = std::min(rows, begin + kTileRows);
+    std::vector<InverseRows> strips;
+    strips.reserve(static_cast<size_t>(kTileRows / kStripRows));
+    for (int64_t at = begin; at < end; at += kStripRows) {
+      strips.emplace_back(u, order.data() + at, std::min(kStripRows, end - at));
+    }
+    for (int64_t b = 0; b < u.blocks(); ++b) {
+      if (context.cancelled()) return;
+      for (InverseRows& strip : strips) strip.Begin();
+      for (int64_t k0 = 0; k0 < b * kPanelRows; k0 += kSliceRows) {
+        const int64_t k1 = std::min(k0 + kSliceRows, b * kPanelRows);
+        for (InverseRows& strip : strips) {
+          if (k1 > strip.first_block() * kPanelRows) strip.Hear(b, k0, k1);
         }
       }
+      for (InverseRows& strip : strips) {
+        if (b >= strip.first_block()) strip.Solve(b);
+      }
     }
-    for (int64_t k = 0; k < end; ++k) {
-      if (dead[static_cast<size_t>(k)]) continue;
-      double* to = sums.data() + grid.group_of[static_cast<size_t>(k)] * n + j0;
-      for (int64_t c = 0; c < live; ++c) {
-        if (k >= j0 + c) continue;
-        const double value = x[static_cast<size_t>(k * kStripRows + c)];
-        to[c] += spec.rounding == Rounding::kNearest ? std::abs(value) : value * value;
+    Shared& first = shared[static_cast<size_t>(2 * tile)];
+    Shared& last = shared[static_cast<size_t>(2 * tile + 1)];
+    first.group = group_of(order[static_cast<size_t>(begin)]);
+    last.group = group_of(order[static_cast<size_t>(end - 1)]);
+    first.sums.resize(static_cast<size_t>(n));
+    if (last.group != first.group) last.sums.resize(static_cast<size_t>(n));
+    for (int64_t at = begin; at < end;) {
+      // A run of rows of one group in one strip.
+      const int32_t group = group_of(order[static_cast<size_t>(at)]);
+      const int64_t strip = (at - begin) / kStripRows;
+      const int64_t lane = at - begin - strip * kStripRows;
+      int64_t stop = lane;
+      while (stop < kStripRows && at < end && group_of(order[static_cast<size_t>(at)]) == group) {
+        ++stop;
+        ++at;
+      }
+      double* to = group == first.group  ? first.sums.data()
+                   : group == last.group ? last.sums.data()
+                                         : sums.data() + group * n;
+      const InverseRows& inverse = strips[static_cast<size_t>(strip)];
+      for (int64_t j = inverse.first_block() * kPanelRows; j < n; ++j) {
+        to[j] += inverse.SumOver(j, lane, stop, squares);
       }
     }
   });
   if (context.cancelled()) return context.CancellationStatus();
+  for (const Shared& part : shared) {
+    for (size_t j = 0; j < part.sums.size(); ++j) {
+      sums[static_cast<size_t>(part.group * n) + j] += part.sums[j];
+    }
+  }
   return sums;
 }
 

@@ -9,7 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/grid.h"
-#include "engine/rounding.h"
+#include "engine/feedback_columns.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
 #include "engine/strip_matrix.h"
@@ -18,8 +18,8 @@ namespace certiq::engine {
 
 // For every group g and feature j, the sum over k < j of group g of
 // |(U^-1)_kj| (nearest rounding) or (U^-1)_kj^2 (stochastic): [groups][features]. Dead features
-// are left out. Columns of U^-1 are computed a strip at a time in float32 and not kept: N^3/3
-// flops. Fails only by cancellation.
+// are left out. Rows of U^-1 are computed a strip at a time in float32 and not kept: N^3/3
+// flops, more where groups are not runs of features. Fails only by cancellation.
 absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, const Grid& grid,
                                                       const FeedbackColumns& u,
                                                       const std::vector<bool>& dead,

@@ -18,18 +18,30 @@ int Exponent(const UpperPanels<double>& s) {
   return largest > 0 ? std::ilogb(largest) + 1 : 0;
 }
 
-// Panel p of S as [columns from begin(p)][kPanelRows]: the diagonal once, what
-// is right of it twice, what is below it zero, so that the full form is
-// sum over panels of x_p^T (panel) x.
+// Strips whose products pass over a slice of the panel while it is in a second-level cache.
+constexpr int64_t kTileStrips = 4;
+constexpr int64_t kGroups = kPanelRows / kMicroRows;
+
+// Columns [k0, k0 + columns) of panel p of S as the kernel reads them, kMicroRows rows i at a time:
+// [i / kMicroRows][k][i % kMicroRows]. The diagonal once, what is right of it twice, what is below
+// it and beyond the last row zero, so that the full form is sum over panels of x_p^T (panel) x.
 template <typename T>
-void ConvertPanel(const UpperPanels<double>& s, int64_t p, int exponent, T* to) {
-  const double scale = std::ldexp(1.0, -exponent);
-  std::fill_n(to, s.stride(p) * kPanelRows, T{0});
-  for (int64_t i = 0; i < s.rows(p); ++i) {
-    const double* row = s.row(s.begin(p) + i);
-    to[i * kPanelRows + i] = static_cast<T>(row[0] * scale);
-    for (int64_t j = i + 1; j < s.stride(p); ++j) {
-      to[j * kPanelRows + i] = static_cast<T>(2 * row[j - i] * scale);
+void ConvertSlice(const UpperPanels<double>& s, int64_t p, int64_t k0, int64_t columns, int exponent,
+                  T* to) {
+  const double once = std::ldexp(1.0, -exponent);
+  for (int64_t g = 0; g < kGroups; ++g) {
+    for (int64_t lane = 0; lane < kMicroRows; ++lane) {
+      const int64_t i = g * kMicroRows + lane;
+      T* out = to + g * columns * kMicroRows + lane;
+      if (i >= s.rows(p)) {
+        for (int64_t k = 0; k < columns; ++k) out[k * kMicroRows] = 0;
+        continue;
+      }
+      const double* from = s.panel(p) + i * s.stride(p) + k0;
+      for (int64_t k = 0; k < columns; ++k) {
+        const double times = k0 + k > i ? 2 * once : once;
+        out[k * kMicroRows] = k0 + k < i ? T{0} : static_cast<T>(times * from[k]);
+      }
     }
   }
 }
@@ -65,24 +77,42 @@ absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
                                                    const RunContext& context) {
   constexpr int64_t kWidth = kStrip<T>;
   std::vector<double> forms(static_cast<size_t>(rows.strips() * kWidth), 0.0);
-  std::vector<T> panel(static_cast<size_t>(s.size() * kPanelRows));
+  UnsetVector<T> panel(static_cast<size_t>(s.size() * kPanelRows));
   const int exponent = Exponent(s);
+  const int64_t tiles = (rows.strips() + kTileStrips - 1) / kTileStrips;
   for (int64_t p = 0; p < s.panels(); ++p) {
     if (context.cancelled()) return context.CancellationStatus();
-    ConvertPanel(s, p, exponent, panel.data());
-    context.executor->ParallelFor(rows.strips(), [&](int64_t strip) {
-      alignas(kVectorBytes) T product[kPanelRows * kWidth] = {};
-      const T* x = rows.strip(strip) + s.begin(p) * kWidth;
-      for (int64_t k0 = 0; k0 < s.stride(p); k0 += kDepth) {
-        MultiplyIntoStrip(kPanelRows, std::min(kDepth, s.stride(p) - k0),
-                          panel.data() + k0 * kPanelRows, kPanelRows, int64_t{1}, x + k0 * kWidth,
-                          product);
+    const int64_t depth = s.stride(p);
+    context.executor->ParallelFor((depth + kDepth - 1) / kDepth, [&](int64_t slice) {
+      const int64_t k0 = slice * kDepth;
+      ConvertSlice(s, p, k0, std::min(kDepth, depth - k0), exponent, panel.data() + k0 * kPanelRows);
+    });
+    context.executor->ParallelFor(tiles, [&](int64_t tile) {
+      const int64_t first = tile * kTileStrips;
+      const int64_t last = std::min(first + kTileStrips, rows.strips());
+      AlignedVector<T> products(static_cast<size_t>((last - first) * kPanelRows * kWidth));
+      for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+        const int64_t columns = std::min(kDepth, depth - k0);
+        for (int64_t strip = first; strip < last; ++strip) {
+          const T* x = rows.strip(strip) + (s.begin(p) + k0) * kWidth;
+          T* product = products.data() + (strip - first) * kPanelRows * kWidth;
+          for (int64_t g = 0; g < kGroups; ++g) {
+            MultiplyIntoStrip(kMicroRows, columns,
+                              panel.data() + k0 * kPanelRows + g * columns * kMicroRows,
+                              int64_t{kMicroRows}, int64_t{1}, x,
+                              product + g * kMicroRows * kWidth);
+          }
+        }
       }
-      double* sums = forms.data() + strip * kWidth;
-      for (int64_t i = 0; i < s.rows(p); ++i) {
-        for (int64_t c = 0; c < kWidth; ++c) {
-          sums[c] +=
-              static_cast<double>(x[i * kWidth + c]) * static_cast<double>(product[i * kWidth + c]);
+      for (int64_t strip = first; strip < last; ++strip) {
+        const T* x = rows.strip(strip) + s.begin(p) * kWidth;
+        const T* product = products.data() + (strip - first) * kPanelRows * kWidth;
+        double* sums = forms.data() + strip * kWidth;
+        for (int64_t i = 0; i < s.rows(p); ++i) {
+          for (int64_t c = 0; c < kWidth; ++c) {
+            sums[c] += static_cast<double>(x[i * kWidth + c]) *
+                       static_cast<double>(product[i * kWidth + c]);
+          }
         }
       }
     });

@@ -2,21 +2,21 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <mutex>
 
 #include "engine/code_strip.h"
+#include "engine/feedback_kernel.h"
 #include "engine/simd.h"
 
 namespace certiq::engine {
 namespace {
 
-// Columns rounded one by one before the rest of their block hears of it.
-constexpr int64_t kSubBlock = 16;
-// Depth of a slice of the product: 256 x 128 float32 of U are 128 KiB, which
-// stay in a second-level cache while the strips of a tile pass.
-constexpr int64_t kDepth = 256;
-// Rows of a task. More rows share each slice of U, fewer balance better.
-constexpr int64_t kTileRows = 64;
+// Rows of a task: more rows share each slice of U, fewer balance better. With 4096 features 128
+// rows of targets are 2 MiB, which a third-level cache holds for every thread.
+constexpr int64_t kTileRows = 128;
+// Tiles are smaller where there are fewer rows than this many tiles.
+constexpr int64_t kWantedTiles = 16;
 static_assert(kTileRows % kStripRows == 0);
 
 // The sweep over one strip of rows. `w` is the strip of targets, which turns
@@ -40,34 +40,49 @@ class StripSweep {
   // Loads the targets of block b.
   void Begin(int64_t b) {
     begin_ = b * kPanelRows;
-    columns_ = std::min(kPanelRows, u_.features() - begin_);
-    std::copy_n(w_ + begin_ * kStripRows, columns_ * kStripRows, v_.data());
+    const int64_t columns = std::min(kPanelRows, u_.features() - begin_);
+    std::copy_n(w_ + begin_ * kStripRows, columns * kStripRows, v_.data());
   }
 
-  // Adds the feedback of columns [k0, k0 + depth), all before the block.
-  void Hear(int64_t b, int64_t k0, int64_t depth) {
-    MultiplyIntoStrip(kPanelRows, depth, u_.block(b) + k0 * kPanelRows, kPanelRows, 1,
-                      w_ + k0 * kStripRows, v_.data());
+  // Adds the feedback of columns [k0, k1), all before the block, to the whole block.
+  void Hear(int64_t b, int64_t k0, int64_t k1) { HearBlock(u_, b, k0, k1, w_, v_.data()); }
+
+  // Adds the feedback of the block's columns before micro-group g to that group.
+  void HearWithin(int64_t b, int64_t g) {
+    const int64_t first = g * kMicroRows;
+    HearGroup(u_, b, g, begin_, begin_ + first, w_, v_.data() + first * kStripRows);
   }
 
-  // Rounds the block's columns.
-  void Round(int64_t b) {
-    const float* square = u_.block(b) + begin_ * kPanelRows;
-    float* w = w_ + begin_ * kStripRows;
-    int64_t s0 = 0;
-    while (s0 < columns_) {
-      if (StartsDynamicGroup(begin_ + s0)) FitGroup(b, s0);
-      int64_t s1 = s0;
-      // A sub-block ends where a dynamic group starts: its step needs all feedback.
-      do {
-        RoundColumn(square, s0, s1, w);
-        ++s1;
-      } while (s1 < std::min(s0 + kSubBlock, columns_) && !StartsDynamicGroup(begin_ + s1));
-      if (s1 < columns_) {
-        MultiplyIntoStrip(kPanelRows - s1, s1 - s0, square + s0 * kPanelRows + s1, kPanelRows, 1,
-                          w + s0 * kStripRows, v_.data() + s1 * kStripRows);
-      }
-      s0 = s1;
+  // Rounds column j of block b and tells the rest of its micro-group.
+  void RoundColumn(int64_t b, int64_t j) {
+    if (StartsDynamicGroup(begin_ + j)) FitGroup(j);
+    float* v = v_.data() + j * kStripRows;
+    const int64_t column = begin_ + j;
+    const int64_t group = group_of_[static_cast<size_t>(column)];
+    alignas(kVectorBytes) float code[kStripRows];
+    alignas(kVectorBytes) float level[kStripRows];
+    if (spec_.rounding == Rounding::kNearest) {
+      NearestCodes(steps_, group, v, code);
+    } else {
+      const int64_t original = rules_.order == nullptr || rules_.order->empty()
+                                   ? column
+                                   : (*rules_.order)[static_cast<size_t>(column)];
+      StochasticCodes(steps_, group, v, spec_.seed, first_row_, original, code);
+    }
+    AddRounded(steps_, group, spec_.rounding, d_[static_cast<size_t>(column)], v, code, level,
+               sums_);
+    float* change = w_ + column * kStripRows;
+    for (int64_t c = 0; c < kStripRows; ++c) change[c] -= level[c];
+    const int64_t g = j / kMicroRows;
+    const float* feedback = FeedbackRow(u_, b, g, column);
+    for (int64_t k = j + 1; k < (g + 1) * kMicroRows; ++k) {
+      float* later = v_.data() + k * kStripRows;
+      const float scalar = feedback[k - g * kMicroRows];
+      for (int64_t c = 0; c < kStripRows; ++c) later[c] += scalar * change[c];
+    }
+    uint8_t* codes = codes_.data() + j * kStripRows;
+    for (int64_t c = 0; c < kStripRows; ++c) {
+      codes[c] = static_cast<uint8_t>(static_cast<int32_t>(code[c]));
     }
   }
 
@@ -83,64 +98,51 @@ class StripSweep {
            (column == 0 || group_of_[static_cast<size_t>(column - 1)] != group);
   }
 
-  void RoundColumn(const float* square, int64_t s0, int64_t j, float* w) {
-    float* v = v_.data() + j * kStripRows;
-    for (int64_t k = s0; k < j; ++k) {
-      const float feedback = square[k * kPanelRows + j];
-      const float* change = w + k * kStripRows;
-      for (int64_t c = 0; c < kStripRows; ++c) v[c] += feedback * change[c];
+  // P of (S5), sum_{k < start} (t_k - q_k) U_kj, for the columns j of group g of `block`, which is
+  // the one at hand or a later one.
+  void FeedbackBefore(int64_t start, int64_t block, int64_t g, float* p) const {
+    const int64_t first = block * kPanelRows + g * kMicroRows;
+    if (block * kPanelRows != begin_) {
+      std::fill_n(p, kMicroRows * kStripRows, 0.0f);
+      HearGroup(u_, block, g, 0, start, w_, p);
+      return;
     }
-    const int64_t column = begin_ + j;
-    const int64_t group = group_of_[static_cast<size_t>(column)];
-    float code[kStripRows];
-    float level[kStripRows];
-    if (spec_.rounding == Rounding::kNearest) {
-      NearestCodes(steps_, group, v, code);
-    } else {
-      const int64_t original = rules_.order == nullptr || rules_.order->empty()
-                                   ? column
-                                   : (*rules_.order)[static_cast<size_t>(column)];
-      StochasticCodes(steps_, group, v, spec_.seed, first_row_, original, code);
+    // Has heard what is before the block.
+    const float* v = v_.data() + (first - begin_) * kStripRows;
+    for (int64_t i = 0; i < kMicroRows * kStripRows; ++i) {
+      p[i] = first + i / kStripRows < u_.features() ? v[i] - w_[first * kStripRows + i] : 0.0f;
     }
-    AddRounded(steps_, group, spec_.rounding, d_[static_cast<size_t>(column)], v, code, level,
-               sums_);
-    float* target = w + j * kStripRows;
-    for (int64_t c = 0; c < kStripRows; ++c) target[c] -= level[c];
-    uint8_t* codes = codes_.data() + j * kStripRows;
-    for (int64_t c = 0; c < kStripRows; ++c) {
-      codes[c] = static_cast<uint8_t>(static_cast<int32_t>(code[c]));
-    }
+    // Its own group has been told column by column.
+    if (first > start) HearGroup(u_, block, g, begin_, start, w_, p);
   }
 
-  // The step of the group that starts at column s0 of block b, from the
+  // The step of the group that starts at column s0 of the block, from the
   // updated weights v* = t + P U_gg^-1.
-  void FitGroup(int64_t b, int64_t s0) {
+  void FitGroup(int64_t s0) {
     const int64_t start = begin_ + s0;
     const int32_t group = group_of_[static_cast<size_t>(start)];
     int64_t end = start;
     while (end < u_.features() && group_of_[static_cast<size_t>(end)] == group) ++end;
-    // P; the block at hand has heard everything before `start`, later ones nothing.
-    std::vector<float> moved(static_cast<size_t>((end - start + kPanelRows) * kStripRows));
-    for (int64_t block = b; block * kPanelRows < end; ++block) {
-      const int64_t from = std::max(start, block * kPanelRows);
-      const int64_t to = std::min(end, (block + 1) * kPanelRows);
-      float* p = moved.data() + (from - start) * kStripRows;
-      if (block == b) {
-        for (int64_t i = 0; i < (to - from) * kStripRows; ++i) {
-          p[i] =
-              v_[static_cast<size_t>((from - begin_) * kStripRows + i)] - w_[from * kStripRows + i];
-        }
-      } else {
-        MultiplyIntoStrip(to - from, start, u_.block(block), kPanelRows, 1, w_, p);
-      }
+    std::vector<float> moved(static_cast<size_t>((end - start) * kStripRows));
+    alignas(kVectorBytes) float p[kMicroRows * kStripRows];
+    for (int64_t at = start; at < end;) {
+      const int64_t block = at / kPanelRows;
+      const int64_t g = at % kPanelRows / kMicroRows;
+      const int64_t first = block * kPanelRows + g * kMicroRows;
+      const int64_t stop = std::min(end, first + kMicroRows);
+      FeedbackBefore(start, block, g, p);
+      std::copy(p + (at - first) * kStripRows, p + (stop - first) * kStripRows,
+                moved.data() + (at - start) * kStripRows);
+      at = stop;
     }
     // x U_gg = P from the left, in place.
     for (int64_t j = 1; j < end - start; ++j) {
       const int64_t block = (start + j) / kPanelRows;
-      const float* u = u_.block(block) + start * kPanelRows + (start + j - block * kPanelRows);
+      const int64_t lane = (start + j) % kMicroRows;
+      const int64_t g = (start + j) % kPanelRows / kMicroRows;
       float* x = moved.data() + j * kStripRows;
       for (int64_t k = 0; k < j; ++k) {
-        const float feedback = u[k * kPanelRows];
+        const float feedback = FeedbackRow(u_, block, g, start + k)[lane];
         for (int64_t c = 0; c < kStripRows; ++c)
           x[c] -= feedback * moved[static_cast<size_t>(k * kStripRows + c)];
       }
@@ -163,12 +165,44 @@ class StripSweep {
   int64_t first_row_;
   StripGrid steps_;
   float* w_;
-  std::vector<float> v_;
-  std::vector<uint8_t> codes_;
+  AlignedVector<float> v_;
+  AlignedVector<uint8_t> codes_;
   StripSums sums_;
   int64_t begin_ = 0;
-  int64_t columns_ = 0;
 };
+
+// Eight rows of eight bytes to eight columns.
+void TransposeBytes(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
+  uint64_t row[8];
+  for (int i = 0; i < 8; ++i) std::memcpy(&row[i], from + i * from_stride, sizeof(uint64_t));
+  const auto exchange = [&row](int apart, int shift, uint64_t mask) {
+    for (int i = 0; i < 8; ++i) {
+      if ((i & apart) != 0) continue;
+      const uint64_t swap = ((row[i] >> shift) ^ row[i + apart]) & mask;
+      row[i] ^= swap << shift;
+      row[i + apart] ^= swap;
+    }
+  };
+  exchange(4, 32, 0x00000000ffffffffu);
+  exchange(2, 16, 0x0000ffff0000ffffu);
+  exchange(1, 8, 0x00ff00ff00ff00ffu);
+  for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &row[i], sizeof(uint64_t));
+}
+
+// Codes of a block, [columns][kStripRows], to rows of `features`; `live` rows count.
+void CopyCodes(const uint8_t* codes, int64_t columns, int64_t live, int64_t features, uint8_t* to) {
+  if (live < kStripRows || columns % 8 != 0) {
+    for (int64_t c = 0; c < live; ++c) {
+      for (int64_t j = 0; j < columns; ++j) to[c * features + j] = codes[j * kStripRows + c];
+    }
+    return;
+  }
+  for (int64_t c = 0; c < kStripRows; c += 8) {
+    for (int64_t j = 0; j < columns; j += 8) {
+      TransposeBytes(codes + j * kStripRows + c, kStripRows, to + c * features + j, features);
+    }
+  }
+}
 
 // Copies what a strip's sweep found into the layer's results.
 void Collect(const StripSweep& sweep, int64_t first_row, int64_t live, bool dynamic, Grid& grid,
@@ -193,34 +227,6 @@ void Collect(const StripSweep& sweep, int64_t first_row, int64_t live, bool dyna
 
 }  // namespace
 
-FeedbackColumns::FeedbackColumns(const Factor& factor, Executor& executor)
-    : features_(factor.u.size()) {
-  const UpperPanels<double>& u = factor.u;
-  int64_t offset = 0;
-  for (int64_t b = 0; b < u.panels(); ++b) {
-    offsets_.push_back(offset);
-    offset += u.end(b) * kPanelRows;
-  }
-  offsets_.push_back(offset);
-  values_.resize(static_cast<size_t>(offset));
-  executor.ParallelFor(u.panels(), [&](int64_t b) {
-    float* to = values_.data() + offsets_[static_cast<size_t>(b)];
-    for (int64_t k = 0; k < u.end(b); ++k) {
-      for (int64_t j = std::max(k + 1, u.begin(b)); j < u.end(b); ++j) {
-        to[k * kPanelRows + j - u.begin(b)] = static_cast<float>(u.at(k, j));
-      }
-    }
-  });
-}
-
-int64_t FeedbackColumns::BytesFor(int64_t features) {
-  int64_t rows = 0;
-  for (int64_t begin = 0; begin < features; begin += kPanelRows) {
-    rows += std::min(begin + kPanelRows, features);
-  }
-  return rows * kPanelRows * 4;
-}
-
 absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
                                       const FeedbackColumns& u, const std::vector<double>& bound_d,
                                       Grid& grid, StripMatrix& targets, const RunContext& context) {
@@ -235,14 +241,15 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
   result.clipped.resize(static_cast<size_t>(rows));
   const bool dynamic = rules.first_dynamic_group < grid.groups;
 
-  constexpr int64_t kTileStrips = kTileRows / kStripRows;
-  const int64_t tiles = (targets.strips() + kTileStrips - 1) / kTileStrips;
+  const int64_t tile_strips =
+      std::clamp<int64_t>(targets.strips() / kWantedTiles, 1, kTileRows / kStripRows);
+  const int64_t tiles = (targets.strips() + tile_strips - 1) / tile_strips;
   std::mutex mutex;
   int64_t blocks_done = 0;
 
   context.executor->ParallelFor(tiles, [&](int64_t tile) {
-    const int64_t first = tile * kTileStrips;
-    const int64_t strips = std::min(kTileStrips, targets.strips() - first);
+    const int64_t first = tile * tile_strips;
+    const int64_t strips = std::min(tile_strips, targets.strips() - first);
     std::vector<StripSweep> sweeps;
     sweeps.reserve(static_cast<size_t>(strips));
     for (int64_t s = first; s < first + strips; ++s) {
@@ -251,19 +258,22 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
     for (int64_t b = 0; b < u.blocks(); ++b) {
       if (context.cancelled()) return;
       const int64_t begin = b * kPanelRows;
-      const int64_t columns = std::min(kPanelRows, features - begin);
+      const int64_t columns = u.end(b) - begin;
       for (StripSweep& sweep : sweeps) sweep.Begin(b);
-      for (int64_t k0 = 0; k0 < begin; k0 += kDepth) {
-        for (StripSweep& sweep : sweeps) sweep.Hear(b, k0, std::min(kDepth, begin - k0));
+      for (int64_t k0 = 0; k0 < begin; k0 += kSliceRows) {
+        for (StripSweep& sweep : sweeps) sweep.Hear(b, k0, std::min(k0 + kSliceRows, begin));
+      }
+      for (int64_t g = 0; g * kMicroRows < columns; ++g) {
+        for (StripSweep& sweep : sweeps) sweep.HearWithin(b, g);
+        // Column by column over all strips: each waits for its own column before only.
+        for (int64_t j = g * kMicroRows; j < std::min((g + 1) * kMicroRows, columns); ++j) {
+          for (StripSweep& sweep : sweeps) sweep.RoundColumn(b, j);
+        }
       }
       for (int64_t s = 0; s < strips; ++s) {
-        StripSweep& sweep = sweeps[static_cast<size_t>(s)];
-        sweep.Round(b);
         const int64_t row = (first + s) * kStripRows;
-        for (int64_t c = 0; c < std::min(kStripRows, rows - row); ++c) {
-          uint8_t* to = result.codes.data() + (row + c) * features + begin;
-          for (int64_t j = 0; j < columns; ++j) to[j] = sweep.codes()[j * kStripRows + c];
-        }
+        CopyCodes(sweeps[static_cast<size_t>(s)].codes(), columns, std::min(kStripRows, rows - row),
+                  features, result.codes.data() + row * features + begin);
       }
       const std::lock_guard<std::mutex> lock(mutex);
       ++blocks_done;

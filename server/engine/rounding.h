@@ -7,32 +7,14 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "engine/factor.h"
+#include "engine/aligned.h"
+#include "engine/feedback_columns.h"
 #include "engine/grid.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
 #include "engine/strip_matrix.h"
 
 namespace certiq::engine {
-
-// U of (M1) in float32, as the sweep reads it: block J of kPanelRows
-// columns is a dense [end of J][kPanelRows] row-major matrix (k down, j
-// across), padded with zero columns. The diagonal and what is below it is zero.
-class FeedbackColumns {
- public:
-  FeedbackColumns(const Factor& factor, Executor& executor);
-
-  static int64_t BytesFor(int64_t features);
-  int64_t features() const { return features_; }
-  int64_t blocks() const { return static_cast<int64_t>(offsets_.size()) - 1; }
-  // Element (k, j) of block b is block(b)[k * kPanelRows + j - b * kPanelRows].
-  const float* block(int64_t b) const { return values_.data() + offsets_[b]; }
-
- private:
-  int64_t features_;
-  std::vector<int64_t> offsets_;
-  std::vector<float> values_;
-};
 
 // What a sweep leaves behind. Sums are float64, one a row.
 struct Rounded {

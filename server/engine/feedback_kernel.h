@@ -1,0 +1,74 @@
+// Products with U: sum_k w_k U_kj for strips of rows w side by side.
+// Included by .cc files of the engine only, like simd.h.
+
+#ifndef CERTIQ_ENGINE_FEEDBACK_KERNEL_H_
+#define CERTIQ_ENGINE_FEEDBACK_KERNEL_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "engine/feedback_columns.h"
+#include "engine/simd.h"
+#include "engine/upper_panels.h"
+
+namespace certiq::engine {
+
+// A block of FeedbackColumns is cut into slices of kSliceRows rows k, one after another; a slice
+// into groups of kMicroRows columns, each [rows of the slice][kMicroRows]: what one kernel reads
+// is contiguous. A slice, 128 KiB, stays in a second-level cache while the strips of a tile
+// pass; the rows of a strip that it meets (32 KiB with AVX-512) stay in the first level meanwhile.
+inline constexpr int64_t kSliceRows = 256;
+inline constexpr int64_t kGroups = kPanelRows / kMicroRows;
+static_assert(kSliceRows % kMicroRows == 0 && kPanelRows % kMicroRows == 0);
+
+// Offset in a block of `end` rows of element (k, g kMicroRows); those of the next k follow at
+// kMicroRows while the slice lasts.
+inline int64_t FeedbackOffset(int64_t end, int64_t g, int64_t k) {
+  const int64_t slice = k / kSliceRows * kSliceRows;
+  return slice * kPanelRows + (g * std::min(kSliceRows, end - slice) + k - slice) * kMicroRows;
+}
+
+// U_k,j for the columns j of group g of block b.
+inline const float* FeedbackRow(const FeedbackColumns& u, int64_t b, int64_t g, int64_t k) {
+  return u.block(b) + FeedbackOffset(u.end(b), g, k);
+}
+
+inline void LoadAccumulator(const float* from, Accumulator<float>& sum) {
+  for (int r = 0; r < kMicroRows; ++r) {
+    sum.row[r][0] = LoadVector(from + r * kStrip<float>);
+    sum.row[r][1] = LoadVector(from + r * kStrip<float> + kLanes<float>);
+  }
+}
+
+inline void StoreAccumulator(const Accumulator<float>& sum, float* to) {
+  for (int r = 0; r < kMicroRows; ++r) {
+    StoreVector(to + r * kStrip<float>, sum.row[r][0]);
+    StoreVector(to + r * kStrip<float> + kLanes<float>, sum.row[r][1]);
+  }
+}
+
+// v [kMicroRows][kStrip] += sum_{k0 <= k < k1} U_kj w_k for the columns j of group g of block b; w
+// is [features][kStrip].
+inline void HearGroup(const FeedbackColumns& u, int64_t b, int64_t g, int64_t k0, int64_t k1,
+                      const float* w, float* v) {
+  Accumulator<float> sum;
+  LoadAccumulator(v, sum);
+  while (k0 < k1) {
+    const int64_t stop = std::min(k1, (k0 / kSliceRows + 1) * kSliceRows);
+    MultiplyStrip(stop - k0, FeedbackRow(u, b, g, k0), kMicroRows, 1, w + k0 * kStrip<float>, sum);
+    k0 = stop;
+  }
+  StoreAccumulator(sum, v);
+}
+
+// The same for all groups of the block; v is [kPanelRows][kStrip].
+inline void HearBlock(const FeedbackColumns& u, int64_t b, int64_t k0, int64_t k1, const float* w,
+                      float* v) {
+  for (int64_t g = 0; g < kGroups; ++g) {
+    HearGroup(u, b, g, k0, k1, w, v + g * kMicroRows * kStrip<float>);
+  }
+}
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_FEEDBACK_KERNEL_H_
