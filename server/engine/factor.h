@@ -38,7 +38,7 @@ struct FactorAttempt {
 // Factors H = gram + lambda I. `gram` is a symmetric matrix of which the upper
 // triangle is given. Features marked in `dead` (zero rows and columns of gram) are left
 // out: their row and column of U are those of the identity, their D is lambda + trace / N. Costs
-// N^3/3 multiply-adds of two flops; blocked and left-looking, the result does not depend on the
+// N^3/3 multiply-adds of two flops; blocked, the result does not depend on the
 // executor. Fails only by cancellation; a stability failure is reported in the attempt.
 absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
                                            const std::vector<bool>& dead, double lambda,
@@ -49,7 +49,7 @@ absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
 double LargestCondition(int64_t features);
 
 // Solves H x = b in place with the factor: U y = b, z = D^-1 y, U^T x = z.
-void SolveInPlace(const Factor& factor, std::vector<double>& x);
+void SolveInPlace(const Factor& factor, std::vector<double>& x, Executor& executor);
 
 }  // namespace certiq::engine
 

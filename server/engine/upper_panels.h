@@ -25,16 +25,13 @@ template <typename T>
 class UpperPanels {
  public:
   UpperPanels() = default;
-  explicit UpperPanels(int64_t size) : size_(size) {
-    offsets_.reserve(static_cast<size_t>(panels()) + 1);
-    int64_t offset = 0;
-    for (int64_t p = 0; p < panels(); ++p) {
-      offsets_.push_back(offset);
-      offset += rows(p) * stride(p);
-    }
-    offsets_.push_back(offset);
-    values_.resize(static_cast<size_t>(offset));
+  // All zero.
+  explicit UpperPanels(int64_t size) : UpperPanels(Unset(size)) {
+    std::fill(values_.begin(), values_.end(), T{0});
   }
+
+  // Elements have no value yet.
+  static UpperPanels Unset(int64_t size) { return UpperPanels(size, Tag()); }
 
   // Elements stored for a matrix of this size.
   static int64_t ElementsFor(int64_t size) {
@@ -70,9 +67,21 @@ class UpperPanels {
   const T& at(int64_t i, int64_t j) const { return const_cast<UpperPanels*>(this)->at(i, j); }
 
  private:
+  struct Tag {};
+  UpperPanels(int64_t size, Tag /*unset*/) : size_(size) {
+    offsets_.reserve(static_cast<size_t>(panels()) + 1);
+    int64_t offset = 0;
+    for (int64_t p = 0; p < panels(); ++p) {
+      offsets_.push_back(offset);
+      offset += rows(p) * stride(p);
+    }
+    offsets_.push_back(offset);
+    values_.resize(static_cast<size_t>(offset));
+  }
+
   int64_t size_ = 0;
   std::vector<int64_t> offsets_;
-  AlignedVector<T> values_;
+  UnsetVector<T> values_;
 };
 
 }  // namespace certiq::engine

@@ -114,7 +114,8 @@ TEST(FactorTest, SolvesWithASmallResidual) {
   std::vector<double> b(130);
   for (size_t i = 0; i < b.size(); ++i) b[i] = std::sin(static_cast<double>(i));
   std::vector<double> x = b;
-  SolveInPlace(f, x);
+  engine::SerialExecutor executor;
+  SolveInPlace(f, x, executor);
   double norm_h = 0;
   double norm_x = 0;
   double residual = 0;
