@@ -7,10 +7,12 @@ their CPU seconds stand beside the server's, nothing is subtracted.
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
 from clients import Jobs, Quantize, StreamRows, get_job
-from crowd import Act, ClientsFailedError, Measurement, measure
+from crowd import Act, ClientsFailedError, Measurement, machine_cpu_seconds, measure
 from programs import SERVER, Server, environment
 
 SMALL = ((576, 576), (1024, 1024))
@@ -33,6 +35,8 @@ REPEATS = 3
 # Of the server, those of calls that ended well left out.
 LOG_LINES = 10
 MIB = 1 << 20
+# What others may take where two times are compared.
+QUIET_CPUS = 0.15
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -242,8 +246,8 @@ def bench_overhead(bench: Bench) -> None:
             )
 
 
-def engine_milliseconds(options: argparse.Namespace) -> dict[str, float]:
-    """Medians of the engine's own benchmark, by what it ran."""
+def engine_milliseconds(options: argparse.Namespace) -> tuple[dict[str, float], float]:
+    """Medians of the engine's own benchmark, by what it ran; CPUs that others took meanwhile."""
     command = [
         str(options.engine),
         f"--shapes={name_of(options.shape)}",
@@ -253,13 +257,25 @@ def engine_milliseconds(options: argparse.Namespace) -> dict[str, float]:
         "--benchmark_filter=^(statistics|quantize)/",
         f"--benchmark_repetitions={REPEATS}",
     ]
+    machine, own = machine_cpu_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    begun = time.monotonic()
     ran = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, check=True)
+    seconds = time.monotonic() - begun
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own_seconds = after.ru_utime + after.ru_stime - own.ru_utime - own.ru_stime
+    others = max(0.0, machine_cpu_seconds() - machine - own_seconds) / seconds
     times: dict[str, list[float]] = {}
     for entry in json.loads(ran.stdout)["benchmarks"]:
         if entry["run_type"] == "iteration":
             assert entry["time_unit"] == "ms"
             times.setdefault(entry["name"].split("/")[0], []).append(entry["real_time"])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}, others
+
+
+def shares(beside: dict[str, float]) -> str:
+    taken = ", ".join(f"{cpus:.2f} CPUs beside the {what}" for what, cpus in beside.items())
+    busy = max(beside.values()) > QUIET_CPUS
+    return taken + ("; NOT a quiet machine, the ratio says little" if busy else "")
 
 
 def bench_engine(bench: Bench) -> None:
@@ -278,7 +294,7 @@ def bench_engine(bench: Bench) -> None:
     if not options.engine.is_file():
         print(f"=> no comparison with the engine: {options.engine.name} is not built")
         return
-    parts = engine_milliseconds(options)
+    parts, others = engine_milliseconds(options)
     missing = {"statistics", "quantize"} - set(parts)
     assert not missing, f"{options.engine.name} ran no {missing}"
     engine = 1e-3 * sum(parts.values())
@@ -289,6 +305,8 @@ def bench_engine(bench: Bench) -> None:
         f" {parts['quantize']:.0f} ms, medians of {REPEATS}",
     )
     ratio = service / engine
+    beside = {"service": found.other_cpu_seconds / found.seconds, "engine": others}
+    bench.say("CPUs that others took beside", beside, "others took " + shares(beside))
     bench.say("main job, service over engine", ratio, f"service / engine = {ratio:.3f}")
 
 
