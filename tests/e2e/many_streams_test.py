@@ -31,12 +31,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
     assert started.stop() == 0, started.log()
 
 
-def resident_bytes(server: Server) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) << 10
-
-
 class Crowd:
     """All streams of a calibration, open at once."""
 
@@ -89,12 +83,12 @@ def test_a_thousand_streams(server: Server) -> None:
     # So that what the first call alone costs is no part of the growth.
     client.accumulate(client.create(N).id, sources[0])
     calibration = client.create(N).id
-    before = resident_bytes(server)
+    before = server.memory_bytes()
 
     async def all_of_them() -> int:
         crowd = Crowd(server, calibration, sources)
         await crowd.open()
-        idle = resident_bytes(server)
+        idle = server.memory_bytes()
         now = await asyncio.to_thread(client.get, calibration)
         assert sum(stream.live for stream in now.streams) == STREAMS
         await crowd.send()
@@ -103,10 +97,10 @@ def test_a_thousand_streams(server: Server) -> None:
     idle = asyncio.run(all_of_them())
     print(
         f"{STREAMS} idle streams: {(idle - before) >> 20} MiB; "
-        f"at the end {(resident_bytes(server) - before) >> 20} MiB"
+        f"at the end {(server.memory_bytes() - before) >> 20} MiB"
     )
     assert idle - before < 200 << 20
-    assert resident_bytes(server) < BUDGET
+    assert server.memory_bytes() < BUDGET
     X = np.concatenate([source.x for source in sources])
     client.export(calibration).assert_equals(Sums.of(X))
     done = client.finalize(calibration, len(X), [source.stream_id for source in sources])

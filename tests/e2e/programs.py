@@ -85,10 +85,11 @@ def spawn_server(
     env: Mapping[str, str] | None = None,
     *,
     embedded_defaults: bool = True,
+    program: Path = SERVER,
 ) -> subprocess.Popen:
     """Starts a certiq-server whose ports and log go into the folder; waits for nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [str(SERVER)]
+    command = [str(program)]
     if embedded_defaults:
         defaults = {
             "--listen": "127.0.0.1:0",
@@ -119,11 +120,14 @@ class Server:
         env: Mapping[str, str] | None = None,
         *,
         embedded_defaults: bool = True,
+        program: Path = SERVER,
     ) -> None:
         self.port_file = folder / "port"
         self.metrics_port_file = folder / "port.metrics"
         self.log_file = folder / "server.log"
-        self.process = spawn_server(folder, flags, env, embedded_defaults=embedded_defaults)
+        self.process = spawn_server(
+            folder, flags, env, embedded_defaults=embedded_defaults, program=program
+        )
         try:
             wait_until(self._is_ready, f"{SERVER.name} writes its ports")
         except AssertionError:
@@ -151,6 +155,12 @@ class Server:
         response = http_get(self.metrics_port, "/metrics")
         assert response.status == 200
         return Metrics(response.text)
+
+    def memory_bytes(self, line: str = "VmRSS") -> int:
+        """Of the process as the kernel counts it: VmRSS now, VmHWM at most."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (found,) = re.findall(rf"^{line}:\s+(\d+) kB$", status, re.MULTILINE)
+        return int(found) << 10
 
     def wait_idle(self) -> None:
         """Until nothing runs, waits or is held in memory for a client.
