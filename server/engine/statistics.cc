@@ -22,85 +22,107 @@ int64_t Strips(int64_t features) { return (features + kStrip<float> - 1) / kStri
 
 // Rows of a chain, and of the sums that are made of chains.
 constexpr int64_t kSpans[] = {8, 32, 128, 256};
-constexpr int kTopSpan = 3;
 
-// sum = sum over kSpans[0] rows of a_i b_j. Unrolled: the chain is short, and where its length is
-// known its end does not wait.
-__attribute__((always_inline)) inline void SumChain(const float* a, const float* b,
-                                                    Accumulator<float>& sum) {
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < kSpans[0]; ++k) {
-    const Vector<float> b0 = LoadVector(b + k * kStrip<float>);
-    const Vector<float> b1 = LoadVector(b + k * kStrip<float> + kLanes<float>);
+
+// Sums of a micro tile, [kMicroRows][kStrip].
+struct MicroSums {
+  alignas(kVectorBytes) float value[kMicroRows * kStrip<float>] = {};
+
+  void Add(const MicroSums& other) {
+    for (int i = 0; i < kMicroRows * kStrip<float>; ++i) value[i] += other.value[i];
+  }
+};
+
+// sums += sum over kSpans[1] rows of a_i b_j, in chains of kSpans[0], unrolled. A function of its
+// own: with the sums of more spans around it GCC 12 runs out of registers and halves its speed.
+__attribute__((noinline)) void AddSpan(const float* a, const float* b, MicroSums& sums) {
+  Vector<float> span[kMicroRows][2];
+  for (int64_t begin = 0; begin < kSpans[1]; begin += kSpans[0]) {
+    Vector<float> chain[kMicroRows][2];
+    const Vector<float> low = LoadVector(b + begin * kStrip<float>);
+    const Vector<float> high = LoadVector(b + begin * kStrip<float> + kLanes<float>);
 #pragma GCC unroll 8
     for (int r = 0; r < kMicroRows; ++r) {
-      const float scalar = a[k * kStrip<float> + r];
-      if (k == 0) {
-        sum.row[r][0] = scalar * b0;
-        sum.row[r][1] = scalar * b1;
-      } else {
-        sum.row[r][0] += scalar * b0;
-        sum.row[r][1] += scalar * b1;
+      const float scalar = a[begin * kStrip<float> + r];
+      chain[r][0] = scalar * low;
+      chain[r][1] = scalar * high;
+    }
+#pragma GCC unroll 8
+    for (int64_t k = begin + 1; k < begin + kSpans[0]; ++k) {
+      const Vector<float> b0 = LoadVector(b + k * kStrip<float>);
+      const Vector<float> b1 = LoadVector(b + k * kStrip<float> + kLanes<float>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kMicroRows; ++r) {
+        const float scalar = a[k * kStrip<float> + r];
+        chain[r][0] += scalar * b0;
+        chain[r][1] += scalar * b1;
       }
     }
+    for (int r = 0; r < kMicroRows; ++r) {
+      span[r][0] = begin == 0 ? chain[r][0] : span[r][0] + chain[r][0];
+      span[r][1] = begin == 0 ? chain[r][1] : span[r][1] + chain[r][1];
+    }
+  }
+  for (int r = 0; r < kMicroRows; ++r) {
+    float* to = sums.value + r * kStrip<float>;
+    StoreVector(to, LoadVector(to) + span[r][0]);
+    StoreVector(to + kLanes<float>, LoadVector(to + kLanes<float>) + span[r][1]);
   }
 }
 
-// sum = sum over `rows` <= kSpans[level] rows of a_i b_j; see StatisticsAccumulator. `whole`: rows
-// is a multiple of kSpans[0].
-template <int level, bool whole>
-__attribute__((always_inline)) inline void SumSpan(int64_t rows, const float* a, const float* b,
-                                                   Accumulator<float>& sum) {
-  if constexpr (level == 0 && whole) {
-    SumChain(a, b, sum);
-  } else if constexpr (level == 0) {
-    sum = {};
-    MultiplyStrip(rows, a, kStrip<float>, 1, b, sum);
-  } else {
-    constexpr int64_t kPart = kSpans[level - 1];
-    SumSpan<level - 1, whole>(std::min(kPart, rows), a, b, sum);
-    for (int64_t k = kPart; k < rows; k += kPart) {
-      Accumulator<float> part;
-      SumSpan<level - 1, whole>(std::min(kPart, rows - k), a + k * kStrip<float>,
-                                b + k * kStrip<float>, part);
-      for (int r = 0; r < kMicroRows; ++r) {
-        sum.row[r][0] += part.row[r][0];
-        sum.row[r][1] += part.row[r][1];
+// The same for fewer than kSpans[1] rows.
+void AddRest(int64_t rows, const float* a, const float* b, MicroSums& sums) {
+  MicroSums span;
+  for (int64_t k = 0; k < rows; k += kSpans[0]) {
+    MicroSums chain;
+    MultiplyIntoStrip(kMicroRows, std::min(kSpans[0], rows - k), a + k * kStrip<float>,
+                      int64_t{kStrip<float>}, int64_t{1}, b + k * kStrip<float>, chain.value);
+    span.Add(chain);
+  }
+  sums.Add(span);
+}
+
+// Sums over `rows` <= kSpans[3] rows of a_i b_j; see StatisticsAccumulator. Beside each span one
+// row of `out` is fetched, which is added to afterwards.
+MicroSums SumRows(int64_t rows, const float* a, const float* b, const double* out,
+                  int64_t out_stride, int64_t out_rows) {
+  MicroSums sums;
+  int64_t ahead = 0;
+  for (int64_t top = 0; top < rows; top += kSpans[2]) {
+    MicroSums part;
+    for (int64_t k = top; k < std::min(rows, top + kSpans[2]); k += kSpans[1]) {
+      if (ahead < out_rows) {
+        for (int64_t c = 0; c < kStrip<float>; c += static_cast<int64_t>(kLineBytes / 8)) {
+          __builtin_prefetch(out + ahead * out_stride + c, 1);
+        }
+        ++ahead;
+      }
+      if (k + kSpans[1] <= rows) {
+        AddSpan(a + k * kStrip<float>, b + k * kStrip<float>, part);
+      } else {
+        AddRest(rows - k, a + k * kStrip<float>, b + k * kStrip<float>, part);
       }
     }
+    sums.Add(part);
   }
+  return sums;
 }
 
 // out[i][j] += sum over `rows` <= 256 rows of a_i b_j for one strip of columns j,
 // kMicroRows columns i. Scales are null or per column.
 void FoldBlock(int64_t rows, const float* a, int64_t live_rows, const float* b, int64_t live_cols,
                const double* scale_a, const double* scale_b, double* out, int64_t out_stride) {
-  // Here long before it is needed.
-  for (int64_t r = 0; r < live_rows; ++r) {
-    for (int64_t c = 0; c < live_cols; c += static_cast<int64_t>(kLineBytes / sizeof(double))) {
-      __builtin_prefetch(out + r * out_stride + c, 1);
-    }
-  }
-  Accumulator<float> sum;
-  if (rows == kSpans[kTopSpan]) {
-    SumSpan<kTopSpan, true>(kSpans[kTopSpan], a, b, sum);
-  } else {
-    SumSpan<kTopSpan, false>(rows, a, b, sum);
-  }
-  alignas(kVectorBytes) float sums[kMicroRows][kStrip<float>];
-  for (int r = 0; r < kMicroRows; ++r) {
-    StoreVector(sums[r], sum.row[r][0]);
-    StoreVector(sums[r] + kLanes<float>, sum.row[r][1]);
-  }
+  const MicroSums sums = SumRows(rows, a, b, out, out_stride, live_rows);
   for (int64_t r = 0; r < live_rows; ++r) {
     double* row = out + r * out_stride;
+    const float* from = sums.value + r * kStrip<float>;
     if (scale_a == nullptr && live_cols == kStrip<float>) {
-      for (int c = 0; c < kStrip<float>; ++c) row[c] += static_cast<double>(sums[r][c]);
+      for (int c = 0; c < kStrip<float>; ++c) row[c] += static_cast<double>(from[c]);
       continue;
     }
     for (int64_t c = 0; c < live_cols; ++c) {
       const double factor = scale_a == nullptr ? 1.0 : scale_a[r] * scale_b[c];
-      row[c] += factor * static_cast<double>(sums[r][c]);
+      row[c] += factor * static_cast<double>(from[c]);
     }
   }
 }
@@ -327,25 +349,37 @@ void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool uppe
     for (int64_t q = upper ? p : 0; q < layout.panels(); ++q) tiles.emplace_back(p, q);
   }
   const bool scaled = a.scaled || b.scaled;
+  const auto strip_of = [](const Staged& from, int64_t column, int64_t row) {
+    return from.values.data() + (column / kStrip<float> * kBlockRows + row) * kStrip<float>;
+  };
   executor.ParallelFor(static_cast<int64_t>(tiles.size()), [&](int64_t task) {
     const auto [p, q] = tiles[static_cast<size_t>(task)];
     const int64_t stride = upper ? layout.stride(p) : features_;
-    for (int64_t k = 0; k < staged_rows_; k += kSpans[kTopSpan]) {
-      const int64_t rows = std::min(kSpans[kTopSpan], staged_rows_ - k);
+    for (int64_t k = 0; k < staged_rows_; k += kSpans[3]) {
+      const int64_t rows = std::min(kSpans[3], staged_rows_ - k);
       for (int64_t j = layout.begin(q); j < layout.end(q); j += kStrip<float>) {
         const int64_t live_cols = std::min<int64_t>(kStrip<float>, layout.end(q) - j);
-        const float* right =
-            b.values.data() + (j / kStrip<float> * kBlockRows + k) * kStrip<float>;
+        const float* right = strip_of(b, j, k);
+        // The strip after this one comes from the third level while this one is worked on, a part
+        // beside each micro tile.
+        const bool more = j + kStrip<float> < layout.end(q);
+        const float* next = more ? strip_of(b, j + kStrip<float>, k)
+                                 : strip_of(b, layout.begin(q), (k + rows) % kBlockRows);
+        const char* ahead = reinterpret_cast<const char*>(next);
+        constexpr int64_t kPart =
+            kSpans[3] * kStrip<float> * 4 / (kPanelRows / kMicroRows);
         for (int64_t i = layout.begin(p); i < layout.end(p); i += kMicroRows) {
           // What lies below the diagonal is not kept.
           if (upper && i >= j + live_cols) break;
-          const float* left = a.values.data() +
-                              (i / kStrip<float> * kBlockRows + k) * kStrip<float> +
-                              i % kStrip<float>;
+          for (int64_t line = 0; line < kPart; line += kLineBytes) {
+            __builtin_prefetch(ahead + line, 0, 2);
+          }
+          ahead += kPart;
           const int64_t at =
               upper ? layout.offset(p) + (i - layout.begin(p)) * stride + (j - layout.begin(p))
                     : i * features_ + j;
-          FoldBlock(rows, left, std::min<int64_t>(kMicroRows, layout.end(p) - i), right, live_cols,
+          FoldBlock(rows, strip_of(a, i, k) + i % kStrip<float>,
+                    std::min<int64_t>(kMicroRows, layout.end(p) - i), right, live_cols,
                     scaled ? &a.scale[static_cast<size_t>(i)] : nullptr,
                     scaled ? &b.scale[static_cast<size_t>(j)] : nullptr, out + at, stride);
         }
