@@ -42,7 +42,7 @@ class InverseRows {
     for (int64_t g = 0; begin + g * kMicroRows < u_.end(b); ++g) {
       const int64_t first = begin + g * kMicroRows;
       float* v = v_.data() + g * kMicroRows * kStripRows;
-      HearGroup(u_, b, g, begin, first, x_.data(), v);
+      if (g > 0) HearSlice(u_, b, g, begin, first, x_.data(), v);
       for (int64_t i = 0; i < std::min<int64_t>(kMicroRows, u_.end(b) - first); ++i) {
         float* x = x_.data() + (first + i) * kStripRows;
         for (int64_t c = 0; c < kStripRows; ++c) {

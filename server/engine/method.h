@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "engine/aligned.h"
 #include "engine/factor.h"
 #include "engine/grid.h"
 #include "engine/run_context.h"
@@ -40,7 +41,7 @@ struct InitialTerms {
 // Vectors have one entry a row.
 struct MethodOutput {
   // Row-major [rows, features].
-  std::vector<uint8_t> codes;
+  UnsetVector<uint8_t> codes;
   // W - Q, zeros at dead features.
   StripMatrix change;
   // Damped squared error: (M3), (M7); undamped for NEAREST, which has no damping.

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "engine/aligned.h"
 #include "engine/grid.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
@@ -17,7 +18,7 @@ namespace certiq::engine {
 // Every weight rounded by itself. Vectors but `codes` have one entry a row.
 struct NearestRounded {
   // Row-major [rows, features], in working order.
-  std::vector<uint8_t> codes;
+  UnsetVector<uint8_t> codes;
   // W - Q.
   StripMatrix change;
   std::vector<int32_t> clipped;

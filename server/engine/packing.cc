@@ -30,7 +30,7 @@ ResultTensor Rounded(const char* role, DType dtype, std::vector<int64_t> shape,
 }
 
 std::vector<ResultTensor> PackDense(const ResolvedSpec& spec, const Grid& grid,
-                                    const std::vector<uint8_t>& codes, int64_t features) {
+                                    const UnsetVector<uint8_t>& codes, int64_t features) {
   const DType dtype = grid.level_type;
   const auto row_bytes = static_cast<size_t>(features * ItemSize(dtype));
   ResultTensor weight{"weight", dtype, {grid.rows, features}, {}};
@@ -77,11 +77,11 @@ std::vector<uint8_t> ZerosOfGroup(const Grid& grid, int64_t g, int32_t offset) {
   return zeros;
 }
 
-std::vector<uint8_t> CodesOfRow(const std::vector<uint8_t>& codes, int64_t row, int64_t features) {
+std::vector<uint8_t> CodesOfRow(const UnsetVector<uint8_t>& codes, int64_t row, int64_t features) {
   return {codes.begin() + row * features, codes.begin() + (row + 1) * features};
 }
 
-std::vector<uint32_t> PackRows(const std::vector<uint8_t>& codes, int32_t bits, int64_t rows,
+std::vector<uint32_t> PackRows(const UnsetVector<uint8_t>& codes, int32_t bits, int64_t rows,
                                int64_t features) {
   std::vector<uint32_t> words;
   for (int64_t r = 0; r < rows; ++r) {
@@ -92,7 +92,7 @@ std::vector<uint32_t> PackRows(const std::vector<uint8_t>& codes, int32_t bits, 
 }
 
 std::vector<ResultTensor> PackGptq(const ResolvedSpec& spec, const Grid& grid,
-                                   const std::vector<uint8_t>& codes, int64_t features) {
+                                   const UnsetVector<uint8_t>& codes, int64_t features) {
   const std::vector<uint32_t> words = PackRows(codes, spec.bits, grid.rows, features);
   const int64_t words_a_row = features * spec.bits / 32;
   std::vector<uint32_t> zeros;
@@ -113,7 +113,7 @@ std::vector<ResultTensor> PackGptq(const ResolvedSpec& spec, const Grid& grid,
 }
 
 std::vector<ResultTensor> PackCompressed(const ResolvedSpec& spec, const Grid& grid,
-                                         const std::vector<uint8_t>& codes, int64_t features) {
+                                         const UnsetVector<uint8_t>& codes, int64_t features) {
   const int64_t words_a_row = (features * spec.bits + 31) / 32;
   std::vector<ResultTensor> tensors;
   tensors.push_back(MakeTensor("weight_packed", DType::kI32, {grid.rows, words_a_row},
@@ -152,7 +152,7 @@ std::vector<uint32_t> PackBits(const std::vector<uint8_t>& values, int32_t bits)
 }
 
 std::vector<ResultTensor> PackResult(const ResolvedSpec& spec, const Grid& grid,
-                                     const std::vector<uint8_t>& codes, int64_t features) {
+                                     const UnsetVector<uint8_t>& codes, int64_t features) {
   switch (spec.format) {
     case Format::kDenseF32:
     case Format::kDenseF16:

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/aligned.h"
 #include "engine/dtype.h"
 #include "engine/grid.h"
 #include "engine/spec.h"
@@ -38,7 +39,7 @@ struct ResultTensor {
 //                 follow the order of work "weight_g_idx" I32 [K].
 // Zero points are unsigned, 2^(b-1) for symmetric grids.
 std::vector<ResultTensor> PackResult(const ResolvedSpec& spec, const Grid& grid,
-                                     const std::vector<uint8_t>& codes, int64_t features);
+                                     const UnsetVector<uint8_t>& codes, int64_t features);
 
 // Little-endian 32-bit words of a stream of `count` values of `bits` bits, least significant bit
 // first: value i takes bits [i bits, (i + 1) bits).

@@ -152,7 +152,7 @@ absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSp
 }
 
 // Codes and groups back in the original order of features.
-void RestoreOrder(const std::vector<int64_t>& order, Grid& grid, std::vector<uint8_t>& codes) {
+void RestoreOrder(const std::vector<int64_t>& order, Grid& grid, UnsetVector<uint8_t>& codes) {
   if (order.empty()) return;
   const auto features = static_cast<int64_t>(order.size());
   std::vector<uint8_t> row(order.size());

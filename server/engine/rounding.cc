@@ -50,7 +50,7 @@ class StripSweep {
   // Adds the feedback of the block's columns before micro-group g to that group.
   void HearWithin(int64_t b, int64_t g) {
     const int64_t first = g * kMicroRows;
-    HearGroup(u_, b, g, begin_, begin_ + first, w_, v_.data() + first * kStripRows);
+    if (g > 0) HearSlice(u_, b, g, begin_, begin_ + first, w_, v_.data() + first * kStripRows);
   }
 
   // Rounds column j of block b and tells the rest of its micro-group.

@@ -19,7 +19,7 @@ namespace certiq::engine {
 // What a sweep leaves behind. Sums are float64, one a row.
 struct Rounded {
   // Row-major [rows, features], in working order.
-  std::vector<uint8_t> codes;
+  UnsetVector<uint8_t> codes;
   // sum_j e_j^2 D_j (M3).
   std::vector<double> damped;
   // sum_j eps_j^2 D_j, eps_j = max(delta_j / 2, |e_j|) widened by the rounding of v_j: (B1).
