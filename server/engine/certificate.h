@@ -74,6 +74,8 @@ struct LayerCertificate {
 
   int64_t held_out_tokens = 0;
   std::optional<double> held_out_relative_error;
+  // Rows it, and the ladder, was measured on.
+  int64_t held_out_rows = 0;
   std::vector<LadderStep> ladder;
 
   std::optional<double> qronos_initial;

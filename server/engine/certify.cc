@@ -18,19 +18,20 @@ constexpr double kCancellation = 0.1;
 // An identity residual above this is said in a warning.
 constexpr double kHealthyResidual = 1e-3;
 
-std::vector<int64_t> EvenlySpaced(int64_t count, int64_t rows) {
-  const int64_t chosen = std::min(count, rows);
-  std::vector<int64_t> result(static_cast<size_t>(chosen));
-  for (int64_t i = 0; i < chosen; ++i) result[i] = i * rows / chosen;
-  return result;
-}
-
 // (M3), (M7) on a sample, the left side from the sums.
-double IdentityResidual(const WorkingLayer& layer, const Fit& fit, const std::vector<double>& norms,
-                        const RunContext& context) {
-  const std::vector<int64_t> sample = EvenlySpaced(kIdentityRows, layer.reference.rows());
-  const std::vector<double> exact =
-      ExactSquaredErrors(layer.statistics(), layer.reference, fit.output.change, sample, context);
+absl::StatusOr<double> IdentityResidual(const WorkingLayer& layer, const Fit& fit,
+                                        const std::vector<double>& norms,
+                                        const RunContext& context) {
+  const std::vector<int64_t> sample = EvenlySpaced(kIdentityRows, fit.output.change.rows());
+  // W counts only where inputs are mismatched; elsewhere it may be gone.
+  const StripMatrix change = SelectRows(fit.output.change, sample);
+  const StripMatrix weights =
+      layer.statistics().mismatch.has_value() ? SelectRows(layer.reference, sample) : StripMatrix();
+  const auto squares =
+      ExactSquaredErrors(layer.statistics(), Widen(weights, *context.executor),
+                         Widen(change, *context.executor), Phase::kCertify, context);
+  if (!squares.ok()) return squares.status();
+  const std::vector<double>& exact = *squares;
   double residual = 0;
   for (size_t i = 0; i < sample.size(); ++i) {
     const auto r = static_cast<size_t>(sample[i]);
@@ -47,8 +48,10 @@ absl::StatusOr<std::vector<double>> UndampedErrors(const WorkingLayer& layer, co
                                                    const RunContext& context,
                                                    LayerCertificate& certificate) {
   if (!fit.damping->factor.has_value()) return fit.output.damped;
-  const std::vector<double> norms = RowNorms(fit.output.change);
-  certificate.identity_residual = IdentityResidual(layer, fit, norms, context);
+  const std::vector<double> norms = RowNorms(fit.output.change, *context.executor);
+  const absl::StatusOr<double> residual = IdentityResidual(layer, fit, norms, context);
+  if (!residual.ok()) return residual.status();
+  certificate.identity_residual = *residual;
   const bool healthy = certificate.identity_residual <= kHealthyResidual;
   if (!healthy) {
     certificate.warnings.push_back(absl::StrCat(
@@ -129,6 +132,13 @@ void CertifyLargest(const ResolvedSpec& spec, const Fit& fit, LayerCertificate& 
 }
 
 }  // namespace
+
+std::vector<int64_t> EvenlySpaced(int64_t count, int64_t rows) {
+  const int64_t chosen = std::min(count, rows);
+  std::vector<int64_t> result(static_cast<size_t>(chosen));
+  for (int64_t i = 0; i < chosen; ++i) result[static_cast<size_t>(i)] = i * rows / chosen;
+  return result;
+}
 
 double Sum(const std::vector<double>& values) {
   double sum = 0;

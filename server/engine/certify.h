@@ -3,6 +3,7 @@
 #ifndef CERTIQ_ENGINE_CERTIFY_H_
 #define CERTIQ_ENGINE_CERTIFY_H_
 
+#include <cstdint>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -15,6 +16,9 @@ namespace certiq::engine {
 double RelativeError(double squared_error, double energy);
 
 double Sum(const std::vector<double>& values);
+
+// At most `count` of `rows` rows, all of them where there are no more.
+std::vector<int64_t> EvenlySpaced(int64_t count, int64_t rows);
 
 // Fills errors, bounds, clipping, the factor's figures and predictions. `certificate`
 // already has rows, features, tokens, spec and reference_energy. Fails only by cancellation.

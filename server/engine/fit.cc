@@ -74,7 +74,9 @@ absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
   output.change = std::move(rounded.change);
   output.clipped = std::move(rounded.clipped);
   output.worst_overshoot = rounded.worst_overshoot;
-  output.bits_needed = BitsNeeded(input.spec, grid, {}, input.weights, context);
+  if (input.certified) {
+    output.bits_needed = BitsNeeded(input.spec, grid, {}, input.weights, context);
+  }
   return output;
 }
 
@@ -103,33 +105,48 @@ WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, SharedStatistics sums, S
 
 namespace {
 
+// A factor of this fit alone, or one that others may use too.
+struct FitFactor {
+  SharedFactor shared;
+  // The same; null where others may use it.
+  std::shared_ptr<DampedFactor> own;
+};
+
 // From the cache where there is one. `made` counts what was factored here.
-absl::StatusOr<SharedFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
-                                      double lambda, const RunContext& context, int64_t& made) {
+absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
+                                   double lambda, const RunContext& context, int64_t& made) {
   const auto make = [&]() -> absl::StatusOr<DampedFactor> {
     absl::StatusOr<DampedFactor> damped =
         FactorWithDamping(spec, lambda, layer.statistics().gram, layer.dead, context);
     if (damped.ok()) made += static_cast<int64_t>(damped->attempts.size());
     return damped;
   };
+  FitFactor factor;
   if (layer.factors != nullptr) {
-    return layer.factors->Get({.order = spec.order,
-                               .with_held_out = layer.with_held_out,
-                               .lambda = lambda,
-                               .max_attempts = spec.max_attempts,
-                               .growth = spec.damping_factor},
-                              make);
+    absl::StatusOr<SharedFactor> shared =
+        layer.factors->Get({.order = spec.order,
+                            .with_held_out = layer.with_held_out,
+                            .lambda = lambda,
+                            .max_attempts = spec.max_attempts,
+                            .growth = spec.damping_factor},
+                           make);
+    if (!shared.ok()) return shared.status();
+    factor.shared = *std::move(shared);
+    return factor;
   }
   absl::StatusOr<DampedFactor> damped = make();
   if (!damped.ok()) return damped.status();
-  return std::make_shared<const DampedFactor>(*std::move(damped));
+  factor.own = std::make_shared<DampedFactor>(*std::move(damped));
+  factor.shared = factor.own;
+  return factor;
 }
 
 }  // namespace
 
-absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, double lambda,
-                           const RunContext& context, EngineSeconds& seconds) {
+absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda,
+                           FitUse use, const RunContext& context, EngineSeconds& seconds) {
   Fit fit;
+  std::shared_ptr<DampedFactor> own;
   if (spec.method != Method::kNearest) {
     const Stopwatch watch(seconds.factor);
     context.Report(Phase::kFactor, 0);
@@ -137,10 +154,10 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, 
       return InvalidField("spec.damping", absl::StrCat("expected a finite lambda, got ", lambda,
                                                        " from activations of this size"));
     }
-    absl::StatusOr<SharedFactor> damped =
-        FactorOf(spec, layer, lambda, context, fit.factorisations);
+    absl::StatusOr<FitFactor> damped = FactorOf(spec, layer, lambda, context, fit.factorisations);
     if (!damped.ok()) return damped.status();
-    fit.damping = *std::move(damped);
+    fit.damping = std::move(damped->shared);
+    own = std::move(damped->own);
   }
   const bool factored = fit.damping->factor.has_value();
   if (spec.method != Method::kNearest && !factored) {
@@ -156,8 +173,15 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, 
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
   FillSteps(spec, weights, context, fit.grid);
   if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
-  const MethodInput input{spec,        layer.statistics(), layer.dead,
-                          layer.order, layer.reference,    weights};
+  MethodInput input{spec,        layer.statistics(), layer.dead,
+                    layer.order, layer.reference,    weights,
+                    seconds,     use.certified};
+  if (use.consume_factor && own != nullptr && factored) input.spare_factor = &*own->factor;
+  if (use.consume_weights && layer.zeroed.rows() > 0) {
+    input.spare_weights = &layer.zeroed;
+  } else if (use.consume_weights && !layer.statistics().mismatch.has_value()) {
+    input.spare_weights = &layer.reference;
+  }
   const auto run = [&]() -> absl::StatusOr<MethodOutput> {
     if (!factored) return Nearest(input, fit.grid, context);
     const Factor& factor = *fit.damping->factor;

@@ -47,12 +47,22 @@ struct Fit {
   MethodOutput output;
 };
 
+// What a fit is for.
+struct FitUse {
+  // Whether a certificate follows: without, the bits needed (B6) are left out.
+  bool certified = true;
+  // What is of no use afterwards, so that the fit can make room: U, where the factor is its own, and
+  // W, which it takes from `layer` where its errors can be told without.
+  bool consume_factor = false;
+  bool consume_weights = false;
+};
+
 // Damps and factors, fills the grid, runs the spec's method. When every
 // damping attempt failed: NEAREST where the spec says so, else FAILED_PRECONDITION of type
 // "DAMPING" with the attempts, causes attached (status.h). Seconds of the factor and round phases
 // are added to `seconds`.
-absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, const WorkingLayer& layer, double lambda,
-                           const RunContext& context, EngineSeconds& seconds);
+absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda,
+                           FitUse use, const RunContext& context, EngineSeconds& seconds);
 
 }  // namespace certiq::engine
 

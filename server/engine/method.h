@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/aligned.h"
+#include "engine/certificate.h"
 #include "engine/factor.h"
 #include "engine/grid.h"
 #include "engine/run_context.h"
@@ -28,6 +29,14 @@ struct MethodInput {
   const StripMatrix& reference;
   // W with zeros at dead features.
   const StripMatrix& weights;
+  // Where the time goes; rounding is the caller's.
+  EngineSeconds& seconds;
+  // Whether what only a certificate needs is wanted: the bits needed (B6).
+  bool certified = true;
+  // What nobody needs afterwards, for the method to take apart: `weights` itself, the factor. Null
+  // where they are needed or shared.
+  StripMatrix* spare_weights = nullptr;
+  Factor* spare_factor = nullptr;
 };
 
 // Damped squared norms of what error is there before anything is rounded, summed over rows (B3,
@@ -63,7 +72,7 @@ struct MethodOutput {
 };
 
 // |row|^2 of every row.
-std::vector<double> RowNorms(const StripMatrix& rows);
+std::vector<double> RowNorms(const StripMatrix& rows, Executor& executor);
 
 }  // namespace certiq::engine
 

@@ -1,6 +1,7 @@
 #include "engine/optq.h"
 
 #include <cmath>
+#include <utility>
 
 #include "engine/quadratic_form.h"
 #include "engine/sweep_method.h"
@@ -11,7 +12,9 @@ absl::StatusOr<MethodOutput> Optq(const MethodInput& input, const Factor& factor
                                   Grid& grid, const RunContext& context) {
   const int64_t first_dynamic = input.spec.group_scales == GroupScales::kDynamic ? 0 : grid.groups;
   absl::StatusOr<MethodOutput> output =
-      Sweep(input, factor, first_dynamic, {}, grid, input.weights, context);
+      Sweep(input, factor, first_dynamic, {}, grid,
+            input.spare_weights == nullptr ? input.weights : std::move(*input.spare_weights),
+            context);
   if (!output.ok()) return output;
   for (double& bound : output->bound) bound = std::sqrt(bound);
   if (!input.statistics.mismatch.has_value()) {
@@ -27,7 +30,7 @@ absl::StatusOr<MethodOutput> Optq(const MethodInput& input, const Factor& factor
       SquaredErrors(input.statistics, input.reference, output->change, Phase::kRound, context);
   if (!errors.ok()) return errors.status();
   output->damped = *std::move(errors);
-  const std::vector<double> norms = RowNorms(output->change);
+  const std::vector<double> norms = RowNorms(output->change, *context.executor);
   InitialTerms& terms = output->terms.emplace();
   for (size_t r = 0; r < norms.size(); ++r) {
     output->damped[r] += lambda * norms[r];

@@ -1,6 +1,8 @@
 #include "engine/packing.h"
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 namespace certiq::engine {
@@ -29,22 +31,53 @@ ResultTensor Rounded(const char* role, DType dtype, std::vector<int64_t> shape,
   return MakeTensor(role, dtype, std::move(shape), bits);
 }
 
-std::vector<ResultTensor> PackDense(const ResolvedSpec& spec, const Grid& grid,
-                                    const UnsetVector<uint8_t>& codes, int64_t features) {
-  const DType dtype = grid.level_type;
-  const auto row_bytes = static_cast<size_t>(features * ItemSize(dtype));
-  ResultTensor weight{"weight", dtype, {grid.rows, features}, {}};
-  weight.bytes.resize(static_cast<size_t>(grid.rows) * row_bytes);
-  std::vector<float> levels(static_cast<size_t>(features));
-  for (int64_t r = 0; r < grid.rows; ++r) {
-    for (int64_t j = 0; j < features; ++j) {
-      const int32_t code = codes[static_cast<size_t>(r * features + j)];
-      levels[static_cast<size_t>(j)] = grid.Level(r, j, code);
-    }
-    const ResultTensor row = Rounded("", dtype, {features}, levels);
-    std::memcpy(weight.bytes.data() + static_cast<size_t>(r) * row_bytes, row.bytes.data(),
-                row_bytes);
+// Rows a task packs.
+constexpr int64_t kPieceRows = 16;
+
+// Runs body(r) for every row.
+void ForRows(int64_t rows, Executor& executor, const std::function<void(int64_t)>& body) {
+  executor.ParallelFor((rows + kPieceRows - 1) / kPieceRows, [&](int64_t piece) {
+    const int64_t last = std::min(rows, (piece + 1) * kPieceRows);
+    for (int64_t r = piece * kPieceRows; r < last; ++r) body(r);
+  });
+}
+
+// The levels of a row's codes, before they are rounded to the level type.
+void LevelsOfRow(const Grid& grid, int64_t row, const uint8_t* codes, int64_t features,
+                 float* levels) {
+  for (int64_t j = 0; j < features;) {
+    // One scale for a run of features of one group.
+    const int32_t group = grid.group_of[static_cast<size_t>(j)];
+    int64_t end = j + 1;
+    while (end < features && grid.group_of[static_cast<size_t>(end)] == group) ++end;
+    const size_t at = grid.At(row, j);
+    const float scale = grid.scale[at];
+    const int32_t zero = grid.zero[at];
+    for (; j < end; ++j) levels[j] = scale * static_cast<float>(codes[j] - zero);
   }
+}
+
+std::vector<ResultTensor> PackDense(const ResolvedSpec& spec, const Grid& grid,
+                                    const UnsetVector<uint8_t>& codes, int64_t features,
+                                    Executor& executor) {
+  const DType dtype = grid.level_type;
+  const int64_t row_bytes = features * ItemSize(dtype);
+  ResultTensor weight{"weight", dtype, {grid.rows, features}, {}};
+  weight.bytes.resize(static_cast<size_t>(grid.rows * row_bytes));
+  ForRows(grid.rows, executor, [&](int64_t r) {
+    std::vector<float> levels(static_cast<size_t>(features));
+    LevelsOfRow(grid, r, codes.data() + r * features, features, levels.data());
+    std::byte* to = weight.bytes.data() + r * row_bytes;
+    if (dtype == DType::kF32) {
+      std::memcpy(to, levels.data(), static_cast<size_t>(row_bytes));
+      return;
+    }
+    for (const float level : levels) {
+      const uint16_t bits = HalfBits(dtype, level);
+      std::memcpy(to, &bits, sizeof(bits));
+      to += sizeof(bits);
+    }
+  });
   std::vector<ResultTensor> tensors;
   tensors.push_back(std::move(weight));
   tensors.push_back(MakeTensor("scales", DType::kF32, {grid.rows, grid.groups}, grid.scale));
@@ -77,23 +110,33 @@ std::vector<uint8_t> ZerosOfGroup(const Grid& grid, int64_t g, int32_t offset) {
   return zeros;
 }
 
-std::vector<uint8_t> CodesOfRow(const UnsetVector<uint8_t>& codes, int64_t row, int64_t features) {
-  return {codes.begin() + row * features, codes.begin() + (row + 1) * features};
+// `count` values as a stream of bits; `words` is zero.
+void PackInto(const uint8_t* values, int64_t count, int32_t bits, uint32_t* words) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t bit = i * bits;
+    const uint64_t shifted = static_cast<uint64_t>(values[i]) << (bit % 32);
+    words[bit / 32] |= static_cast<uint32_t>(shifted);
+    // A value may straddle two words.
+    if (shifted >> 32 != 0) words[bit / 32 + 1] |= static_cast<uint32_t>(shifted >> 32);
+  }
 }
 
+int64_t WordsFor(int64_t count, int32_t bits) { return (count * bits + 31) / 32; }
+
 std::vector<uint32_t> PackRows(const UnsetVector<uint8_t>& codes, int32_t bits, int64_t rows,
-                               int64_t features) {
-  std::vector<uint32_t> words;
-  for (int64_t r = 0; r < rows; ++r) {
-    const std::vector<uint32_t> row = PackBits(CodesOfRow(codes, r, features), bits);
-    words.insert(words.end(), row.begin(), row.end());
-  }
+                               int64_t features, Executor& executor) {
+  const int64_t words_a_row = WordsFor(features, bits);
+  std::vector<uint32_t> words(static_cast<size_t>(rows * words_a_row));
+  ForRows(rows, executor, [&](int64_t r) {
+    PackInto(codes.data() + r * features, features, bits, words.data() + r * words_a_row);
+  });
   return words;
 }
 
 std::vector<ResultTensor> PackGptq(const ResolvedSpec& spec, const Grid& grid,
-                                   const UnsetVector<uint8_t>& codes, int64_t features) {
-  const std::vector<uint32_t> words = PackRows(codes, spec.bits, grid.rows, features);
+                                   const UnsetVector<uint8_t>& codes, int64_t features,
+                                   Executor& executor) {
+  const std::vector<uint32_t> words = PackRows(codes, spec.bits, grid.rows, features, executor);
   const int64_t words_a_row = features * spec.bits / 32;
   std::vector<uint32_t> zeros;
   for (int64_t g = 0; g < grid.groups; ++g) {
@@ -113,11 +156,12 @@ std::vector<ResultTensor> PackGptq(const ResolvedSpec& spec, const Grid& grid,
 }
 
 std::vector<ResultTensor> PackCompressed(const ResolvedSpec& spec, const Grid& grid,
-                                         const UnsetVector<uint8_t>& codes, int64_t features) {
+                                         const UnsetVector<uint8_t>& codes, int64_t features,
+                                   Executor& executor) {
   const int64_t words_a_row = (features * spec.bits + 31) / 32;
   std::vector<ResultTensor> tensors;
   tensors.push_back(MakeTensor("weight_packed", DType::kI32, {grid.rows, words_a_row},
-                               PackRows(codes, spec.bits, grid.rows, features)));
+                               PackRows(codes, spec.bits, grid.rows, features, executor)));
   tensors.push_back(
       Rounded("weight_scale", spec.scale_dtype, {grid.rows, grid.groups}, grid.scale));
   tensors.push_back(MakeTensor<int64_t>("weight_shape", DType::kI64, {2}, {grid.rows, features}));
@@ -140,29 +184,25 @@ std::vector<ResultTensor> PackCompressed(const ResolvedSpec& spec, const Grid& g
 }  // namespace
 
 std::vector<uint32_t> PackBits(const std::vector<uint8_t>& values, int32_t bits) {
-  std::vector<uint32_t> words((values.size() * static_cast<size_t>(bits) + 31) / 32);
-  for (size_t i = 0; i < values.size(); ++i) {
-    const size_t bit = i * static_cast<size_t>(bits);
-    const uint64_t shifted = static_cast<uint64_t>(values[i]) << (bit % 32);
-    words[bit / 32] |= static_cast<uint32_t>(shifted);
-    // A value may straddle two words.
-    if (shifted >> 32 != 0) words[bit / 32 + 1] |= static_cast<uint32_t>(shifted >> 32);
-  }
+  const auto count = static_cast<int64_t>(values.size());
+  std::vector<uint32_t> words(static_cast<size_t>(WordsFor(count, bits)));
+  PackInto(values.data(), count, bits, words.data());
   return words;
 }
 
 std::vector<ResultTensor> PackResult(const ResolvedSpec& spec, const Grid& grid,
-                                     const UnsetVector<uint8_t>& codes, int64_t features) {
+                                     const UnsetVector<uint8_t>& codes, int64_t features,
+                                   Executor& executor) {
   switch (spec.format) {
     case Format::kDenseF32:
     case Format::kDenseF16:
     case Format::kDenseBF16:
-      return PackDense(spec, grid, codes, features);
+      return PackDense(spec, grid, codes, features, executor);
     case Format::kGptq:
     case Format::kGptqV2:
-      return PackGptq(spec, grid, codes, features);
+      return PackGptq(spec, grid, codes, features, executor);
     case Format::kCompressedTensors:
-      return PackCompressed(spec, grid, codes, features);
+      return PackCompressed(spec, grid, codes, features, executor);
   }
   return {};
 }

@@ -11,6 +11,7 @@
 #include "engine/aligned.h"
 #include "engine/dtype.h"
 #include "engine/grid.h"
+#include "engine/run_context.h"
 #include "engine/spec.h"
 
 namespace certiq::engine {
@@ -21,7 +22,7 @@ struct ResultTensor {
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
   // Row-major, little-endian.
-  std::vector<std::byte> bytes;
+  UnsetVector<std::byte> bytes;
 };
 
 // The tensors of the spec's format; codes are row-major [R, N], and they and
@@ -39,7 +40,8 @@ struct ResultTensor {
 //                 follow the order of work "weight_g_idx" I32 [K].
 // Zero points are unsigned, 2^(b-1) for symmetric grids.
 std::vector<ResultTensor> PackResult(const ResolvedSpec& spec, const Grid& grid,
-                                     const UnsetVector<uint8_t>& codes, int64_t features);
+                                     const UnsetVector<uint8_t>& codes, int64_t features,
+                                     Executor& executor);
 
 // Little-endian 32-bit words of a stream of `count` values of `bits` bits, least significant bit
 // first: value i takes bits [i bits, (i + 1) bits).

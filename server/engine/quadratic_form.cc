@@ -20,6 +20,8 @@ int Exponent(const UpperPanels<double>& s) {
 
 // Strips whose products pass over a slice of the panel while it is in a second-level cache.
 constexpr int64_t kTileStrips = 4;
+// With few strips every thread gets some all the same.
+constexpr int64_t kWantedTiles = 8;
 constexpr int64_t kGroups = kPanelRows / kMicroRows;
 
 // Columns [k0, k0 + columns) of panel p of S as the kernel reads them, kMicroRows rows i at a time:
@@ -46,24 +48,6 @@ void ConvertSlice(const UpperPanels<double>& s, int64_t p, int64_t k0, int64_t c
   }
 }
 
-double ExactForm(const UpperPanels<double>& s, const std::vector<double>& x) {
-  double form = 0;
-  for (int64_t i = 0; i < s.size(); ++i) {
-    if (x[i] == 0) continue;
-    const double* row = s.row(i);
-    double right = 0;
-    for (int64_t j = i + 1; j < s.size(); ++j) right += row[j - i] * x[j];
-    form += x[i] * (row[0] * x[i] + 2 * right);
-  }
-  return form;
-}
-
-std::vector<double> WideRow(const StripMatrix& matrix, int64_t row) {
-  std::vector<float> values(static_cast<size_t>(matrix.features()));
-  matrix.GetRow(row, values.data());
-  return {values.begin(), values.end()};
-}
-
 void ClampAtZero(std::vector<double>& forms) {
   // Rounding may leave a form of a semidefinite S a little below zero.
   for (double& form : forms) form = std::max(0.0, form);
@@ -79,7 +63,8 @@ absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
   std::vector<double> forms(static_cast<size_t>(rows.strips() * kWidth), 0.0);
   UnsetVector<T> panel(static_cast<size_t>(s.size() * kPanelRows));
   const int exponent = Exponent(s);
-  const int64_t tiles = (rows.strips() + kTileStrips - 1) / kTileStrips;
+  const int64_t tile_strips = std::clamp<int64_t>(rows.strips() / kWantedTiles, 1, kTileStrips);
+  const int64_t tiles = (rows.strips() + tile_strips - 1) / tile_strips;
   for (int64_t p = 0; p < s.panels(); ++p) {
     if (context.cancelled()) return context.CancellationStatus();
     const int64_t depth = s.stride(p);
@@ -88,8 +73,8 @@ absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
       ConvertSlice(s, p, k0, std::min(kDepth, depth - k0), exponent, panel.data() + k0 * kPanelRows);
     });
     context.executor->ParallelFor(tiles, [&](int64_t tile) {
-      const int64_t first = tile * kTileStrips;
-      const int64_t last = std::min(first + kTileStrips, rows.strips());
+      const int64_t first = tile * tile_strips;
+      const int64_t last = std::min(first + tile_strips, rows.strips());
       AlignedVector<T> products(static_cast<size_t>((last - first) * kPanelRows * kWidth));
       for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
         const int64_t columns = std::min(kDepth, depth - k0);
@@ -181,17 +166,24 @@ absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
   if (!statistics.mismatch.has_value()) {
     return QuadraticForms(statistics.gram, change, phase, context);
   }
+  return ExactSquaredErrors(statistics, Widen(weights, *context.executor),
+                            Widen(change, *context.executor), phase, context);
+}
+
+absl::StatusOr<std::vector<double>> ExactSquaredErrors(const Statistics& statistics,
+                                                       const BasicStripMatrix<double>& weights,
+                                                       const BasicStripMatrix<double>& change,
+                                                       Phase phase, const RunContext& context) {
+  absl::StatusOr<std::vector<double>> errors =
+      QuadraticForms(statistics.gram, change, phase, context);
+  if (!errors.ok() || !statistics.mismatch.has_value()) return errors;
   const MismatchSums& mismatch = *statistics.mismatch;
-  const BasicStripMatrix<double> w = Widen(weights, *context.executor);
-  const BasicStripMatrix<double> delta = Widen(change, *context.executor);
-  absl::StatusOr<std::vector<double>> errors = QuadraticForms(mismatch.residual, w, phase, context);
-  if (!errors.ok()) return errors.status();
-  const auto quadratic = QuadraticForms(statistics.gram, delta, phase, context);
-  if (!quadratic.ok()) return quadratic.status();
-  const auto product = TimesSquare(w, mismatch.cross, phase, context);
+  const auto initial = QuadraticForms(mismatch.residual, weights, phase, context);
+  if (!initial.ok()) return initial.status();
+  const auto product = TimesSquare(weights, mismatch.cross, phase, context);
   if (!product.ok()) return product.status();
-  const std::vector<double> mixed = RowDots(*product, delta);
-  for (size_t r = 0; r < errors->size(); ++r) (*errors)[r] += 2 * mixed[r] + (*quadratic)[r];
+  const std::vector<double> mixed = RowDots(*product, change);
+  for (size_t r = 0; r < errors->size(); ++r) (*errors)[r] += 2 * mixed[r] + (*initial)[r];
   ClampAtZero(*errors);
   return errors;
 }
@@ -201,41 +193,6 @@ absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statisti
                                                       const RunContext& context) {
   // X w = P w + X~ w: the error of changing W to zero.
   return SquaredErrors(statistics, weights, weights, phase, context);
-}
-
-std::vector<double> ExactSquaredErrors(const Statistics& statistics, const StripMatrix& weights,
-                                       const StripMatrix& change,
-                                       const std::vector<int64_t>& chosen,
-                                       const RunContext& context) {
-  std::vector<double> errors = ExactQuadraticForms(statistics.gram, change, chosen, context);
-  if (!statistics.mismatch.has_value()) return errors;
-  const MismatchSums& mismatch = *statistics.mismatch;
-  const int64_t n = statistics.features();
-  context.executor->ParallelFor(static_cast<int64_t>(chosen.size()), [&](int64_t at) {
-    const std::vector<double> w = WideRow(weights, chosen[static_cast<size_t>(at)]);
-    const std::vector<double> delta = WideRow(change, chosen[static_cast<size_t>(at)]);
-    double mixed = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      double dot = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        dot += mismatch.cross[static_cast<size_t>(i * n + j)] * delta[static_cast<size_t>(j)];
-      }
-      mixed += w[static_cast<size_t>(i)] * dot;
-    }
-    errors[static_cast<size_t>(at)] += 2 * mixed + ExactForm(mismatch.residual, w);
-  });
-  ClampAtZero(errors);
-  return errors;
-}
-
-std::vector<double> ExactQuadraticForms(const UpperPanels<double>& s, const StripMatrix& rows,
-                                        const std::vector<int64_t>& chosen,
-                                        const RunContext& context) {
-  std::vector<double> forms(chosen.size());
-  context.executor->ParallelFor(static_cast<int64_t>(chosen.size()), [&](int64_t at) {
-    forms[static_cast<size_t>(at)] = ExactForm(s, WideRow(rows, chosen[static_cast<size_t>(at)]));
-  });
-  return forms;
 }
 
 }  // namespace certiq::engine

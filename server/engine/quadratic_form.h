@@ -46,16 +46,11 @@ absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statisti
                                                       const StripMatrix& weights, Phase phase,
                                                       const RunContext& context);
 
-// SquaredErrors of chosen rows, all in float64.
-std::vector<double> ExactSquaredErrors(const Statistics& statistics, const StripMatrix& weights,
-                                       const StripMatrix& change,
-                                       const std::vector<int64_t>& chosen,
-                                       const RunContext& context);
-
-// |X~ x_r|^2 of chosen rows, all in float64.
-std::vector<double> ExactQuadraticForms(const UpperPanels<double>& s, const StripMatrix& rows,
-                                        const std::vector<int64_t>& chosen,
-                                        const RunContext& context);
+// SquaredErrors, all in float64.
+absl::StatusOr<std::vector<double>> ExactSquaredErrors(const Statistics& statistics,
+                                                       const BasicStripMatrix<double>& weights,
+                                                       const BasicStripMatrix<double>& change,
+                                                       Phase phase, const RunContext& context);
 
 }  // namespace certiq::engine
 

@@ -22,6 +22,9 @@ namespace {
 
 // Qronos' customary damping, alpha of arXiv 2505.11695.
 constexpr double kQronosSigma = 1e-6;
+// Rows on which the steps of a ladder are run and judged. What is compared are sums of the errors of
+// so many rows on the same tokens.
+constexpr int64_t kLadderRows = 256;
 
 absl::Status CheckProblem(const LayerProblem& problem) {
   if (problem.weights.rows() < 1 || problem.weights.features() < 1) {
@@ -104,23 +107,47 @@ double FactorFlops(const Fit& fit, int64_t features) {
   return static_cast<double>(fit.factorisations) * n * n * n / 3;
 }
 
+// The part of a grid that belongs to some of `all` rows.
+std::shared_ptr<const ExplicitGrid> SelectRows(const ExplicitGrid& grid,
+                                               const std::vector<int64_t>& rows, int64_t all) {
+  ExplicitGrid selected = grid;
+  selected.scales.clear();
+  selected.zero_points.clear();
+  const auto groups = static_cast<int64_t>(grid.scales.size()) / all;
+  for (const int64_t row : rows) {
+    for (int64_t at = row * groups; at < (row + 1) * groups; ++at) {
+      selected.scales.push_back(grid.scales[static_cast<size_t>(at)]);
+      if (!grid.zero_points.empty()) {
+        selected.zero_points.push_back(grid.zero_points[static_cast<size_t>(at)]);
+      }
+    }
+  }
+  return std::make_shared<const ExplicitGrid>(std::move(selected));
+}
+
 // (V2) one run a step of the ladder, fitted without the held-out tokens and
-// judged on them. Returns lambda as a multiple of trace / N.
+// judged on them, on a sample of rows. Returns lambda as a multiple of trace / N.
 absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSpec& spec,
                                    const RunContext& context, LayerCertificate& certificate) {
-  WorkingLayer layer = MakeWorkingLayer(spec, problem.statistics, problem.weights, context);
+  const std::vector<int64_t> rows = EvenlySpaced(kLadderRows, problem.weights.rows());
+  WorkingLayer layer = MakeWorkingLayer(spec, problem.statistics,
+                                        SelectRows(problem.weights, rows), context);
   layer.factors = problem.factors;
+  certificate.held_out_rows = static_cast<int64_t>(rows.size());
   const double unit = MeanDiagonal(layer.statistics().gram);
   const absl::StatusOr<Unseen> unseen = MakeUnseen(problem.held_out, layer, context);
   if (!unseen.ok()) return unseen.status();
   ResolvedSpec step_spec = spec;
   step_spec.on_failure = OnFailure::kFail;
+  if (spec.grid != nullptr) step_spec.grid = SelectRows(*spec.grid, rows, problem.weights.rows());
   double best_ratio = 0;
   double least = std::numeric_limits<double>::infinity();
   absl::Status last;
   std::vector<StabilityCause>& failures = certificate.ladder_failures;
   for (const double ratio : spec.damping_ladder) {
-    absl::StatusOr<Fit> fit = RunFit(step_spec, layer, ratio * unit, context, certificate.seconds);
+    absl::StatusOr<Fit> fit = RunFit(step_spec, layer, ratio * unit,
+                                     {.certified = false, .consume_factor = true}, context,
+                                     certificate.seconds);
     if (!fit.ok()) {
       // A step that cannot be factored is not a candidate.
       if (!PreconditionOf(fit.status()).has_value()) return fit.status();
@@ -152,15 +179,16 @@ absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSp
 }
 
 // Codes and groups back in the original order of features.
-void RestoreOrder(const std::vector<int64_t>& order, Grid& grid, UnsetVector<uint8_t>& codes) {
+void RestoreOrder(const std::vector<int64_t>& order, Executor& executor, Grid& grid,
+                  UnsetVector<uint8_t>& codes) {
   if (order.empty()) return;
   const auto features = static_cast<int64_t>(order.size());
-  std::vector<uint8_t> row(order.size());
-  for (int64_t r = 0; r < grid.rows; ++r) {
+  executor.ParallelFor(grid.rows, [&](int64_t r) {
+    std::vector<uint8_t> row(order.size());
     uint8_t* worked = codes.data() + r * features;
     for (int64_t i = 0; i < features; ++i) row[static_cast<size_t>(order[i])] = worked[i];
     std::copy(row.begin(), row.end(), worked);
-  }
+  });
   std::vector<int32_t> group_of(order.size());
   for (size_t i = 0; i < order.size(); ++i) {
     group_of[static_cast<size_t>(order[i])] = grid.group_of[i];
@@ -168,15 +196,21 @@ void RestoreOrder(const std::vector<int64_t>& order, Grid& grid, UnsetVector<uin
   grid.group_of = std::move(group_of);
 }
 
-absl::Status CertifyReference(const ResolvedSpec& spec, const WorkingLayer& layer, const Fit& fit,
-                              const RunContext& context, LayerCertificate& certificate) {
+// What W itself gives, before the fit takes it.
+absl::Status CertifyReference(const WorkingLayer& layer, const RunContext& context,
+                              LayerCertificate& certificate) {
   const Stopwatch watch(certificate.seconds.reference);
   context.Report(Phase::kReference, 0);
   const auto energies =
       ReferenceEnergies(layer.statistics(), layer.reference, Phase::kReference, context);
   if (!energies.ok()) return energies.status();
   certificate.reference_energy = Sum(*energies);
-  if (!spec.compare_nearest) return absl::OkStatus();
+  return absl::OkStatus();
+}
+
+absl::Status CompareNearest(const ResolvedSpec& spec, const WorkingLayer& layer, const Fit& fit,
+                            const RunContext& context, LayerCertificate& certificate) {
+  const Stopwatch watch(certificate.seconds.reference);
   ResolvedSpec nearest = spec;
   nearest.rounding = Rounding::kNearest;
   const std::vector<double> norms(layer.dead.size());
@@ -232,7 +266,20 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     if (!asked.ok()) return asked.status();
     lambda = *asked;
   }
-  absl::StatusOr<Fit> fit = RunFit(spec, layer, lambda, context, certificate.seconds);
+  if (absl::Status status = CertifyReference(layer, context, certificate); !status.ok()) {
+    return status;
+  }
+  std::optional<Unseen> unseen;
+  if (problem.held_out != nullptr && problem.held_out->tokens > 0) {
+    const Stopwatch watch(certificate.seconds.certify);
+    absl::StatusOr<Unseen> made = MakeUnseen(problem.held_out, layer, context);
+    if (!made.ok()) return made.status();
+    unseen = *std::move(made);
+  }
+  absl::StatusOr<Fit> fit =
+      RunFit(spec, layer, lambda,
+             {.consume_factor = true, .consume_weights = !spec.compare_nearest}, context,
+             certificate.seconds);
   if (!fit.ok()) return fit.status();
   const auto n = static_cast<double>(certificate.features);
   certificate.factor_flops += FactorFlops(*fit, certificate.features);
@@ -241,9 +288,9 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
                                       static_cast<double>(certificate.ladder.size() + 1)
                                 : 0;
 
-  if (absl::Status status = CertifyReference(spec, layer, *fit, context, certificate);
-      !status.ok()) {
-    return status;
+  if (spec.compare_nearest) {
+    absl::Status compared = CompareNearest(spec, layer, *fit, context, certificate);
+    if (!compared.ok()) return compared;
   }
   {
     const Stopwatch watch(certificate.seconds.certify);
@@ -251,12 +298,11 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     if (absl::Status status = Certify(spec, layer, *fit, context, certificate); !status.ok()) {
       return status;
     }
-    if (problem.held_out != nullptr && problem.held_out->tokens > 0) {
-      const absl::StatusOr<Unseen> unseen = MakeUnseen(problem.held_out, layer, context);
-      if (!unseen.ok()) return unseen.status();
+    if (unseen.has_value()) {
       const absl::StatusOr<double> error = UnseenError(*unseen, layer, *fit, context);
       if (!error.ok()) return error.status();
       certificate.held_out_relative_error = *error;
+      certificate.held_out_rows = certificate.rows;
     }
   }
   if (context.cancelled()) return context.CancellationStatus();
@@ -267,10 +313,10 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   fit->output.change = StripMatrix();
   const std::vector<int64_t> order = std::move(layer.order);
   layer = WorkingLayer();
-  RestoreOrder(order, fit->grid, fit->output.codes);
+  RestoreOrder(order, *context.executor, fit->grid, fit->output.codes);
   {
     const Stopwatch watch(certificate.seconds.pack);
-    result.tensors = PackResult(spec, fit->grid, fit->output.codes, certificate.features);
+    result.tensors = PackResult(spec, fit->grid, fit->output.codes, certificate.features, *context.executor);
   }
   certificate.bits_per_weight = BitsPerWeight(spec, fit->grid, certificate.features);
   context.Report(Phase::kPack, 1);

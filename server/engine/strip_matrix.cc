@@ -76,6 +76,17 @@ BasicStripMatrix<double> Widen(const StripMatrix& matrix, Executor& executor) {
   return wide;
 }
 
+StripMatrix SelectRows(const StripMatrix& matrix, const std::vector<int64_t>& rows) {
+  StripMatrix selected(static_cast<int64_t>(rows.size()), matrix.features());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto to_row = static_cast<int64_t>(i);
+    const float* from = matrix.strip(rows[i] / kStrip<float>) + rows[i] % kStrip<float>;
+    float* to = selected.strip(to_row / kStrip<float>) + to_row % kStrip<float>;
+    for (int64_t j = 0; j < matrix.features(); ++j) to[j * kStrip<float>] = from[j * kStrip<float>];
+  }
+  return selected;
+}
+
 StripMatrix PermuteColumns(const StripMatrix& matrix, const std::vector<int64_t>& order,
                            Executor& executor) {
   StripMatrix permuted(matrix.rows(), matrix.features());

@@ -52,6 +52,8 @@ using StripMatrix = BasicStripMatrix<float>;
 
 // The same values in float64.
 BasicStripMatrix<double> Widen(const StripMatrix& matrix, Executor& executor);
+// Some of the rows, in this order.
+StripMatrix SelectRows(const StripMatrix& matrix, const std::vector<int64_t>& rows);
 // Columns in another order: column i of the result is column order[i].
 StripMatrix PermuteColumns(const StripMatrix& matrix, const std::vector<int64_t>& order,
                            Executor& executor);

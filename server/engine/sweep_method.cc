@@ -3,6 +3,8 @@
 #include <utility>
 
 #include "engine/alphabet.h"
+#include "engine/feedback_columns.h"
+#include "engine/stopwatch.h"
 
 namespace certiq::engine {
 
@@ -23,18 +25,20 @@ std::vector<double> ExchangeFirst(const std::vector<double>& values, StripMatrix
 
 }  // namespace
 
-std::vector<double> RowNorms(const StripMatrix& rows) {
-  std::vector<double> norms(static_cast<size_t>(rows.rows()));
+std::vector<double> RowNorms(const StripMatrix& rows, Executor& executor) {
   const int64_t width = StripMatrix::StripRows();
-  for (int64_t r = 0; r < rows.rows(); ++r) {
-    const float* strip = rows.strip(r / width) + r % width;
-    double sum = 0;
+  std::vector<double> norms(static_cast<size_t>(rows.strips() * width));
+  executor.ParallelFor(rows.strips(), [&](int64_t s) {
+    const float* strip = rows.strip(s);
+    double* sums = norms.data() + s * width;
     for (int64_t j = 0; j < rows.features(); ++j) {
-      const double value = strip[j * width];
-      sum += value * value;
+      for (int64_t c = 0; c < width; ++c) {
+        const double value = strip[j * width + c];
+        sums[c] += value * value;
+      }
     }
-    norms[static_cast<size_t>(r)] = sum;
-  }
+  });
+  norms.resize(static_cast<size_t>(rows.rows()));
   return norms;
 }
 
@@ -51,18 +55,23 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
                                    const std::vector<double>& first_targets, Grid& grid,
                                    StripMatrix targets, const RunContext& context) {
   const FeedbackColumns u(factor, *context.executor);
-  const absl::StatusOr<std::vector<double>> moves =
-      InverseColumnSums(input.spec, grid, u, input.dead, context);
-  if (!moves.ok()) return moves.status();
-  // Dynamic steps are known after the sweep only, and its start is gone then.
+  const std::vector<double> d = LiveD(factor, input.dead);
+  // The sweep has U in float32.
+  if (input.spare_factor != nullptr) input.spare_factor->u = UpperPanels<double>();
   const bool dynamic = first_dynamic_group < grid.groups;
-  StripMatrix start = dynamic ? targets : StripMatrix();
   MethodOutput output;
-  {
+  // Dynamic steps are known after the sweep only, and its start is gone then.
+  StripMatrix start = dynamic && input.certified ? targets : StripMatrix();
+  std::vector<double> moves;
+  if (input.certified) {
+    const Stopwatch watch(input.seconds.certify, input.seconds.round);
+    auto sums = InverseColumnSums(input.spec, grid, u, input.dead, context);
+    if (!sums.ok()) return sums.status();
+    moves = *std::move(sums);
     StripMatrix& aims = dynamic ? start : targets;
     const std::vector<double> levels = ExchangeFirst(first_targets, aims);
     if (!dynamic) {
-      output.bits_needed = BitsNeeded(input.spec, grid, *moves, aims, context);
+      output.bits_needed = BitsNeeded(input.spec, grid, moves, aims, context);
       ExchangeFirst(levels, aims);
     }
   }
@@ -71,9 +80,12 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
   rules.order = &input.order;
   rules.first_dynamic_group = first_dynamic_group;
   absl::StatusOr<Rounded> rounded =
-      FeedbackSweep(input.spec, rules, u, LiveD(factor, input.dead), grid, targets, context);
+      FeedbackSweep(input.spec, rules, u, d, grid, targets, context);
   if (!rounded.ok()) return rounded.status();
-  if (dynamic) output.bits_needed = BitsNeeded(input.spec, grid, *moves, start, context);
+  if (dynamic && input.certified) {
+    const Stopwatch watch(input.seconds.certify, input.seconds.round);
+    output.bits_needed = BitsNeeded(input.spec, grid, moves, start, context);
+  }
 
   output.codes = std::move(rounded->codes);
   output.change = std::move(targets);

@@ -254,7 +254,7 @@ void EverySize::CheckCertificate(const Fit& fit, Method method) const {
 TEST_P(EverySize, HoldsFromTokensToCertificate) {
   CheckSums();
   const double lambda = 0.01 * MeanDiagonal(layer_.statistics().gram);
-  absl::StatusOr<Fit> fit = RunFit(spec_, layer_, lambda, context_, seconds_);
+  absl::StatusOr<Fit> fit = RunFit(spec_, layer_, lambda, {}, context_, seconds_);
   ASSERT_TRUE(fit.ok()) << fit.status();
   ASSERT_EQ(fit->damping->attempts.size(), 1u);
   CheckFactor(*fit->damping->factor, lambda);
@@ -270,7 +270,8 @@ TEST_P(EverySize, HoldsFromTokensToCertificate) {
   SCOPED_TRACE("Qronos");
   spec_.method = Method::kQronos;
   const MethodInput input{spec_,        layer_.statistics(), layer_.dead,
-                          layer_.order, layer_.reference,    layer_.weights()};
+                          layer_.order, layer_.reference,    layer_.weights(),
+                          seconds_};
   absl::StatusOr<MethodOutput> output =
       Qronos(input, *fit->damping->factor, lambda, fit->grid, context_);
   ASSERT_TRUE(output.ok()) << output.status();
@@ -301,7 +302,7 @@ TEST_P(EverySize, RoundsToTheNearestLevel) {
   }
   // The bound's sigma_max costs another factorisation.
   if (n_ == 4096) return;
-  auto nearest = RunFit(spec_, layer_, 0, context_, seconds_);
+  auto nearest = RunFit(spec_, layer_, 0, {}, context_, seconds_);
   ASSERT_TRUE(nearest.ok()) << nearest.status();
   EXPECT_EQ(nearest->output.codes, rounded.codes);
   CheckCertificate(*nearest, Method::kNearest);
@@ -314,7 +315,7 @@ TEST_P(SmallSize, IsTheTextbookFromTokensToCodes) {
   for (const Method method : {Method::kOptq, Method::kQronos}) {
     spec_.method = method;
     const double lambda = 0.01 * MeanDiagonal(layer_.statistics().gram);
-    const auto fit = RunFit(spec_, layer_, lambda, context_, seconds_);
+    const auto fit = RunFit(spec_, layer_, lambda, {}, context_, seconds_);
     ASSERT_TRUE(fit.ok()) << fit.status();
     textbook::Matrix h = textbook::Gram(problem_.x_quantized);
     textbook::Matrix g = textbook::CrossGram(problem_.x_quantized, problem_.x);
