@@ -29,7 +29,7 @@ absl::StatusOr<double> IdentityResidual(const WorkingLayer& layer, const Fit& fi
       layer.statistics().mismatch.has_value() ? SelectRows(layer.reference, sample) : StripMatrix();
   const auto squares =
       ExactSquaredErrors(layer.statistics(), Widen(weights, *context.executor),
-                         Widen(change, *context.executor), Phase::kCertify, context);
+                         Widen(change, *context.executor), nullptr, Phase::kCertify, context);
   if (!squares.ok()) return squares.status();
   const std::vector<double>& exact = *squares;
   double residual = 0;
@@ -63,8 +63,8 @@ absl::StatusOr<std::vector<double>> UndampedErrors(const WorkingLayer& layer, co
     errors[r] = std::max(0.0, errors[r] - fit.damping->lambda_used * norms[r]);
   }
   if (healthy && Sum(errors) > kCancellation * Sum(fit.output.damped)) return errors;
-  return SquaredErrors(layer.statistics(), layer.reference, fit.output.change, Phase::kCertify,
-                       context);
+  return SquaredErrors(layer.statistics(), layer.reference, fit.output.change, nullptr,
+                       Phase::kCertify, context);
 }
 
 // C2, C_inf, condition, (P2) over live features.

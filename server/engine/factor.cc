@@ -130,9 +130,14 @@ void SolveRows(const Tile& block, int64_t first, int64_t strip, const Columns& c
   const int64_t live = std::min(kWidth, block.rows - first);
   double* y = pending.y.data() + strip + pending.depth * kWidth;
   double* u = pending.u.data() + strip + pending.depth * kWidth;
-  for (int64_t l = 0; l < block.cols; ++l) {
-    for (int64_t i = 0; i < live; ++i) y[l * kWidth + i] = block.row(first + i)[l];
-    for (int64_t i = live; i < kWidth; ++i) y[l * kWidth + i] = 0;
+  if (live < kWidth) std::fill_n(y, block.cols * kWidth, 0.0);
+  // Few rows at a time: rows lie a power of two apart, and a set of a first-level cache holds a line
+  // of only so many.
+  for (int64_t i0 = 0; i0 < live; i0 += kLanes<double>) {
+    const int64_t i1 = std::min<int64_t>(i0 + kLanes<double>, live);
+    for (int64_t l = 0; l < block.cols; ++l) {
+      for (int64_t i = i0; i < i1; ++i) y[l * kWidth + i] = block.row(first + i)[l];
+    }
   }
   // kMicroRows columns hear of all after them at once, then of one another.
   for (int64_t c0 = (block.cols - 1) / kMicroRows * kMicroRows; c0 >= 0; c0 -= kMicroRows) {
@@ -158,7 +163,12 @@ void SolveRows(const Tile& block, int64_t first, int64_t strip, const Columns& c
   }
   for (int64_t l = 0; l < block.cols; ++l) {
     for (int64_t i = 0; i < kWidth; ++i) u[l * kWidth + i] = y[l * kWidth + i] / d[l];
-    for (int64_t i = 0; i < live; ++i) block.row(first + i)[l] = u[l * kWidth + i];
+  }
+  for (int64_t i0 = 0; i0 < live; i0 += kLanes<double>) {
+    const int64_t i1 = std::min<int64_t>(i0 + kLanes<double>, live);
+    for (int64_t l = 0; l < block.cols; ++l) {
+      for (int64_t i = i0; i < i1; ++i) block.row(first + i)[l] = u[l * kWidth + i];
+    }
   }
 }
 

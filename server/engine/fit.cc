@@ -52,18 +52,14 @@ absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
   if (!sigma.ok()) return sigma.status();
   if (!std::isfinite(*sigma))
     return InvalidField("x", "expected activations whose sums are finite");
-  auto errors =
-      SquaredErrors(input.statistics, input.reference, rounded.change, Phase::kRound, context);
+  auto errors = SquaredErrors(input.statistics, input.reference, rounded.change, input.initial,
+                              Phase::kRound, context);
   if (!errors.ok()) return errors.status();
 
   MethodOutput output;
   output.damped = *std::move(errors);
   if (input.statistics.mismatch.has_value()) {
-    const auto initial =
-        QuadraticForms(input.statistics.mismatch->residual,
-                       Widen(input.reference, *context.executor), Phase::kRound, context);
-    if (!initial.ok()) return initial.status();
-    for (const double square : *initial) output.initial.push_back(std::sqrt(square));
+    output.initial = Roots(input.initial->squares);
   }
   for (size_t r = 0; r < output.damped.size(); ++r) {
     const double bound = std::min(rounded.reach[r], std::sqrt(rounded.width[r] * *sigma));
@@ -143,6 +139,17 @@ absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer&
 
 }  // namespace
 
+absl::Status NeedInitialError(Phase phase, const RunContext& context, WorkingLayer& layer) {
+  if (!layer.statistics().mismatch.has_value() || layer.initial.has_value()) {
+    return absl::OkStatus();
+  }
+  absl::StatusOr<InitialError> initial = ComputeInitialError(
+      layer.statistics(), Widen(layer.reference, *context.executor), phase, context);
+  if (!initial.ok()) return initial.status();
+  layer.initial = *std::move(initial);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda,
                            FitUse use, const RunContext& context, EngineSeconds& seconds) {
   Fit fit;
@@ -169,17 +176,28 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
 
   const Stopwatch watch(seconds.round);
   context.Report(Phase::kRound, 0);
+  if (absl::Status status = NeedInitialError(Phase::kRound, context, layer); !status.ok()) {
+    return status;
+  }
   const StripMatrix& weights = layer.weights();
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
   FillSteps(spec, weights, context, fit.grid);
   if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
-  MethodInput input{spec,        layer.statistics(), layer.dead,
-                    layer.order, layer.reference,    weights,
-                    seconds,     use.certified};
+  MethodInput input{spec,
+                    layer.statistics(),
+                    layer.dead,
+                    layer.order,
+                    layer.reference,
+                    weights,
+                    layer.initial.has_value() ? &*layer.initial : nullptr,
+                    seconds,
+                    use.certified};
   if (use.consume_factor && own != nullptr && factored) input.spare_factor = &*own->factor;
   if (use.consume_weights && layer.zeroed.rows() > 0) {
     input.spare_weights = &layer.zeroed;
-  } else if (use.consume_weights && !layer.statistics().mismatch.has_value()) {
+  }
+  input.spare_initial = use.consume_weights;
+  if (input.spare_weights == nullptr && use.consume_weights && !layer.statistics().mismatch.has_value()) {
     input.spare_weights = &layer.reference;
   }
   const auto run = [&]() -> absl::StatusOr<MethodOutput> {

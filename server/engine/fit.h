@@ -13,6 +13,7 @@
 #include "engine/damping.h"
 #include "engine/grid.h"
 #include "engine/method.h"
+#include "engine/quadratic_form.h"
 
 namespace certiq::engine {
 
@@ -28,6 +29,8 @@ struct WorkingLayer {
   // W as it came, and with zeros at dead features (empty where there are none: use reference).
   StripMatrix reference;
   StripMatrix zeroed;
+  // Where inputs are mismatched: of `reference`, once somebody has needed it.
+  std::optional<InitialError> initial;
 
   const Statistics& statistics() const { return *sums; }
   const StripMatrix& weights() const { return zeroed.rows() > 0 ? zeroed : reference; }
@@ -52,10 +55,14 @@ struct FitUse {
   // Whether a certificate follows: without, the bits needed (B6) are left out.
   bool certified = true;
   // What is of no use afterwards, so that the fit can make room: U, where the factor is its own, and
-  // W, which it takes from `layer` where its errors can be told without.
+  // W and its initial error, which it takes from `layer` where its errors can be told without.
   bool consume_factor = false;
   bool consume_weights = false;
 };
+
+// Computes layer.initial where inputs are mismatched and it is not there. Fails only by
+// cancellation.
+absl::Status NeedInitialError(Phase phase, const RunContext& context, WorkingLayer& layer);
 
 // Damps and factors, fills the grid, runs the spec's method. When every
 // damping attempt failed: NEAREST where the spec says so, else FAILED_PRECONDITION of type

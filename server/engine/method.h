@@ -11,6 +11,7 @@
 #include "engine/certificate.h"
 #include "engine/factor.h"
 #include "engine/grid.h"
+#include "engine/quadratic_form.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
 #include "engine/statistics.h"
@@ -29,14 +30,17 @@ struct MethodInput {
   const StripMatrix& reference;
   // W with zeros at dead features.
   const StripMatrix& weights;
+  // Of `reference`; null where inputs are matched.
+  InitialError* initial;
   // Where the time goes; rounding is the caller's.
   EngineSeconds& seconds;
   // Whether what only a certificate needs is wanted: the bits needed (B6).
   bool certified = true;
-  // What nobody needs afterwards, for the method to take apart: `weights` itself, the factor. Null
-  // where they are needed or shared.
+  // What nobody needs afterwards, for the method to take apart: `weights` itself, the factor (null
+  // where they are needed or shared), the initial error.
   StripMatrix* spare_weights = nullptr;
   Factor* spare_factor = nullptr;
+  bool spare_initial = false;
 };
 
 // Damped squared norms of what error is there before anything is rounded, summed over rows (B3,
@@ -70,6 +74,9 @@ struct MethodOutput {
   std::optional<InitialTerms> terms;
   std::optional<int32_t> bits_needed;
 };
+
+// Square roots.
+std::vector<double> Roots(const std::vector<double>& squares);
 
 // |row|^2 of every row.
 std::vector<double> RowNorms(const StripMatrix& rows, Executor& executor);

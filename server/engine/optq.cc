@@ -22,21 +22,17 @@ absl::StatusOr<MethodOutput> Optq(const MethodInput& input, const Factor& factor
     return output;
   }
 
-  const auto initial =
-      QuadraticForms(input.statistics.mismatch->residual, Widen(input.reference, *context.executor),
-                     Phase::kRound, context);
-  if (!initial.ok()) return initial.status();
-  auto errors =
-      SquaredErrors(input.statistics, input.reference, output->change, Phase::kRound, context);
+  auto errors = SquaredErrors(input.statistics, input.reference, output->change, input.initial,
+                              Phase::kRound, context);
   if (!errors.ok()) return errors.status();
+  output->initial = Roots(input.initial->squares);
   output->damped = *std::move(errors);
   const std::vector<double> norms = RowNorms(output->change, *context.executor);
   InitialTerms& terms = output->terms.emplace();
   for (size_t r = 0; r < norms.size(); ++r) {
     output->damped[r] += lambda * norms[r];
-    output->initial.push_back(std::sqrt((*initial)[r]));
     output->bound[r] += (1 + 1e-6) * output->initial[r];
-    terms.optq += (*initial)[r];
+    terms.optq += input.initial->squares[r];
   }
   return output;
 }

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <utility>
 
+#include "engine/aligned.h"
 #include "engine/code_strip.h"
 #include "engine/optq.h"
+#include "engine/packed_block.h"
 #include "engine/quadratic_form.h"
 #include "engine/simd.h"
 #include "engine/sweep_method.h"
@@ -14,51 +16,89 @@ namespace certiq::engine {
 namespace {
 
 constexpr int64_t kWidth = kStrip<double>;
-constexpr int64_t kDepth = 256;
 // Covers the rounding of sums where a bound rests on an initial term alone.
 constexpr double kOutward = 1 + 1e-6;
 
-// U a = y in place, last feature first; `x` is a strip [N][kWidth].
-void SolveUpper(const UpperPanels<double>& u, double* x) {
-  std::vector<double> sum(static_cast<size_t>(kPanelRows * kWidth));
-  for (int64_t p = u.panels() - 1; p >= 0; --p) {
-    std::fill(sum.begin(), sum.end(), 0.0);
-    const int64_t after = u.end(p);
-    for (int64_t k0 = after; k0 < u.size(); k0 += kDepth) {
-      MultiplyIntoStrip(u.rows(p), std::min(kDepth, u.size() - k0), u.panel(p) + (k0 - u.begin(p)),
-                        int64_t{1}, u.stride(p), x + k0 * kWidth, sum.data());
-    }
-    for (int64_t i = u.end(p) - 1; i >= u.begin(p); --i) {
-      const double* row = u.row(i);
-      double* to = x + i * kWidth;
-      const double* before = sum.data() + (i - u.begin(p)) * kWidth;
-      for (int64_t c = 0; c < kWidth; ++c) to[c] -= before[c];
-      for (int64_t j = i + 1; j < after; ++j) {
-        for (int64_t c = 0; c < kWidth; ++c) to[c] -= row[j - i] * x[j * kWidth + c];
-      }
-    }
-  }
+// Strips of one block of features, [strips][kPanelRows][kWidth].
+AlignedVector<double> BlockProducts(const PackedBlock<double>& block, const double* x,
+                                    int64_t features, int64_t strips) {
+  AlignedVector<double> products(static_cast<size_t>(strips * kPanelRows * kWidth));
+  block.AddProducts(strips, x, features * kWidth, products.data(), kPanelRows * kWidth);
+  return products;
 }
 
-// U^T z = b in place, first feature first.
-void SolveLower(const UpperPanels<double>& u, double* x) {
-  std::vector<double> sum(static_cast<size_t>(kPanelRows * kWidth));
-  for (int64_t p = 0; p < u.panels(); ++p) {
-    for (int64_t i = u.begin(p); i < u.end(p); ++i) {
-      const double* row = u.row(i);
-      const double* from = x + i * kWidth;
-      for (int64_t j = i + 1; j < u.end(p); ++j) {
-        for (int64_t c = 0; c < kWidth; ++c) x[j * kWidth + c] -= row[j - i] * from[c];
+// U a = y in place for every row, last feature first. Fails only by cancellation.
+absl::Status SolveUpper(const UpperPanels<double>& u, BasicStripMatrix<double>& x,
+                        const RunContext& context) {
+  PackedBlock<double> block(u.size());
+  for (int64_t p = u.panels() - 1; p >= 0; --p) {
+    if (context.cancelled()) return context.CancellationStatus();
+    const int64_t after = u.end(p);
+    block.Pack(u.size() - after, *context.executor,
+               [&](int64_t k0, int64_t columns, double* to) {
+                 for (int64_t i = 0; i < kPanelRows; ++i) {
+                   double* out = to + i / kMicroRows * columns * kMicroRows + i % kMicroRows;
+                   const double* from =
+                       i < u.rows(p) ? u.panel(p) + i * u.stride(p) + u.rows(p) + k0 : nullptr;
+                   for (int64_t k = 0; k < columns; ++k) {
+                     out[k * kMicroRows] = from == nullptr ? 0 : from[k];
+                   }
+                 }
+               });
+    ForTiles(x.strips(), *context.executor, [&](int64_t first, int64_t last) {
+      const AlignedVector<double> products =
+          BlockProducts(block, x.strip(first) + after * kWidth, u.size(), last - first);
+      for (int64_t s = first; s < last; ++s) {
+        double* strip = x.strip(s);
+        const double* product = products.data() + (s - first) * kPanelRows * kWidth;
+        for (int64_t i = after - 1; i >= u.begin(p); --i) {
+          const double* row = u.row(i);
+          double* to = strip + i * kWidth;
+          for (int64_t c = 0; c < kWidth; ++c) to[c] -= product[(i - u.begin(p)) * kWidth + c];
+          for (int64_t j = i + 1; j < after; ++j) {
+            for (int64_t c = 0; c < kWidth; ++c) to[c] -= row[j - i] * strip[j * kWidth + c];
+          }
+        }
       }
-    }
-    for (int64_t q = p + 1; q < u.panels(); ++q) {
-      std::fill(sum.begin(), sum.end(), 0.0);
-      MultiplyIntoStrip(u.rows(q), u.rows(p), u.panel(p) + (u.begin(q) - u.begin(p)), u.stride(p),
-                        int64_t{1}, x + u.begin(p) * kWidth, sum.data());
-      double* to = x + u.begin(q) * kWidth;
-      for (int64_t i = 0; i < u.rows(q) * kWidth; ++i) to[i] -= sum[static_cast<size_t>(i)];
-    }
+    });
   }
+  return absl::OkStatus();
+}
+
+// U^T z = b in place for every row, first feature first. Fails only by cancellation.
+absl::Status SolveLower(const UpperPanels<double>& u, BasicStripMatrix<double>& x,
+                        const RunContext& context) {
+  PackedBlock<double> block(u.size());
+  for (int64_t q = 0; q < u.panels(); ++q) {
+    if (context.cancelled()) return context.CancellationStatus();
+    const int64_t begin = u.begin(q);
+    block.Pack(begin, *context.executor, [&](int64_t k0, int64_t columns, double* to) {
+      for (int64_t k = 0; k < columns; ++k) {
+        const double* from = &u.at(k0 + k, begin);
+        for (int64_t j = 0; j < kPanelRows; ++j) {
+          to[(j / kMicroRows * columns + k) * kMicroRows + j % kMicroRows] =
+              j < u.rows(q) ? from[j] : 0;
+        }
+      }
+    });
+    ForTiles(x.strips(), *context.executor, [&](int64_t first, int64_t last) {
+      const AlignedVector<double> products =
+          BlockProducts(block, x.strip(first), u.size(), last - first);
+      for (int64_t s = first; s < last; ++s) {
+        double* strip = x.strip(s) + begin * kWidth;
+        const double* product = products.data() + (s - first) * kPanelRows * kWidth;
+        for (int64_t i = 0; i < u.rows(q) * kWidth; ++i) strip[i] -= product[i];
+        for (int64_t i = 0; i < u.rows(q); ++i) {
+          const double* row = u.row(begin + i);
+          const double* from = strip + i * kWidth;
+          for (int64_t j = i + 1; j < u.rows(q); ++j) {
+            for (int64_t c = 0; c < kWidth; ++c) strip[j * kWidth + c] -= row[j - i] * from[c];
+          }
+        }
+      }
+    });
+  }
+  return absl::OkStatus();
 }
 
 // The level of feature 0 for every row, from its targets.
@@ -108,7 +148,6 @@ absl::StatusOr<QronosStart> StartQronos(const MethodInput& input, const Factor& 
                                         double lambda, const Grid& grid,
                                         const RunContext& context) {
   const StripMatrix& weights = input.weights;
-  const MismatchSums& mismatch = *input.statistics.mismatch;
   // A dead feature 0 has y_1 = 0; D_1 stands in for the zero of H_11 where lambda is 0.
   const double h11 = input.dead[0] ? factor.d[0] : input.statistics.gram.at(0, 0) + lambda;
   const int64_t rows = weights.rows();
@@ -116,17 +155,9 @@ absl::StatusOr<QronosStart> StartQronos(const MethodInput& input, const Factor& 
   const UpperPanels<double>& u = factor.u;
   const std::vector<double>& d = factor.d;
   QronosStart start;
-  BasicStripMatrix<double> y;
-  std::vector<double> m;
-  {
-    const BasicStripMatrix<double> wide = Widen(input.reference, *context.executor);
-    auto forms = QuadraticForms(mismatch.residual, wide, Phase::kRound, context);
-    if (!forms.ok()) return forms.status();
-    m = *std::move(forms);
-    auto product = TimesSquare(wide, mismatch.cross, Phase::kRound, context);
-    if (!product.ok()) return product.status();
-    y = *std::move(product);
-  }
+  BasicStripMatrix<double> y =
+      input.spare_initial ? std::move(input.initial->cross) : input.initial->cross;
+  const std::vector<double>& m = input.initial->squares;
 
   std::vector<double> first_weight(static_cast<size_t>(rows));
   std::vector<double> y1(first_weight.size());
@@ -144,10 +175,9 @@ absl::StatusOr<QronosStart> StartQronos(const MethodInput& input, const Factor& 
   start.initial.resize(first_weight.size());
   start.prior_initial.resize(first_weight.size());
   start.floor.resize(first_weight.size());
+  if (absl::Status solved = SolveUpper(u, y, context); !solved.ok()) return solved;
   context.executor->ParallelFor(y.strips(), [&](int64_t s) {
-    if (context.cancelled()) return;
     double* x = y.strip(s);
-    SolveUpper(u, x);
     const int64_t first_row = s * kWidth;
     const int64_t live = std::min(kWidth, rows - first_row);
     double t[kWidth] = {};
@@ -178,7 +208,19 @@ absl::StatusOr<QronosStart> StartQronos(const MethodInput& input, const Factor& 
       }
     }
     std::fill_n(x, kWidth, 0.0);
-    SolveLower(u, x);
+    for (int64_t c = 0; c < live; ++c) {
+      const auto r = static_cast<size_t>(first_row + c);
+      start.first_error[r] = v1[r] - static_cast<double>(q1[r]);
+      start.floor[r] = std::max(0.0, floor[c]);
+      start.prior_initial[r] = std::max(0.0, prior[c]);
+      start.initial[r] = std::max(0.0, actual[c]);
+    }
+  });
+  if (absl::Status solved = SolveLower(u, y, context); !solved.ok()) return solved;
+  context.executor->ParallelFor(y.strips(), [&](int64_t s) {
+    const double* x = y.strip(s);
+    const int64_t first_row = s * kWidth;
+    const int64_t live = std::min(kWidth, rows - first_row);
     // A double strip is half a float strip.
     const float* w = weights.strip(first_row / kStripRows) + first_row % kStripRows;
     float* targets = start.targets.strip(first_row / kStripRows) + first_row % kStripRows;
@@ -188,18 +230,11 @@ absl::StatusOr<QronosStart> StartQronos(const MethodInput& input, const Factor& 
             static_cast<float>(static_cast<double>(w[j * kStripRows + c]) + x[j * kWidth + c]);
       }
     }
-    for (int64_t c = 0; c < live; ++c) {
-      const auto r = static_cast<size_t>(first_row + c);
-      targets[c] = q1[r];
-      start.first_error[r] = v1[r] - static_cast<double>(q1[r]);
-      start.floor[r] = std::max(0.0, floor[c]);
-      start.prior_initial[r] = std::max(0.0, prior[c]);
-      start.initial[r] = std::max(0.0, actual[c]);
-    }
+    for (int64_t c = 0; c < live; ++c) targets[c] = q1[static_cast<size_t>(first_row + c)];
   });
   if (context.cancelled()) return context.CancellationStatus();
   start.first_target = std::move(v1);
-  start.unchanged = std::move(m);
+  start.unchanged = m;
   return start;
 }
 

@@ -31,26 +31,43 @@ absl::StatusOr<BasicStripMatrix<double>> TimesSquare(const BasicStripMatrix<doub
                                                      const RunContext& context);
 
 // a_r . b_r for every row.
-std::vector<double> RowDots(const BasicStripMatrix<double>& a, const BasicStripMatrix<double>& b);
+std::vector<double> RowDots(const BasicStripMatrix<double>& a, const BasicStripMatrix<double>& b,
+                            Executor& executor);
 
-// |X w_r - X~ q_r|^2 for every row, from the sums; `change` is W - Q. With P = X - X~ and
-// X w - X~ q = P w + X~ (w - q) it is w^T P^T P w + 2 w^T P^T X~ (w - q) + |X~ (w - q)|^2: no
-// large terms cancel. Matched inputs: the last term, in float32.
+// What mismatched inputs cost W before anything is rounded, with P = X - X~.
+struct InitialError {
+  // |P w_r|^2 for every row.
+  std::vector<double> squares;
+  // X~^T P w_r for every row.
+  BasicStripMatrix<double> cross;
+};
+
+// Float64. Costs 3 R N^2 flops. REQUIRES: mismatched inputs. Fails only by cancellation.
+absl::StatusOr<InitialError> ComputeInitialError(const Statistics& statistics,
+                                                 const BasicStripMatrix<double>& weights,
+                                                 Phase phase, const RunContext& context);
+
+// |X w_r - X~ q_r|^2 for every row, from the sums; `change` is W - Q. With X w - X~ q = P w + X~ (w -
+// q) it is |P w|^2 + 2 (w - q)^T X~^T P w + |X~ (w - q)|^2: no large terms cancel. Matched inputs:
+// the last term, in float32; else float64. `initial` is that of W, or null to have it computed.
 absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
                                                   const StripMatrix& weights,
-                                                  const StripMatrix& change, Phase phase,
+                                                  const StripMatrix& change,
+                                                  const InitialError* initial, Phase phase,
                                                   const RunContext& context);
 
-// |X w_r|^2 for every row.
+// |X w_r|^2 for every row: as above with W for W - Q, the last term in float32.
 absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statistics,
-                                                      const StripMatrix& weights, Phase phase,
+                                                      const StripMatrix& weights,
+                                                      const InitialError* initial, Phase phase,
                                                       const RunContext& context);
 
 // SquaredErrors, all in float64.
 absl::StatusOr<std::vector<double>> ExactSquaredErrors(const Statistics& statistics,
                                                        const BasicStripMatrix<double>& weights,
                                                        const BasicStripMatrix<double>& change,
-                                                       Phase phase, const RunContext& context);
+                                                       const InitialError* initial, Phase phase,
+                                                       const RunContext& context);
 
 }  // namespace certiq::engine
 

@@ -77,6 +77,8 @@ void DecideDamping(const LayerProblem& problem, ResolvedSpec& spec, LayerCertifi
 // Tokens that no part of a fit has seen, in the order of its features.
 struct Unseen {
   SharedStatistics sums;
+  // Of W on them, where inputs are mismatched.
+  std::optional<InitialError> initial;
   // |X W^T|^2 on them.
   double energy = 0;
 };
@@ -87,7 +89,15 @@ absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer&
   unseen.sums = layer.order.empty()
                     ? std::move(held_out)
                     : std::make_shared<const Statistics>(Permute(*held_out, layer.order));
-  const auto energies = ReferenceEnergies(*unseen.sums, layer.reference, Phase::kCertify, context);
+  if (unseen.sums->mismatch.has_value()) {
+    auto initial = ComputeInitialError(*unseen.sums, Widen(layer.reference, *context.executor),
+                                       Phase::kCertify, context);
+    if (!initial.ok()) return initial.status();
+    unseen.initial = *std::move(initial);
+  }
+  const auto energies = ReferenceEnergies(*unseen.sums, layer.reference,
+                                          unseen.initial.has_value() ? &*unseen.initial : nullptr,
+                                          Phase::kCertify, context);
   if (!energies.ok()) return energies.status();
   unseen.energy = Sum(*energies);
   return unseen;
@@ -97,7 +107,9 @@ absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer&
 absl::StatusOr<double> UnseenError(const Unseen& unseen, const WorkingLayer& layer, const Fit& fit,
                                    const RunContext& context) {
   const auto errors =
-      SquaredErrors(*unseen.sums, layer.reference, fit.output.change, Phase::kCertify, context);
+      SquaredErrors(*unseen.sums, layer.reference, fit.output.change,
+                    unseen.initial.has_value() ? &*unseen.initial : nullptr, Phase::kCertify,
+                    context);
   if (!errors.ok()) return errors.status();
   return RelativeError(Sum(*errors), unseen.energy);
 }
@@ -197,12 +209,16 @@ void RestoreOrder(const std::vector<int64_t>& order, Executor& executor, Grid& g
 }
 
 // What W itself gives, before the fit takes it.
-absl::Status CertifyReference(const WorkingLayer& layer, const RunContext& context,
+absl::Status CertifyReference(const RunContext& context, WorkingLayer& layer,
                               LayerCertificate& certificate) {
   const Stopwatch watch(certificate.seconds.reference);
   context.Report(Phase::kReference, 0);
-  const auto energies =
-      ReferenceEnergies(layer.statistics(), layer.reference, Phase::kReference, context);
+  if (absl::Status status = NeedInitialError(Phase::kReference, context, layer); !status.ok()) {
+    return status;
+  }
+  const auto energies = ReferenceEnergies(layer.statistics(), layer.reference,
+                                          layer.initial.has_value() ? &*layer.initial : nullptr,
+                                          Phase::kReference, context);
   if (!energies.ok()) return energies.status();
   certificate.reference_energy = Sum(*energies);
   return absl::OkStatus();
@@ -216,7 +232,7 @@ absl::Status CompareNearest(const ResolvedSpec& spec, const WorkingLayer& layer,
   const std::vector<double> norms(layer.dead.size());
   const NearestRounded rounded =
       RoundAlone(nearest, layer.order, fit.grid, norms, layer.weights(), context);
-  const auto errors = SquaredErrors(layer.statistics(), layer.reference, rounded.change,
+  const auto errors = SquaredErrors(layer.statistics(), layer.reference, rounded.change, nullptr,
                                     Phase::kReference, context);
   if (!errors.ok()) return errors.status();
   certificate.nearest_relative_error = RelativeError(Sum(*errors), certificate.reference_energy);
@@ -266,7 +282,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     if (!asked.ok()) return asked.status();
     lambda = *asked;
   }
-  if (absl::Status status = CertifyReference(layer, context, certificate); !status.ok()) {
+  if (absl::Status status = CertifyReference(context, layer, certificate); !status.ok()) {
     return status;
   }
   std::optional<Unseen> unseen;

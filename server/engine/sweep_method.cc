@@ -1,5 +1,6 @@
 #include "engine/sweep_method.h"
 
+#include <cmath>
 #include <utility>
 
 #include "engine/alphabet.h"
@@ -24,6 +25,12 @@ std::vector<double> ExchangeFirst(const std::vector<double>& values, StripMatrix
 }
 
 }  // namespace
+
+std::vector<double> Roots(const std::vector<double>& squares) {
+  std::vector<double> roots = squares;
+  for (double& root : roots) root = std::sqrt(root);
+  return roots;
+}
 
 std::vector<double> RowNorms(const StripMatrix& rows, Executor& executor) {
   const int64_t width = StripMatrix::StripRows();

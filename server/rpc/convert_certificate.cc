@@ -75,6 +75,7 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CallFacts& f
   SetIfPresent(from.optq_initial, [&](double v) { to.set_optq_initial(v); });
   SetIfPresent(from.floor, [&](double v) { to.set_floor(v); });
   to.set_held_out_tokens(from.held_out_tokens);
+  to.set_held_out_rows(from.held_out_rows);
   SetIfPresent(from.held_out_relative_error, [&](double v) { to.set_held_out_relative_error(v); });
   for (const engine::LadderStep& step : from.ladder) {
     v1::LadderStep* const entry = to.add_ladder();

@@ -217,7 +217,7 @@ TEST(QuantizeLayerTest, ReportsEveryPhaseInOrder) {
   LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w),
                        std::make_shared<const Statistics>(testing::Accumulate(data.x))};
   ASSERT_TRUE(QuantizeLayer(std::move(problem), context).ok());
-  EXPECT_EQ(seen, (std::vector<Phase>{Phase::kFactor, Phase::kRound, Phase::kReference,
+  EXPECT_EQ(seen, (std::vector<Phase>{Phase::kReference, Phase::kFactor, Phase::kRound,
                                       Phase::kCertify, Phase::kPack}));
 }
 

@@ -72,8 +72,9 @@ void AppendErrors(const v1::Certificate& certificate, std::string* text) {
   }
   if (certificate.has_held_out_relative_error()) {
     Line(text, "unseen tokens",
-         absl::StrFormat("%.5f relative on %d held-out tokens",
-                         certificate.held_out_relative_error(), certificate.held_out_tokens()));
+         absl::StrFormat("%.5f relative on %d held-out tokens, %d rows of W",
+                         certificate.held_out_relative_error(), certificate.held_out_tokens(),
+                         certificate.held_out_rows()));
   }
   std::string bound = "proven";
   if (certificate.reference_energy() > 0) {

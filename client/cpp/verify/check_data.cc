@@ -61,6 +61,13 @@ void CheckRounding(const Evidence& evidence, Ledger& ledger) {
 
 }  // namespace
 
+namespace {
+
+// certificate.proto, held_out_rows.
+constexpr Eigen::Index kLadderRows = 256;
+
+}  // namespace
+
 double Evidence::ErrorSlack(Eigen::Index r, Eigen::Index i) const {
   const double w = std::abs(layer.live_w(r, Feature(i)));
   const double v = std::abs(Target(r, i));
@@ -74,6 +81,12 @@ void CheckData(const Evidence& evidence, Ledger& ledger) {
   ledger.Count("tokens", c.tokens(), layer.fit.x.rows(), layer.fit.x.rows());
   ledger.Count("held_out_tokens", c.held_out_tokens(), layer.held_out.x.rows(),
                layer.held_out.x.rows());
+  // A ladder runs on a sample of rows.
+  const Eigen::Index rows = layer.w.rows();
+  const bool measured = layer.held_out.x.rows() > 0;
+  const Eigen::Index sampled = std::min<Eigen::Index>(rows, kLadderRows);
+  const Eigen::Index measured_rows = !measured ? 0 : layer.ladder ? sampled : rows;
+  ledger.Count("held_out_rows", c.held_out_rows(), measured_rows, measured_rows);
   ledger.Claim(
       "held_out_fraction, held_out_block_rows", true,
       layer.held_out.x.rows() == 0 ? "nothing was held out" : "rows were held out by their rule");
