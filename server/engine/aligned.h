@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <memory>
 #include <new>
@@ -68,6 +69,18 @@ class AlignedAllocator {
     return std::align_val_t{Large(bytes) ? kPageBytes : kLineBytes};
   }
 };
+
+// Gives the memory of what lies in [begin, end) back before its owner goes: whole pages; what was in
+// them has no value any more. Advice, like large pages.
+template <typename T>
+void DiscardPages(T* begin, T* end) {
+  const auto address = [](T* at) { return reinterpret_cast<uintptr_t>(at); };
+  const uintptr_t first = (address(begin) + kPageBytes - 1) / kPageBytes * kPageBytes;
+  const uintptr_t last = address(end) / kPageBytes * kPageBytes;
+  if (first >= last) return;
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): rounded to a page.
+  static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED));
+}
 
 template <typename T>
 using AlignedVector = std::vector<T, AlignedAllocator<T, true>>;

@@ -6,7 +6,7 @@
 
 namespace certiq::engine {
 
-FeedbackColumns::FeedbackColumns(const Factor& factor, Executor& executor)
+FeedbackColumns::FeedbackColumns(const Factor& factor, Factor* spare, Executor& executor)
     : features_(factor.u.size()) {
   const UpperPanels<double>& u = factor.u;
   offsets_.reserve(static_cast<size_t>(u.panels()) + 1);
@@ -17,27 +17,32 @@ FeedbackColumns::FeedbackColumns(const Factor& factor, Executor& executor)
   }
   offsets_.push_back(offset);
   values_.resize(static_cast<size_t>(offset));
-  executor.ParallelFor(u.panels(), [&](int64_t b) {
-    float* to = values_.data() + offsets_[static_cast<size_t>(b)];
-    for (int64_t k = 0; k < u.end(b); ++k) {
-      const int64_t first = std::max(k + 1, u.begin(b));
-      for (int64_t g = 0; g < kGroups; ++g) {
-        float* group = to + FeedbackOffset(u.end(b), g, k);
-        const int64_t j0 = u.begin(b) + g * kMicroRows;
-        if (j0 >= first && j0 + kMicroRows <= u.end(b)) {
-          const double* from = &u.at(k, j0);
-          for (int64_t lane = 0; lane < kMicroRows; ++lane) {
-            group[lane] = static_cast<float>(from[lane]);
+  for (int64_t p = 0; p < u.panels(); ++p) {
+    executor.ParallelFor(u.panels() - p, [&](int64_t later) {
+      const int64_t b = p + later;
+      float* to = values_.data() + offsets_[static_cast<size_t>(b)];
+      for (int64_t k = u.begin(p); k < u.end(p); ++k) {
+        const int64_t first = std::max(k + 1, u.begin(b));
+        for (int64_t g = 0; g < kGroups; ++g) {
+          float* group = to + FeedbackOffset(u.end(b), g, k);
+          const int64_t j0 = u.begin(b) + g * kMicroRows;
+          if (j0 >= first && j0 + kMicroRows <= u.end(b)) {
+            const double* from = &u.at(k, j0);
+            for (int64_t lane = 0; lane < kMicroRows; ++lane) {
+              group[lane] = static_cast<float>(from[lane]);
+            }
+            continue;
           }
-          continue;
-        }
-        for (int64_t lane = 0; lane < kMicroRows; ++lane) {
-          const int64_t j = j0 + lane;
-          group[lane] = j >= first && j < u.end(b) ? static_cast<float>(u.at(k, j)) : 0.0f;
+          for (int64_t lane = 0; lane < kMicroRows; ++lane) {
+            const int64_t j = j0 + lane;
+            group[lane] = j >= first && j < u.end(b) ? static_cast<float>(u.at(k, j)) : 0.0f;
+          }
         }
       }
-    }
-  });
+    });
+    if (spare != nullptr) spare->u.DiscardBefore(p + 1);
+  }
+  if (spare != nullptr) spare->u = UpperPanels<double>();
 }
 
 int64_t FeedbackColumns::end(int64_t b) const { return std::min(features_, (b + 1) * kPanelRows); }

@@ -17,7 +17,9 @@ namespace certiq::engine {
 // instruction set: see feedback_kernel.h.
 class FeedbackColumns {
  public:
-  FeedbackColumns(const Factor& factor, Executor& executor);
+  // `spare` is null or the same factor where nobody needs its U afterwards: its memory is given back
+  // as it is read.
+  FeedbackColumns(const Factor& factor, Factor* spare, Executor& executor);
 
   static int64_t BytesFor(int64_t features);
   int64_t features() const { return features_; }

@@ -45,18 +45,27 @@ absl::Status SolveUpper(const UpperPanels<double>& u, BasicStripMatrix<double>& 
                    }
                  }
                });
+    // Columns of the diagonal block.
+    std::vector<double> diagonal(static_cast<size_t>(kPanelRows * kPanelRows));
+    for (int64_t i = 0; i < u.rows(p); ++i) {
+      for (int64_t j = i + 1; j < u.rows(p); ++j) {
+        diagonal[static_cast<size_t>(j * kPanelRows + i)] = u.row(u.begin(p) + i)[j - i];
+      }
+    }
     ForTiles(x.strips(), *context.executor, [&](int64_t first, int64_t last) {
       const AlignedVector<double> products =
           BlockProducts(block, x.strip(first) + after * kWidth, u.size(), last - first);
       for (int64_t s = first; s < last; ++s) {
         double* strip = x.strip(s);
         const double* product = products.data() + (s - first) * kPanelRows * kWidth;
-        for (int64_t i = after - 1; i >= u.begin(p); --i) {
-          const double* row = u.row(i);
-          double* to = strip + i * kWidth;
-          for (int64_t c = 0; c < kWidth; ++c) to[c] -= product[(i - u.begin(p)) * kWidth + c];
-          for (int64_t j = i + 1; j < after; ++j) {
-            for (int64_t c = 0; c < kWidth; ++c) to[c] -= row[j - i] * strip[j * kWidth + c];
+        double* x_p = strip + u.begin(p) * kWidth;
+        for (int64_t i = 0; i < u.rows(p) * kWidth; ++i) x_p[i] -= product[i];
+        // A feature that is done tells those before it: sums that do not wait for one another.
+        for (int64_t j = u.rows(p) - 1; j > 0; --j) {
+          const double* from = x_p + j * kWidth;
+          for (int64_t i = 0; i < j; ++i) {
+            const double scalar = diagonal[static_cast<size_t>(j * kPanelRows + i)];
+            for (int64_t c = 0; c < kWidth; ++c) x_p[i * kWidth + c] -= scalar * from[c];
           }
         }
       }

@@ -363,17 +363,20 @@ int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool
   const int64_t codes = rows * features;
   const int64_t grid = rows * groups * 8;
   // Sums (again in another order, and once more while a ladder runs), factor and its float32
-  // columns, W, W - Q, and with dead features W without them.
+  // columns.
   const int64_t copies =
       (spec.order == Order::kNatural ? 1 : 2) + (spec.NeedsHeldOut() ? 1 : 0) + (held_out ? 1 : 0);
-  const int64_t weight_copies = 3 + (spec.NeedsHeldOut() ? 1 : 0) + (spec.compare_nearest ? 1 : 0) +
+  // W, and with dead features W without them; in another order both for a moment.
+  const int64_t weight_copies = 2 + (spec.order == Order::kNatural ? 0 : 1) +
+                                (spec.compare_nearest ? 1 : 0) +
                                 (spec.group_scales == GroupScales::kDynamic ? 1 : 0);
   const int64_t rounding = copies * sums + triangle + FeedbackColumns::BytesFor(features) +
-                           weight_copies * weights + (mismatched ? 3 * wide : 0) + codes + grid +
+                           weight_copies * weights + (mismatched ? (held_out ? 5 : 3) * wide : 0) + codes + grid +
                            groups * features * 8;
   const int64_t packing = codes + 2 * grid + rows * features * 8 + features * 8;
-  // A panel of the quadratic form, per-row results, and small change.
-  return std::max(rounding, packing) + features * kPanelRows * 8 + rows * 128 + (1 << 20);
+  // Columns of U that wait while factoring (four panels), a packed panel of a quadratic form,
+  // per-row results, and small change.
+  return std::max(rounding, packing) + features * kPanelRows * 40 + rows * 128 + (1 << 20);
 }
 
 const char* EngineIsa() { return kIsa; }

@@ -101,14 +101,35 @@ StripMatrix PermuteColumns(const StripMatrix& matrix, const std::vector<int64_t>
 
 absl::Status DecodeRows(DType dtype, const std::byte* bytes, int64_t first_row, int64_t rows,
                         const char* field, StripMatrix& matrix) {
-  std::vector<float> row(static_cast<size_t>(matrix.features()));
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t bad = DecodeToFloat(dtype, bytes + r * matrix.features() * ItemSize(dtype),
-                                      matrix.features(), row.data());
-    if (bad >= 0) {
-      return NonFiniteValue(field, row[static_cast<size_t>(bad)], first_row + r, bad);
+  const int64_t features = matrix.features();
+  const int64_t row_bytes = features * ItemSize(dtype);
+  const int64_t bad = FindNonFinite(dtype, bytes, rows * features);
+  if (bad >= 0) {
+    float value = 0;
+    DecodeToFloat(dtype, bytes + bad * ItemSize(dtype), 1, &value);
+    return NonFiniteValue(field, value, first_row + bad / features, bad % features);
+  }
+  // Some rows at a time, some columns at a time: a line of the strip is written by all of them
+  // before it leaves the first-level cache.
+  constexpr int64_t kRows = 16;
+  constexpr int64_t kColumns = 256;
+  float block[kRows][kColumns];
+  for (int64_t r0 = 0; r0 < rows;) {
+    const int64_t row = first_row + r0;
+    // Not beyond the strip.
+    const int64_t count = std::min({kRows, rows - r0, kStrip<float> - row % kStrip<float>});
+    for (int64_t j0 = 0; j0 < features; j0 += kColumns) {
+      const int64_t columns = std::min(kColumns, features - j0);
+      for (int64_t r = 0; r < count; ++r) {
+        DecodeToFloat(dtype, bytes + (r0 + r) * row_bytes + j0 * ItemSize(dtype), columns,
+                      block[r]);
+      }
+      float* to = matrix.strip(row / kStrip<float>) + j0 * kStrip<float> + row % kStrip<float>;
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t r = 0; r < count; ++r) to[j * kStrip<float> + r] = block[r][j];
+      }
     }
-    matrix.SetRow(first_row + r, row.data());
+    r0 += count;
   }
   return absl::OkStatus();
 }

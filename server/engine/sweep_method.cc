@@ -61,10 +61,8 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
                                    int64_t first_dynamic_group,
                                    const std::vector<double>& first_targets, Grid& grid,
                                    StripMatrix targets, const RunContext& context) {
-  const FeedbackColumns u(factor, *context.executor);
   const std::vector<double> d = LiveD(factor, input.dead);
-  // The sweep has U in float32.
-  if (input.spare_factor != nullptr) input.spare_factor->u = UpperPanels<double>();
+  const FeedbackColumns u(factor, input.spare_factor, *context.executor);
   const bool dynamic = first_dynamic_group < grid.groups;
   MethodOutput output;
   // Dynamic steps are known after the sweep only, and its start is gone then.

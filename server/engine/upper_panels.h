@@ -55,6 +55,9 @@ class UpperPanels {
   T* panel(int64_t p) { return values_.data() + offset(p); }
   const T* panel(int64_t p) const { return values_.data() + offset(p); }
 
+  // Gives the memory of panels [0, p) back; their elements have no value any more.
+  void DiscardBefore(int64_t p) { DiscardPages(panel(0), panel(0) + offset(p)); }
+
   // Row i from column i on: size() - i elements.
   T* row(int64_t i) { return &at(i, i); }
   const T* row(int64_t i) const { return &at(i, i); }

@@ -151,7 +151,7 @@ void BenchRounding(benchmark::State& state, const Shape& shape, int64_t tokens, 
     const RunContext context = On(pool);
     const auto attempt = engine::FactorDamped(sums->gram, dead, lambda, context);
     CheckOk(attempt.status());
-    const engine::FeedbackColumns u(attempt->factor, pool);
+    const engine::FeedbackColumns u(attempt->factor, nullptr, pool);
     engine::Grid grid = engine::MakeGrid(spec, shape.rows, shape.features, {});
     engine::FillSteps(spec, weights, context, grid);
     engine::SweepRules rules;
