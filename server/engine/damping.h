@@ -73,7 +73,7 @@ absl::StatusOr<double> LambdaOf(DampingRule rule, double value, const UpperPanel
 // (D2). Fails only by cancellation.
 absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double lambda,
                                                const UpperPanels<double>& gram,
-                                               const std::vector<bool>& dead,
+                                               const std::vector<bool>& dead, Condition condition,
                                                const RunContext& context);
 
 // "lambda 1e-06: pivot -3 at feature 7; lambda ..." for messages.

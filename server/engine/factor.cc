@@ -325,7 +325,7 @@ void SolveInPlace(const Factor& factor, std::vector<double>& x, Executor& execut
 
 absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
                                            const std::vector<bool>& dead, double lambda,
-                                           const RunContext& context) {
+                                           Condition condition, const RunContext& context) {
   FactorAttempt attempt;
   Factor& f = attempt.factor;
   Executor& executor = *context.executor;
@@ -371,6 +371,12 @@ absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
     }
   }
 
+  // The 1-norm condition number is at most N times that in the 2-norm.
+  const auto features = static_cast<double>(n);
+  if (condition == Condition::kCheck &&
+      features * (trace / lambda + features) < LargestCondition(n)) {
+    return attempt;
+  }
   const double norm = OneNorm(gram, lambda, executor);
   f.condition = norm * InverseOneNorm(f, executor);
   if (!std::isfinite(f.condition)) {

@@ -27,6 +27,14 @@ struct Factor {
   double condition = 0;
 };
 
+// Whether the condition number is estimated, which costs some passes over the factor.
+enum class Condition {
+  kEstimate,
+  // Only where it could be too large: |H|_2 <= trace H, and no eigenvalue is below lambda. Else it
+  // stays 0.
+  kCheck,
+};
+
 // The result of one try.
 struct FactorAttempt {
   StabilityCause cause = StabilityCause::kNone;
@@ -42,7 +50,7 @@ struct FactorAttempt {
 // executor. Fails only by cancellation; a stability failure is reported in the attempt.
 absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
                                            const std::vector<bool>& dead, double lambda,
-                                           const RunContext& context);
+                                           Condition condition, const RunContext& context);
 
 // The largest condition estimate accepted for N features: past 1 / (8 N u), u = 2^-53, a
 // solve with the factor may have no correct digit.

@@ -84,7 +84,7 @@ WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, SharedStatistics sums, S
   layer.order = FeatureOrder(spec.order, *sums);
   layer.sums = layer.order.empty()
                    ? std::move(sums)
-                   : std::make_shared<const Statistics>(Permute(*sums, layer.order));
+                   : std::make_shared<const Statistics>(Permute(*sums, layer.order, *context.executor));
   layer.reference = layer.order.empty() ? std::move(weights)
                                         : PermuteColumns(weights, layer.order, *context.executor);
   layer.dead.resize(static_cast<size_t>(layer.statistics().features()));
@@ -110,10 +110,14 @@ struct FitFactor {
 
 // From the cache where there is one. `made` counts what was factored here.
 absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
-                                   double lambda, const RunContext& context, int64_t& made) {
+                                   double lambda, FitUse use, const RunContext& context,
+                                   int64_t& made) {
+  // A factor that is kept may end in a certificate.
+  const Condition condition =
+      use.certified || layer.factors != nullptr ? Condition::kEstimate : Condition::kCheck;
   const auto make = [&]() -> absl::StatusOr<DampedFactor> {
     absl::StatusOr<DampedFactor> damped =
-        FactorWithDamping(spec, lambda, layer.statistics().gram, layer.dead, context);
+        FactorWithDamping(spec, lambda, layer.statistics().gram, layer.dead, condition, context);
     if (damped.ok()) made += static_cast<int64_t>(damped->attempts.size());
     return damped;
   };
@@ -161,7 +165,7 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
       return InvalidField("spec.damping", absl::StrCat("expected a finite lambda, got ", lambda,
                                                        " from activations of this size"));
     }
-    absl::StatusOr<FitFactor> damped = FactorOf(spec, layer, lambda, context, fit.factorisations);
+    absl::StatusOr<FitFactor> damped = FactorOf(spec, layer, lambda, use, context, fit.factorisations);
     if (!damped.ok()) return damped.status();
     fit.damping = std::move(damped->shared);
     own = std::move(damped->own);

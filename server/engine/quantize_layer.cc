@@ -88,7 +88,7 @@ absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer&
   Unseen unseen;
   unseen.sums = layer.order.empty()
                     ? std::move(held_out)
-                    : std::make_shared<const Statistics>(Permute(*held_out, layer.order));
+                    : std::make_shared<const Statistics>(Permute(*held_out, layer.order, *context.executor));
   if (unseen.sums->mismatch.has_value()) {
     auto initial = ComputeInitialError(*unseen.sums, Widen(layer.reference, *context.executor),
                                        Phase::kCertify, context);
@@ -254,9 +254,8 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     const absl::StatusOr<double> ratio = ClimbLadder(problem, spec, context, certificate);
     if (!ratio.ok()) return ratio.status();
     // The final run uses all tokens with the ratio found.
-    Statistics all = *problem.statistics;
-    Merge(*problem.held_out, all);
-    problem.statistics = std::make_shared<const Statistics>(std::move(all));
+    problem.statistics = std::make_shared<const Statistics>(
+        Sum(*problem.statistics, *problem.held_out, *context.executor));
     problem.held_out.reset();
     with_held_out = true;
     rule = DampingRule::kRelativeTrace;

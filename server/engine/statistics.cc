@@ -158,13 +158,17 @@ void Add(const UpperPanels<double>& other, UpperPanels<double>& sums) {
 }
 
 UpperPanels<double> PermutePanels(const UpperPanels<double>& from,
-                                  const std::vector<int64_t>& order) {
-  UpperPanels<double> to(from.size());
-  for (int64_t i = 0; i < from.size(); ++i) {
-    for (int64_t j = i; j < from.size(); ++j) {
-      to.at(i, j) = from.at(std::min(order[i], order[j]), std::max(order[i], order[j]));
+                                  const std::vector<int64_t>& order, Executor& executor) {
+  auto to = UpperPanels<double>::Unset(from.size());
+  // Few rows a task: the first are the longest.
+  InPieces(from.size(), from.size(), executor, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double* row = to.row(i);
+      for (int64_t j = i; j < from.size(); ++j) {
+        row[j - i] = from.at(std::min(order[i], order[j]), std::max(order[i], order[j]));
+      }
     }
-  }
+  });
   return to;
 }
 
@@ -180,19 +184,46 @@ void Merge(const Statistics& other, Statistics& sums) {
   }
 }
 
-Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& order) {
+Statistics Sum(const Statistics& a, const Statistics& b, Executor& executor) {
+  const auto add = [&](const UpperPanels<double>& left, const UpperPanels<double>& right) {
+    auto sums = UpperPanels<double>::Unset(left.size());
+    executor.ParallelFor(sums.panels(), [&](int64_t p) {
+      for (int64_t i = sums.begin(p); i < sums.end(p); ++i) {
+        const double* x = left.row(i);
+        const double* y = right.row(i);
+        double* to = sums.row(i);
+        for (int64_t j = 0; j < sums.size() - i; ++j) to[j] = x[j] + y[j];
+      }
+    });
+    return sums;
+  };
+  Statistics sum;
+  sum.tokens = a.tokens + b.tokens;
+  sum.gram = add(a.gram, b.gram);
+  if (!a.mismatch.has_value()) return sum;
+  MismatchSums& mismatch = sum.mismatch.emplace();
+  mismatch.residual = add(a.mismatch->residual, b.mismatch->residual);
+  mismatch.cross = a.mismatch->cross;
+  for (size_t i = 0; i < mismatch.cross.size(); ++i) mismatch.cross[i] += b.mismatch->cross[i];
+  return sum;
+}
+
+Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& order,
+                   Executor& executor) {
   Statistics permuted;
   permuted.tokens = statistics.tokens;
-  permuted.gram = PermutePanels(statistics.gram, order);
+  permuted.gram = PermutePanels(statistics.gram, order, executor);
   if (!statistics.mismatch.has_value()) return permuted;
   MismatchSums& to = permuted.mismatch.emplace();
-  to.residual = PermutePanels(statistics.mismatch->residual, order);
+  to.residual = PermutePanels(statistics.mismatch->residual, order, executor);
   const int64_t n = statistics.features();
   to.cross.resize(statistics.mismatch->cross.size());
-  for (int64_t i = 0; i < n; ++i) {
-    const double* from = &statistics.mismatch->cross[static_cast<size_t>(order[i] * n)];
-    for (int64_t j = 0; j < n; ++j) to.cross[static_cast<size_t>(i * n + j)] = from[order[j]];
-  }
+  InPieces(n, n, executor, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double* from = &statistics.mismatch->cross[static_cast<size_t>(order[i] * n)];
+      for (int64_t j = 0; j < n; ++j) to.cross[static_cast<size_t>(i * n + j)] = from[order[j]];
+    }
+  });
   return permuted;
 }
 

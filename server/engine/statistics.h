@@ -45,8 +45,12 @@ using SharedStatistics = std::shared_ptr<const Statistics>;
 // Adds `other` to `sums`. REQUIRES: the same features, both matched or both mismatched.
 void Merge(const Statistics& other, Statistics& sums);
 
+// a + b, both as they were; the same REQUIRES.
+Statistics Sum(const Statistics& a, const Statistics& b, Executor& executor);
+
 // Features in another order: feature i of the result is feature order[i].
-Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& order);
+Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& order,
+                   Executor& executor);
 
 // Rows of tokens as they come: X, or X~ with X beside it.
 struct TokenRows {

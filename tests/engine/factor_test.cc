@@ -26,7 +26,8 @@ FactorAttempt MustFactor(const textbook::Matrix& h, double lambda, Executor* exe
   RunContext context;
   context.executor = executor == nullptr ? &serial : executor;
   auto attempt =
-      FactorDamped(Panels(h), std::vector<bool>(static_cast<size_t>(h.rows)), lambda, context);
+      FactorDamped(Panels(h), std::vector<bool>(static_cast<size_t>(h.rows)), lambda,
+                   Condition::kEstimate, context);
   EXPECT_TRUE(attempt.ok());
   return *std::move(attempt);
 }
@@ -177,7 +178,7 @@ TEST(FactorTest, LeavesDeadFeaturesOut) {
   SerialExecutor serial;
   RunContext context;
   context.executor = &serial;
-  const auto attempt = FactorDamped(Panels(h), {false, true, false}, 0, context);
+  const auto attempt = FactorDamped(Panels(h), {false, true, false}, 0, Condition::kEstimate, context);
   ASSERT_TRUE(attempt.ok());
   ASSERT_EQ(attempt->cause, StabilityCause::kNone) << attempt->detail;
   EXPECT_EQ(attempt->factor.u.at(0, 1), 0);
@@ -194,8 +195,35 @@ TEST(FactorTest, StopsWhenCancelled) {
   context.cancellation = &cancellation;
   textbook::Matrix h(1, 1);
   h(0, 0) = 1;
-  EXPECT_EQ(FactorDamped(Panels(h), {false}, 0, context).status().code(),
+  EXPECT_EQ(FactorDamped(Panels(h), {false}, 0, Condition::kEstimate, context).status().code(),
             absl::StatusCode::kCancelled);
+}
+
+// The check may leave the estimate out only where the estimate could not refuse.
+TEST(FactorTest, ChecksTheConditionAsTheEstimateDoes) {
+  SerialExecutor serial;
+  RunContext context;
+  context.executor = &serial;
+  const UpperPanels<double> gram = Panels(
+      textbook::Gram(MakeLayer(60, 40, 1, Inputs::kRankDeficient, 5).x));
+  const std::vector<bool> dead(40);
+  int left_out = 0;
+  int refused = 0;
+  for (const double lambda : {1e-16, 1e-13, 1e-12, 1e-9, 1e-3, 1.0}) {
+    const auto full = FactorDamped(gram, dead, lambda, Condition::kEstimate, context);
+    const auto checked = FactorDamped(gram, dead, lambda, Condition::kCheck, context);
+    ASSERT_TRUE(full.ok() && checked.ok());
+    EXPECT_EQ(checked->cause, full->cause) << lambda;
+    if (full->cause != StabilityCause::kNone) {
+      ++refused;
+      continue;
+    }
+    EXPECT_EQ(checked->factor.d, full->factor.d);
+    EXPECT_GT(full->factor.condition, 1);
+    if (checked->factor.condition == 0) ++left_out;
+  }
+  EXPECT_GT(left_out, 0);
+  EXPECT_GT(refused, 0);
 }
 
 }  // namespace
