@@ -70,8 +70,8 @@ class AlignedAllocator {
   }
 };
 
-// Gives the memory of what lies in [begin, end) back before its owner goes: whole pages; what was in
-// them has no value any more. Advice, like large pages.
+// Gives the memory of what lies in [begin, end) back before its owner goes: whole pages; what was
+// in them has no value any more. Advice, like large pages.
 template <typename T>
 void DiscardPages(T* begin, T* end) {
   const auto address = [](T* at) { return reinterpret_cast<uintptr_t>(at); };

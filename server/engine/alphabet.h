@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "engine/grid.h"
 #include "engine/feedback_columns.h"
+#include "engine/grid.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
 #include "engine/strip_matrix.h"

@@ -30,8 +30,8 @@ Tile BlockOf(UpperPanels<double>& m, int64_t p, int64_t q) {
 
 constexpr int64_t kWidth = kStrip<double>;
 // Panels whose update of everything before them is made at once. An update reads and writes all
-// that is left of the triangle: twice the panels, half the traffic. Two are a depth of 256, at which
-// a strip of the packed operand (32 KiB with AVX-512) stays in a first-level cache.
+// that is left of the triangle: twice the panels, half the traffic. Two are a depth of 256, at
+// which a strip of the packed operand (32 KiB with AVX-512) stays in a first-level cache.
 constexpr int64_t kGroupPanels = 2;
 constexpr int64_t kDepth = kGroupPanels * kPanelRows;
 
@@ -131,8 +131,8 @@ void SolveRows(const Tile& block, int64_t first, int64_t strip, const Columns& c
   double* y = pending.y.data() + strip + pending.depth * kWidth;
   double* u = pending.u.data() + strip + pending.depth * kWidth;
   if (live < kWidth) std::fill_n(y, block.cols * kWidth, 0.0);
-  // Few rows at a time: rows lie a power of two apart, and a set of a first-level cache holds a line
-  // of only so many.
+  // Few rows at a time: rows lie a power of two apart, and a set of a first-level cache holds a
+  // line of only so many.
   for (int64_t i0 = 0; i0 < live; i0 += kLanes<double>) {
     const int64_t i1 = std::min<int64_t>(i0 + kLanes<double>, live);
     for (int64_t l = 0; l < block.cols; ++l) {
@@ -144,8 +144,8 @@ void SolveRows(const Tile& block, int64_t first, int64_t strip, const Columns& c
     const int64_t after = std::min(c0 + kMicroRows, block.cols);
     if (after < block.cols) {
       Accumulator<double> sum = {};
-      MultiplyStrip(block.cols - after, columns.row(after) + c0, kPanelRows, 1,
-                    y + after * kWidth, sum);
+      MultiplyStrip(block.cols - after, columns.row(after) + c0, kPanelRows, 1, y + after * kWidth,
+                    sum);
       for (int64_t c = c0; c < after; ++c) {
         double* to = y + c * kWidth;
         StoreVector(to, LoadVector(to) - sum.row[c - c0][0]);

@@ -17,8 +17,8 @@ namespace certiq::engine {
 // instruction set: see feedback_kernel.h.
 class FeedbackColumns {
  public:
-  // `spare` is null or the same factor where nobody needs its U afterwards: its memory is given back
-  // as it is read.
+  // `spare` is null or the same factor where nobody needs its U afterwards: its memory is given
+  // back as it is read.
   FeedbackColumns(const Factor& factor, Factor* spare, Executor& executor);
 
   static int64_t BytesFor(int64_t features);

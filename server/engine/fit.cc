@@ -82,9 +82,10 @@ WorkingLayer MakeWorkingLayer(const ResolvedSpec& spec, SharedStatistics sums, S
                               const RunContext& context) {
   WorkingLayer layer;
   layer.order = FeatureOrder(spec.order, *sums);
-  layer.sums = layer.order.empty()
-                   ? std::move(sums)
-                   : std::make_shared<const Statistics>(Permute(*sums, layer.order, *context.executor));
+  layer.sums =
+      layer.order.empty()
+          ? std::move(sums)
+          : std::make_shared<const Statistics>(Permute(*sums, layer.order, *context.executor));
   layer.reference = layer.order.empty() ? std::move(weights)
                                         : PermuteColumns(weights, layer.order, *context.executor);
   layer.dead.resize(static_cast<size_t>(layer.statistics().features()));
@@ -123,13 +124,12 @@ absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer&
   };
   FitFactor factor;
   if (layer.factors != nullptr) {
-    absl::StatusOr<SharedFactor> shared =
-        layer.factors->Get({.order = spec.order,
-                            .with_held_out = layer.with_held_out,
-                            .lambda = lambda,
-                            .max_attempts = spec.max_attempts,
-                            .growth = spec.damping_factor},
-                           make);
+    absl::StatusOr<SharedFactor> shared = layer.factors->Get({.order = spec.order,
+                                                              .with_held_out = layer.with_held_out,
+                                                              .lambda = lambda,
+                                                              .max_attempts = spec.max_attempts,
+                                                              .growth = spec.damping_factor},
+                                                             make);
     if (!shared.ok()) return shared.status();
     factor.shared = *std::move(shared);
     return factor;
@@ -154,8 +154,8 @@ absl::Status NeedInitialError(Phase phase, const RunContext& context, WorkingLay
   return absl::OkStatus();
 }
 
-absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda,
-                           FitUse use, const RunContext& context, EngineSeconds& seconds) {
+absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda, FitUse use,
+                           const RunContext& context, EngineSeconds& seconds) {
   Fit fit;
   std::shared_ptr<DampedFactor> own;
   if (spec.method != Method::kNearest) {
@@ -165,7 +165,8 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
       return InvalidField("spec.damping", absl::StrCat("expected a finite lambda, got ", lambda,
                                                        " from activations of this size"));
     }
-    absl::StatusOr<FitFactor> damped = FactorOf(spec, layer, lambda, use, context, fit.factorisations);
+    absl::StatusOr<FitFactor> damped =
+        FactorOf(spec, layer, lambda, use, context, fit.factorisations);
     if (!damped.ok()) return damped.status();
     fit.damping = std::move(damped->shared);
     own = std::move(damped->own);
@@ -201,7 +202,8 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
     input.spare_weights = &layer.zeroed;
   }
   input.spare_initial = use.consume_weights;
-  if (input.spare_weights == nullptr && use.consume_weights && !layer.statistics().mismatch.has_value()) {
+  if (input.spare_weights == nullptr && use.consume_weights &&
+      !layer.statistics().mismatch.has_value()) {
     input.spare_weights = &layer.reference;
   }
   const auto run = [&]() -> absl::StatusOr<MethodOutput> {

@@ -54,8 +54,8 @@ struct Fit {
 struct FitUse {
   // Whether a certificate follows: without, the bits needed (B6) are left out.
   bool certified = true;
-  // What is of no use afterwards, so that the fit can make room: U, where the factor is its own, and
-  // W and its initial error, which it takes from `layer` where its errors can be told without.
+  // What is of no use afterwards, so that the fit can make room: U, where the factor is its own,
+  // and W and its initial error, which it takes from `layer` where its errors can be told without.
   bool consume_factor = false;
   bool consume_weights = false;
 };
@@ -68,8 +68,8 @@ absl::Status NeedInitialError(Phase phase, const RunContext& context, WorkingLay
 // damping attempt failed: NEAREST where the spec says so, else FAILED_PRECONDITION of type
 // "DAMPING" with the attempts, causes attached (status.h). Seconds of the factor and round phases
 // are added to `seconds`.
-absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda,
-                           FitUse use, const RunContext& context, EngineSeconds& seconds);
+absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda, FitUse use,
+                           const RunContext& context, EngineSeconds& seconds);
 
 }  // namespace certiq::engine
 

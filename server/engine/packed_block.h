@@ -75,9 +75,8 @@ inline int64_t TileStrips(int64_t strips) {
 template <typename Body>
 void ForTiles(int64_t strips, Executor& executor, const Body& body) {
   const int64_t tile = TileStrips(strips);
-  executor.ParallelFor((strips + tile - 1) / tile, [&](int64_t t) {
-    body(t * tile, std::min(strips, (t + 1) * tile));
-  });
+  executor.ParallelFor((strips + tile - 1) / tile,
+                       [&](int64_t t) { body(t * tile, std::min(strips, (t + 1) * tile)); });
 }
 
 }  // namespace certiq::engine

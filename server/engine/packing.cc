@@ -157,7 +157,7 @@ std::vector<ResultTensor> PackGptq(const ResolvedSpec& spec, const Grid& grid,
 
 std::vector<ResultTensor> PackCompressed(const ResolvedSpec& spec, const Grid& grid,
                                          const UnsetVector<uint8_t>& codes, int64_t features,
-                                   Executor& executor) {
+                                         Executor& executor) {
   const int64_t words_a_row = (features * spec.bits + 31) / 32;
   std::vector<ResultTensor> tensors;
   tensors.push_back(MakeTensor("weight_packed", DType::kI32, {grid.rows, words_a_row},
@@ -192,7 +192,7 @@ std::vector<uint32_t> PackBits(const std::vector<uint8_t>& values, int32_t bits)
 
 std::vector<ResultTensor> PackResult(const ResolvedSpec& spec, const Grid& grid,
                                      const UnsetVector<uint8_t>& codes, int64_t features,
-                                   Executor& executor) {
+                                     Executor& executor) {
   switch (spec.format) {
     case Format::kDenseF32:
     case Format::kDenseF16:

@@ -34,17 +34,16 @@ absl::Status SolveUpper(const UpperPanels<double>& u, BasicStripMatrix<double>& 
   for (int64_t p = u.panels() - 1; p >= 0; --p) {
     if (context.cancelled()) return context.CancellationStatus();
     const int64_t after = u.end(p);
-    block.Pack(u.size() - after, *context.executor,
-               [&](int64_t k0, int64_t columns, double* to) {
-                 for (int64_t i = 0; i < kPanelRows; ++i) {
-                   double* out = to + i / kMicroRows * columns * kMicroRows + i % kMicroRows;
-                   const double* from =
-                       i < u.rows(p) ? u.panel(p) + i * u.stride(p) + u.rows(p) + k0 : nullptr;
-                   for (int64_t k = 0; k < columns; ++k) {
-                     out[k * kMicroRows] = from == nullptr ? 0 : from[k];
-                   }
-                 }
-               });
+    block.Pack(u.size() - after, *context.executor, [&](int64_t k0, int64_t columns, double* to) {
+      for (int64_t i = 0; i < kPanelRows; ++i) {
+        double* out = to + i / kMicroRows * columns * kMicroRows + i % kMicroRows;
+        const double* from =
+            i < u.rows(p) ? u.panel(p) + i * u.stride(p) + u.rows(p) + k0 : nullptr;
+        for (int64_t k = 0; k < columns; ++k) {
+          out[k * kMicroRows] = from == nullptr ? 0 : from[k];
+        }
+      }
+    });
     // Columns of the diagonal block.
     std::vector<double> diagonal(static_cast<size_t>(kPanelRows * kPanelRows));
     for (int64_t i = 0; i < u.rows(p); ++i) {

@@ -21,8 +21,8 @@ int Exponent(const UpperPanels<double>& s) {
 // what is below it and beyond the last row zero, so that the full form is sum over panels of
 // x_p^T (panel) x.
 template <typename T>
-void ConvertSlice(const UpperPanels<double>& s, int64_t p, int64_t k0, int64_t columns, int exponent,
-                  T* to) {
+void ConvertSlice(const UpperPanels<double>& s, int64_t p, int64_t k0, int64_t columns,
+                  int exponent, T* to) {
   const double once = std::ldexp(1.0, -exponent);
   for (int64_t i = 0; i < kPanelRows; ++i) {
     T* out = to + i / kMicroRows * columns * kMicroRows + i % kMicroRows;

@@ -47,9 +47,10 @@ absl::StatusOr<InitialError> ComputeInitialError(const Statistics& statistics,
                                                  const BasicStripMatrix<double>& weights,
                                                  Phase phase, const RunContext& context);
 
-// |X w_r - X~ q_r|^2 for every row, from the sums; `change` is W - Q. With X w - X~ q = P w + X~ (w -
-// q) it is |P w|^2 + 2 (w - q)^T X~^T P w + |X~ (w - q)|^2: no large terms cancel. Matched inputs:
-// the last term, in float32; else float64. `initial` is that of W, or null to have it computed.
+// |X w_r - X~ q_r|^2 for every row, from the sums; `change` is W - Q. With X w - X~ q = P w + X~ (w
+// - q) it is |P w|^2 + 2 (w - q)^T X~^T P w + |X~ (w - q)|^2: no large terms cancel. Matched
+// inputs: the last term, in float32; else float64. `initial` is that of W, or null to have it
+// computed.
 absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
                                                   const StripMatrix& weights,
                                                   const StripMatrix& change,

@@ -22,8 +22,8 @@ namespace {
 
 // Qronos' customary damping, alpha of arXiv 2505.11695.
 constexpr double kQronosSigma = 1e-6;
-// Rows on which the steps of a ladder are run and judged. What is compared are sums of the errors of
-// so many rows on the same tokens.
+// Rows on which the steps of a ladder are run and judged. What is compared are sums of the errors
+// of so many rows on the same tokens.
 constexpr int64_t kLadderRows = 256;
 
 absl::Status CheckProblem(const LayerProblem& problem) {
@@ -86,9 +86,10 @@ struct Unseen {
 absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer& layer,
                                   const RunContext& context) {
   Unseen unseen;
-  unseen.sums = layer.order.empty()
-                    ? std::move(held_out)
-                    : std::make_shared<const Statistics>(Permute(*held_out, layer.order, *context.executor));
+  unseen.sums =
+      layer.order.empty()
+          ? std::move(held_out)
+          : std::make_shared<const Statistics>(Permute(*held_out, layer.order, *context.executor));
   if (unseen.sums->mismatch.has_value()) {
     auto initial = ComputeInitialError(*unseen.sums, Widen(layer.reference, *context.executor),
                                        Phase::kCertify, context);
@@ -106,10 +107,9 @@ absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer&
 // Relative error of the fit on them.
 absl::StatusOr<double> UnseenError(const Unseen& unseen, const WorkingLayer& layer, const Fit& fit,
                                    const RunContext& context) {
-  const auto errors =
-      SquaredErrors(*unseen.sums, layer.reference, fit.output.change,
-                    unseen.initial.has_value() ? &*unseen.initial : nullptr, Phase::kCertify,
-                    context);
+  const auto errors = SquaredErrors(*unseen.sums, layer.reference, fit.output.change,
+                                    unseen.initial.has_value() ? &*unseen.initial : nullptr,
+                                    Phase::kCertify, context);
   if (!errors.ok()) return errors.status();
   return RelativeError(Sum(*errors), unseen.energy);
 }
@@ -142,8 +142,8 @@ std::shared_ptr<const ExplicitGrid> SelectRows(const ExplicitGrid& grid,
 absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSpec& spec,
                                    const RunContext& context, LayerCertificate& certificate) {
   const std::vector<int64_t> rows = EvenlySpaced(kLadderRows, problem.weights.rows());
-  WorkingLayer layer = MakeWorkingLayer(spec, problem.statistics,
-                                        SelectRows(problem.weights, rows), context);
+  WorkingLayer layer =
+      MakeWorkingLayer(spec, problem.statistics, SelectRows(problem.weights, rows), context);
   layer.factors = problem.factors;
   certificate.held_out_rows = static_cast<int64_t>(rows.size());
   const double unit = MeanDiagonal(layer.statistics().gram);
@@ -157,9 +157,9 @@ absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSp
   absl::Status last;
   std::vector<StabilityCause>& failures = certificate.ladder_failures;
   for (const double ratio : spec.damping_ladder) {
-    absl::StatusOr<Fit> fit = RunFit(step_spec, layer, ratio * unit,
-                                     {.certified = false, .consume_factor = true}, context,
-                                     certificate.seconds);
+    absl::StatusOr<Fit> fit =
+        RunFit(step_spec, layer, ratio * unit, {.certified = false, .consume_factor = true},
+               context, certificate.seconds);
     if (!fit.ok()) {
       // A step that cannot be factored is not a candidate.
       if (!PreconditionOf(fit.status()).has_value()) return fit.status();
@@ -291,10 +291,9 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     if (!made.ok()) return made.status();
     unseen = *std::move(made);
   }
-  absl::StatusOr<Fit> fit =
-      RunFit(spec, layer, lambda,
-             {.consume_factor = true, .consume_weights = !spec.compare_nearest}, context,
-             certificate.seconds);
+  absl::StatusOr<Fit> fit = RunFit(
+      spec, layer, lambda, {.consume_factor = true, .consume_weights = !spec.compare_nearest},
+      context, certificate.seconds);
   if (!fit.ok()) return fit.status();
   const auto n = static_cast<double>(certificate.features);
   certificate.factor_flops += FactorFlops(*fit, certificate.features);
@@ -331,7 +330,8 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   RestoreOrder(order, *context.executor, fit->grid, fit->output.codes);
   {
     const Stopwatch watch(certificate.seconds.pack);
-    result.tensors = PackResult(spec, fit->grid, fit->output.codes, certificate.features, *context.executor);
+    result.tensors =
+        PackResult(spec, fit->grid, fit->output.codes, certificate.features, *context.executor);
   }
   certificate.bits_per_weight = BitsPerWeight(spec, fit->grid, certificate.features);
   context.Report(Phase::kPack, 1);
@@ -370,8 +370,8 @@ int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool
                                 (spec.compare_nearest ? 1 : 0) +
                                 (spec.group_scales == GroupScales::kDynamic ? 1 : 0);
   const int64_t rounding = copies * sums + triangle + FeedbackColumns::BytesFor(features) +
-                           weight_copies * weights + (mismatched ? (held_out ? 5 : 3) * wide : 0) + codes + grid +
-                           groups * features * 8;
+                           weight_copies * weights + (mismatched ? (held_out ? 5 : 3) * wide : 0) +
+                           codes + grid + groups * features * 8;
   const int64_t packing = codes + 2 * grid + rows * features * 8 + features * 8;
   // Columns of U that wait while factoring (four panels), a packed panel of a quadratic form,
   // per-row results, and small change.

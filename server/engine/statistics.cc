@@ -23,7 +23,6 @@ int64_t Strips(int64_t features) { return (features + kStrip<float> - 1) / kStri
 // Rows of a chain, and of the sums that are made of chains.
 constexpr int64_t kSpans[] = {8, 32, 128, 256};
 
-
 // Sums of a micro tile, [kMicroRows][kStrip].
 struct MicroSums {
   alignas(kVectorBytes) float value[kMicroRows * kStrip<float>] = {};
@@ -268,7 +267,8 @@ bool StatisticsAccumulator::Stage(const TokenRows& x, const TokenRows* x_quantiz
       const int64_t to = (strip * kBlockRows + staged_rows_) * kStrip<float>;
       for (int64_t r = 0; r < rows; ++r) {
         float* values = inputs_.values.data() + to + r * kStrip<float>;
-        good &= DecodeToFloat(inputs.dtype, At(inputs, features_, row + r, column), live, values) < 0;
+        good &=
+            DecodeToFloat(inputs.dtype, At(inputs, features_, row + r, column), live, values) < 0;
         if (x_quantized == nullptr) continue;
         float* residual = residual_.values.data() + to + r * kStrip<float>;
         good &= DecodeToFloat(x.dtype, At(x, features_, row + r, column), live, residual) < 0;
@@ -346,27 +346,30 @@ absl::Status StatisticsAccumulator::AppendRows(const TokenRows& x, const TokenRo
 void StatisticsAccumulator::ScaleColumns(Staged& staged, Executor& executor) const {
   std::atomic<bool> scaled{false};
   staged.scale.assign(static_cast<size_t>(Strips(features_) * kStrip<float>), 1.0);
-  InPieces(Strips(features_), staged_rows_ * kStrip<float>, executor, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip) {
-      float* block = staged.values.data() + strip * kBlockRows * kStrip<float>;
-      float largest[kStrip<float>] = {};
-      for (int64_t r = 0; r < staged_rows_; ++r) {
-        for (int c = 0; c < kStrip<float>; ++c) {
-          largest[c] = std::max(largest[c], std::abs(block[r * kStrip<float> + c]));
-        }
-      }
-      for (int c = 0; c < kStrip<float>; ++c) {
-        if (largest[c] == 0 || (largest[c] >= kSmallest && largest[c] <= kLargest)) continue;
-        const int exponent = std::ilogb(largest[c]);
-        for (int64_t r = 0; r < staged_rows_; ++r) {
-          float& value = block[r * kStrip<float> + c];
-          value = std::ldexp(value, -exponent);
-        }
-        staged.scale[static_cast<size_t>(strip * kStrip<float> + c)] = std::ldexp(1.0, exponent);
-        scaled.store(true, std::memory_order_relaxed);
-      }
-    }
-  });
+  InPieces(Strips(features_), staged_rows_ * kStrip<float>, executor,
+           [&](int64_t begin, int64_t end) {
+             for (int64_t strip = begin; strip < end; ++strip) {
+               float* block = staged.values.data() + strip * kBlockRows * kStrip<float>;
+               float largest[kStrip<float>] = {};
+               for (int64_t r = 0; r < staged_rows_; ++r) {
+                 for (int c = 0; c < kStrip<float>; ++c) {
+                   largest[c] = std::max(largest[c], std::abs(block[r * kStrip<float> + c]));
+                 }
+               }
+               for (int c = 0; c < kStrip<float>; ++c) {
+                 if (largest[c] == 0 || (largest[c] >= kSmallest && largest[c] <= kLargest))
+                   continue;
+                 const int exponent = std::ilogb(largest[c]);
+                 for (int64_t r = 0; r < staged_rows_; ++r) {
+                   float& value = block[r * kStrip<float> + c];
+                   value = std::ldexp(value, -exponent);
+                 }
+                 staged.scale[static_cast<size_t>(strip * kStrip<float> + c)] =
+                     std::ldexp(1.0, exponent);
+                 scaled.store(true, std::memory_order_relaxed);
+               }
+             }
+           });
   staged.scaled = scaled.load(std::memory_order_relaxed);
 }
 
@@ -397,8 +400,7 @@ void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool uppe
         const float* next = more ? strip_of(b, j + kStrip<float>, k)
                                  : strip_of(b, layout.begin(q), (k + rows) % kBlockRows);
         const char* ahead = reinterpret_cast<const char*>(next);
-        constexpr int64_t kPart =
-            kSpans[3] * kStrip<float> * 4 / (kPanelRows / kMicroRows);
+        constexpr int64_t kPart = kSpans[3] * kStrip<float> * 4 / (kPanelRows / kMicroRows);
         for (int64_t i = layout.begin(p); i < layout.end(p); i += kMicroRows) {
           // What lies below the diagonal is not kept.
           if (upper && i >= j + live_cols) break;

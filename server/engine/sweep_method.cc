@@ -84,8 +84,7 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
   SweepRules rules;
   rules.order = &input.order;
   rules.first_dynamic_group = first_dynamic_group;
-  absl::StatusOr<Rounded> rounded =
-      FeedbackSweep(input.spec, rules, u, d, grid, targets, context);
+  absl::StatusOr<Rounded> rounded = FeedbackSweep(input.spec, rules, u, d, grid, targets, context);
   if (!rounded.ok()) return rounded.status();
   if (dynamic && input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);

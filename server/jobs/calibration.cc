@@ -174,8 +174,8 @@ absl::Status Calibration::FoldRows(const LiveStream& live, int64_t first_row, in
     const engine::TokenRows inputs{live.x_dtype, x + begin * x_bytes, "chunk.x"};
     absl::Status folded =
         mismatched_ ? sums.AppendPair(inputs,
-                                      {live.x_quantized_dtype, x_quantized + begin * quantized_bytes,
-                                       "chunk.x_quantized"},
+                                      {live.x_quantized_dtype,
+                                       x_quantized + begin * quantized_bytes, "chunk.x_quantized"},
                                       row, block, env_.pool)
                     : sums.Append(inputs, row, block, env_.pool);
     if (!folded.ok()) return folded;

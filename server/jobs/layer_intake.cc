@@ -198,10 +198,9 @@ absl::Status LayerIntake::FoldBlock(int64_t first_row, int64_t rows, const std::
   if (!request_.mismatched()) {
     return sums.Append({request_.x_dtype, x, "activation.x"}, first_row, rows, executor_);
   }
-  return sums.AppendPair(
-      {request_.x_dtype, x, "activation.x"},
-      {*request_.x_quantized_dtype, x_quantized, "activation.x_quantized"}, first_row, rows,
-      executor_);
+  return sums.AppendPair({request_.x_dtype, x, "activation.x"},
+                         {*request_.x_quantized_dtype, x_quantized, "activation.x_quantized"},
+                         first_row, rows, executor_);
 }
 
 double LayerIntake::fraction() const {

@@ -95,8 +95,7 @@ engine::ResolvedSpec Spec(engine::Method method) {
 
 void SetRate(benchmark::State& state, double flops, double peak) {
   const auto runs = static_cast<double>(state.iterations());
-  state.counters["gflops"] =
-      benchmark::Counter(flops * runs * 1e-9, benchmark::Counter::kIsRate);
+  state.counters["gflops"] = benchmark::Counter(flops * runs * 1e-9, benchmark::Counter::kIsRate);
   state.counters["peak_percent"] =
       benchmark::Counter(flops * runs * 1e-7 / peak, benchmark::Counter::kIsRate);
 }
@@ -149,7 +148,8 @@ void BenchRounding(benchmark::State& state, const Shape& shape, int64_t tokens, 
   WorkerPool pool(workers, 1);
   OnWorker(pool, [&] {
     const RunContext context = On(pool);
-    const auto attempt = engine::FactorDamped(sums->gram, dead, lambda, engine::Condition::kEstimate, context);
+    const auto attempt =
+        engine::FactorDamped(sums->gram, dead, lambda, engine::Condition::kEstimate, context);
     CheckOk(attempt.status());
     const engine::FeedbackColumns u(attempt->factor, nullptr, pool);
     engine::Grid grid = engine::MakeGrid(spec, shape.rows, shape.features, {});
@@ -272,17 +272,18 @@ void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
   Register(absl::StrCat("rounding", layer, tail),
            [=](benchmark::State& state) { BenchRounding(state, shape, tokens, workers); });
   const auto job = [&](const char* name, std::function<Job()> make) {
-    Register(absl::StrCat(name, layer, tail), [=](benchmark::State& state) {
-      BenchJob(state, shape, make, workers);
-    });
+    Register(absl::StrCat(name, layer, tail),
+             [=](benchmark::State& state) { BenchJob(state, shape, make, workers); });
   };
-  job("quantize", [=] { return Job{Spec(engine::Method::kOptq), Sums(n, tokens, Data::kMatched)}; });
-  job("qronos",
-      [=] { return Job{Spec(engine::Method::kQronos), Sums(n, tokens, Data::kMismatched)}; });
+  job("quantize", [=] {
+    return Job{Spec(engine::Method::kOptq), Sums(n, tokens, Data::kMatched)};
+  });
+  job("qronos", [=] {
+    return Job{Spec(engine::Method::kQronos), Sums(n, tokens, Data::kMismatched)};
+  });
   job("shared", [=] {
-    return Job{.spec = Spec(engine::Method::kOptq),
-               .sums = Sums(n, tokens, Data::kMatched),
-               .layers = 3};
+    return Job{
+        .spec = Spec(engine::Method::kOptq), .sums = Sums(n, tokens, Data::kMatched), .layers = 3};
   });
   job("quantize_held_out", [=] {
     return Job{Spec(engine::Method::kOptq), Sums(n, tokens, Data::kMatched),

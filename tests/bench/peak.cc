@@ -36,7 +36,8 @@ double Measure(Kernel kernel, int threads) {
         start.arrive_and_wait();
         const auto from = std::chrono::steady_clock::now();
         const double flops = kernel(kSteps);
-        rate = flops / std::chrono::duration<double>(std::chrono::steady_clock::now() - from).count();
+        rate =
+            flops / std::chrono::duration<double>(std::chrono::steady_clock::now() - from).count();
       });
     }
     double sum = 0;

@@ -208,9 +208,9 @@ TEST(InputTest, Float16SubnormalsCount) {
   SerialExecutor executor;
   const std::vector<uint16_t> bits{0x0001, 0x8003, 0x03ff, 0x0000};
   StatisticsAccumulator sums(2);
-  ASSERT_TRUE(
-      sums.Append({DType::kF16, reinterpret_cast<const std::byte*>(bits.data()), "x"}, 0, 2, executor)
-          .ok());
+  ASSERT_TRUE(sums.Append({DType::kF16, reinterpret_cast<const std::byte*>(bits.data()), "x"}, 0, 2,
+                          executor)
+                  .ok());
   const Statistics found = std::move(sums).Finish(executor);
   EXPECT_EQ(found.gram.at(0, 0), (1 + 1023.0 * 1023) * 0x1p-48);
   EXPECT_EQ(found.gram.at(0, 1), -3 * 0x1p-48);

@@ -25,9 +25,8 @@ FactorAttempt MustFactor(const textbook::Matrix& h, double lambda, Executor* exe
   SerialExecutor serial;
   RunContext context;
   context.executor = executor == nullptr ? &serial : executor;
-  auto attempt =
-      FactorDamped(Panels(h), std::vector<bool>(static_cast<size_t>(h.rows)), lambda,
-                   Condition::kEstimate, context);
+  auto attempt = FactorDamped(Panels(h), std::vector<bool>(static_cast<size_t>(h.rows)), lambda,
+                              Condition::kEstimate, context);
   EXPECT_TRUE(attempt.ok());
   return *std::move(attempt);
 }
@@ -178,7 +177,8 @@ TEST(FactorTest, LeavesDeadFeaturesOut) {
   SerialExecutor serial;
   RunContext context;
   context.executor = &serial;
-  const auto attempt = FactorDamped(Panels(h), {false, true, false}, 0, Condition::kEstimate, context);
+  const auto attempt =
+      FactorDamped(Panels(h), {false, true, false}, 0, Condition::kEstimate, context);
   ASSERT_TRUE(attempt.ok());
   ASSERT_EQ(attempt->cause, StabilityCause::kNone) << attempt->detail;
   EXPECT_EQ(attempt->factor.u.at(0, 1), 0);
@@ -204,8 +204,8 @@ TEST(FactorTest, ChecksTheConditionAsTheEstimateDoes) {
   SerialExecutor serial;
   RunContext context;
   context.executor = &serial;
-  const UpperPanels<double> gram = Panels(
-      textbook::Gram(MakeLayer(60, 40, 1, Inputs::kRankDeficient, 5).x));
+  const UpperPanels<double> gram =
+      Panels(textbook::Gram(MakeLayer(60, 40, 1, Inputs::kRankDeficient, 5).x));
   const std::vector<bool> dead(40);
   int left_out = 0;
   int refused = 0;

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -219,6 +220,120 @@ TEST(QuantizeLayerTest, ReportsEveryPhaseInOrder) {
   ASSERT_TRUE(QuantizeLayer(std::move(problem), context).ok());
   EXPECT_EQ(seen, (std::vector<Phase>{Phase::kReference, Phase::kFactor, Phase::kRound,
                                       Phase::kCertify, Phase::kPack}));
+}
+
+// Every seventh row of a layer's weights.
+testing::RandomLayer SomeRows(const testing::RandomLayer& layer, std::vector<int64_t>& rows) {
+  testing::RandomLayer some = layer;
+  rows.clear();
+  for (int64_t r = 0; r < layer.w.rows; r += 7) rows.push_back(r);
+  some.w = textbook::Matrix(static_cast<int64_t>(rows.size()), layer.w.cols);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    for (int64_t j = 0; j < layer.w.cols; ++j) {
+      some.w(static_cast<int64_t>(i), j) = layer.w(rows[i], j);
+    }
+  }
+  return some;
+}
+
+// Tiles, strips and lanes are nobody's business: a row comes out the same whatever rows are
+// beside it.
+TEST(QuantizeLayerTest, ARowDoesNotDependOnItsNeighbours) {
+  // Enough rows for tiles of several strips.
+  testing::RandomLayer layer = MakeLayer(400, 150, 1300, Inputs::kCorrelated, 17);
+  layer.x_quantized = testing::Disturbed(layer.x, 0.1, 18);
+  for (const Method method : {Method::kOptq, Method::kQronos}) {
+    QuantizationSpec spec;
+    spec.method = method;
+    spec.order = Order::kDecreasingNorm;
+    spec.group_size = 32;
+    spec.damping_rule = DampingRule::kRelativeTrace;
+    spec.damping_value = 0.02;
+    std::vector<int64_t> rows;
+    const auto all = testing::Quantize(layer, spec);
+    const auto some = testing::Quantize(SomeRows(layer, rows), spec);
+    ASSERT_TRUE(all.ok() && some.ok()) << all.status() << some.status();
+    const std::vector<double> weight = testing::TensorValues(*all, "weight");
+    const std::vector<double> part = testing::TensorValues(*some, "weight");
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto r = static_cast<size_t>(rows[i]);
+      for (size_t j = 0; j < 150; ++j) {
+        ASSERT_EQ(part[i * 150 + j], weight[r * 150 + j]) << "row " << r << ", column " << j;
+      }
+      ASSERT_EQ(some->certificate.row_error[i], all->certificate.row_error[r]) << r;
+      ASSERT_EQ(some->certificate.row_bound[i], all->certificate.row_bound[r]) << r;
+    }
+  }
+}
+
+// A ladder runs on a sample of rows: each of its errors is that of a job with just these rows and
+// that lambda.
+TEST(QuantizeLayerTest, LaddersAreRunOnASampleOfRows) {
+  testing::RandomLayer layer = MakeLayer(300, 60, 700, Inputs::kCorrelated, 23);
+  layer.held_x = MakeLayer(80, 60, 1, Inputs::kCorrelated, 24).x;
+  QuantizationSpec spec;
+  spec.damping_rule = DampingRule::kHeldOut;
+  spec.damping_ladder = {0.001, 0.1};
+  const auto ladder = testing::Quantize(layer, spec);
+  ASSERT_TRUE(ladder.ok()) << ladder.status();
+  EXPECT_EQ(ladder->certificate.held_out_rows, 256);
+  ASSERT_EQ(ladder->certificate.ladder.size(), 2u);
+
+  testing::RandomLayer sample = layer;
+  sample.w = textbook::Matrix(256, 60);
+  for (int64_t i = 0; i < 256; ++i) {
+    for (int64_t j = 0; j < 60; ++j) sample.w(i, j) = layer.w(i * 700 / 256, j);
+  }
+  double least = std::numeric_limits<double>::infinity();
+  for (const LadderStep& step : ladder->certificate.ladder) {
+    QuantizationSpec fixed;
+    fixed.damping_rule = DampingRule::kAbsolute;
+    fixed.damping_value = step.lambda;
+    const auto alone = testing::Quantize(sample, fixed);
+    ASSERT_TRUE(alone.ok()) << alone.status();
+    EXPECT_EQ(alone->certificate.held_out_rows, 256);
+    EXPECT_EQ(alone->certificate.held_out_relative_error, step.held_out_relative_error);
+    least = std::min(least, step.held_out_relative_error);
+  }
+  EXPECT_EQ(ladder->certificate.held_out_relative_error, least);
+  // Few rows are all of them.
+  testing::RandomLayer small = layer;
+  small.w = MakeLayer(1, 60, 9, Inputs::kGaussian, 25).w;
+  const auto few = testing::Quantize(small, spec);
+  ASSERT_TRUE(few.ok()) << few.status();
+  EXPECT_EQ(few->certificate.held_out_rows, 9);
+}
+
+// Codes by the quick way in float32 are those of float64, next to ties above all.
+TEST(QuantizeLayerTest, TargetsNextToTiesRoundAsInFloat64) {
+  constexpr int64_t kColumns = 512;
+  for (const float scale : {0.1f, 0.0073f, 3.0f, 1e-30f, 1e-38f, 1e30f}) {
+    testing::RandomLayer layer = MakeLayer(2, kColumns, 1, Inputs::kGaussian, 3);
+    std::vector<float> values(kColumns);
+    for (int64_t j = 0; j < kColumns; ++j) {
+      // Ties and what is a few steps of float32 beside them, inside the grid and around its ends.
+      auto value =
+          static_cast<float>((static_cast<double>(j / 16) - 15.5) * static_cast<double>(scale));
+      for (int64_t step = 0; step < j % 16; ++step) {
+        value = std::nextafter(value, j % 2 == 0 ? INFINITY : -INFINITY);
+      }
+      values[static_cast<size_t>(j)] = value;
+      layer.w(0, j) = value;
+    }
+    QuantizationSpec spec;
+    spec.method = Method::kNearest;
+    spec.bits = 4;
+    spec.grid = ExplicitGrid{{scale}, {}, {}, {}};
+    const auto result = testing::Quantize(layer, spec);
+    ASSERT_TRUE(result.ok()) << result.status();
+    const std::vector<double> weight = testing::TensorValues(*result, "weight");
+    for (size_t j = 0; j < kColumns; ++j) {
+      const double code = std::clamp(
+          std::nearbyint(static_cast<double>(values[j]) / static_cast<double>(scale)), -8.0, 7.0);
+      ASSERT_EQ(weight[j], static_cast<double>(scale * static_cast<float>(code)))
+          << values[j] << " on " << scale;
+    }
+  }
 }
 
 }  // namespace

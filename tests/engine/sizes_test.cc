@@ -200,8 +200,8 @@ void EverySize::CheckCertificate(const Fit& fit, Method method) const {
   c.tokens = layer_.statistics().tokens;
   c.spec = spec_;
   c.spec.method = method;
-  const auto energies =
-      ReferenceEnergies(layer_.statistics(), layer_.reference, nullptr, Phase::kReference, context_);
+  const auto energies = ReferenceEnergies(layer_.statistics(), layer_.reference, nullptr,
+                                          Phase::kReference, context_);
   ASSERT_TRUE(energies.ok());
   c.reference_energy = Sum(*energies);
   ASSERT_TRUE(Certify(c.spec, layer_, fit, context_, c).ok());
@@ -269,9 +269,14 @@ TEST_P(EverySize, HoldsFromTokensToCertificate) {
   }
   SCOPED_TRACE("Qronos");
   spec_.method = Method::kQronos;
-  const MethodInput input{spec_,        layer_.statistics(), layer_.dead,
-                          layer_.order, layer_.reference,    layer_.weights(),
-                          &*layer_.initial, seconds_};
+  const MethodInput input{spec_,
+                          layer_.statistics(),
+                          layer_.dead,
+                          layer_.order,
+                          layer_.reference,
+                          layer_.weights(),
+                          &*layer_.initial,
+                          seconds_};
   absl::StatusOr<MethodOutput> output =
       Qronos(input, *fit->damping->factor, lambda, fit->grid, context_);
   ASSERT_TRUE(output.ok()) << output.status();

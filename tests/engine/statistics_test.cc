@@ -33,9 +33,18 @@ void ExpectMatchesTruth(const textbook::Matrix& x, const Statistics& sums) {
   }
 }
 
+bool BitIdentical(const Statistics& a, const Statistics& b) {
+  for (int64_t i = 0; i < a.features(); ++i) {
+    for (int64_t j = i; j < a.features(); ++j) {
+      if (a.gram.at(i, j) != b.gram.at(i, j)) return false;
+    }
+  }
+  return a.tokens == b.tokens;
+}
+
 TEST(StatisticsTest, MatchesTextbookAtOddShapes) {
   for (const int64_t features : {1, 2, 7, 31, 32, 33, 127, 128, 129, 200}) {
-    for (const int64_t tokens : {1, 15, 16, 17, 255, 256, 257, 600}) {
+    for (const int64_t tokens : {1, 7, 8, 9, 31, 33, 129, 255, 257, 511, 512, 513, 600}) {
       const auto x = MakeLayer(tokens, features, 1, Inputs::kGaussian, 7).x;
       ExpectMatchesTruth(x, Accumulate(x));
     }
@@ -59,6 +68,39 @@ TEST(StatisticsTest, KeepsSmallTokensBesideAMassiveOne) {
   ExpectMatchesTruth(x, Accumulate(x));
 }
 
+// Equal tokens round the same way every time: nothing averages out.
+TEST(StatisticsTest, EqualTokensStayWithinThePromise) {
+  for (const double value : {0.1, 0.7, 1.9}) {
+    textbook::Matrix x(2048, 40);
+    for (int64_t t = 0; t < x.rows; ++t) {
+      for (int64_t j = 0; j < x.cols; ++j) {
+        x(t, j) = static_cast<float>(value * (1 + 0.01 * static_cast<double>(j)));
+      }
+    }
+    ExpectMatchesTruth(x, Accumulate(x));
+  }
+}
+
+TEST(StatisticsTest, SumsAndOrdersAreExact) {
+  const textbook::Matrix a = MakeLayer(70, 150, 1, Inputs::kGaussian, 21).x;
+  const textbook::Matrix b = MakeLayer(90, 150, 1, Inputs::kCorrelated, 22).x;
+  testing::ContraryExecutor executor;
+  const Statistics sum = Sum(Accumulate(a), Accumulate(b), executor);
+  Statistics merged = Accumulate(a);
+  Merge(Accumulate(b), merged);
+  EXPECT_TRUE(BitIdentical(sum, merged));
+  std::vector<int64_t> order(150);
+  for (int64_t i = 0; i < 150; ++i) order[static_cast<size_t>(i)] = i * 7 % 150;
+  const Statistics permuted = Permute(sum, order, executor);
+  for (int64_t i = 0; i < 150; ++i) {
+    for (int64_t j = i; j < 150; ++j) {
+      const int64_t p = order[static_cast<size_t>(i)];
+      const int64_t q = order[static_cast<size_t>(j)];
+      ASSERT_EQ(permuted.gram.at(i, j), sum.gram.at(std::min(p, q), std::max(p, q)));
+    }
+  }
+}
+
 TEST(StatisticsTest, SquaresBeyondFloat32AreExactEnough) {
   textbook::Matrix x = MakeLayer(300, 6, 1, Inputs::kGaussian, 3).x;
   const double magnitude[] = {0x1p120, 0x1p-120, 1, 0x1p60, 0x1p-70, 0x1p-149};
@@ -68,15 +110,6 @@ TEST(StatisticsTest, SquaresBeyondFloat32AreExactEnough) {
     }
   }
   ExpectMatchesTruth(x, Accumulate(x));
-}
-
-bool BitIdentical(const Statistics& a, const Statistics& b) {
-  for (int64_t i = 0; i < a.features(); ++i) {
-    for (int64_t j = i; j < a.features(); ++j) {
-      if (a.gram.at(i, j) != b.gram.at(i, j)) return false;
-    }
-  }
-  return a.tokens == b.tokens;
 }
 
 TEST(StatisticsTest, DependsOnNeitherChunksNorThreads) {
