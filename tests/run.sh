@@ -159,7 +159,7 @@ stage_e2e() {
     return
   fi
   "$python" -m pytest -p no:cacheprovider --quiet --color=no -ra \
-    --junitxml="$results/e2e.xml" tests/arrows_test.py tests/e2e || status=$?
+    --junitxml="$results/e2e.xml" tests/arrows_test.py tests/bench/bench_scripts_test.py tests/e2e || status=$?
   record "e2e: pytest" "$status" "$results/e2e.xml"
 }
 

@@ -69,8 +69,7 @@ void DecideDamping(const LayerProblem& problem, ResolvedSpec& spec, LayerCertifi
   spec.damping_value = kQronosSigma;
   certificate.warnings.push_back(
       "no damping was given and no tokens were held out: Qronos used lambda = 1e-6 sigma_max, "
-      "which "
-      "fits the calibration tokens and may be worse than plain rounding on others; set "
+      "which fits the calibration tokens and may be worse than plain rounding on others; set "
       "held_out_fraction, or a larger damping");
 }
 
@@ -232,7 +231,8 @@ absl::Status CompareNearest(const ResolvedSpec& spec, const WorkingLayer& layer,
   const std::vector<double> norms(layer.dead.size());
   const NearestRounded rounded =
       RoundAlone(nearest, layer.order, fit.grid, norms, layer.weights(), context);
-  const auto errors = SquaredErrors(layer.statistics(), layer.reference, rounded.change, nullptr,
+  const auto errors = SquaredErrors(layer.statistics(), layer.reference, rounded.change,
+                                    layer.initial.has_value() ? &*layer.initial : nullptr,
                                     Phase::kReference, context);
   if (!errors.ok()) return errors.status();
   certificate.nearest_relative_error = RelativeError(Sum(*errors), certificate.reference_energy);
@@ -297,10 +297,11 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   if (!fit.ok()) return fit.status();
   const auto n = static_cast<double>(certificate.features);
   certificate.factor_flops += FactorFlops(*fit, certificate.features);
-  certificate.round_flops = fit->damping->factor.has_value()
-                                ? static_cast<double>(certificate.rows) * n * n *
-                                      static_cast<double>(certificate.ladder.size() + 1)
-                                : 0;
+  if (fit->damping->factor.has_value()) {
+    const auto sampled = static_cast<double>(certificate.ladder.size()) *
+                         static_cast<double>(certificate.held_out_rows);
+    certificate.round_flops = (static_cast<double>(certificate.rows) + sampled) * n * n;
+  }
 
   if (spec.compare_nearest) {
     absl::Status compared = CompareNearest(spec, layer, *fit, context, certificate);

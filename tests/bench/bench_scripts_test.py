@@ -60,14 +60,15 @@ def test_medians_are_of_all_rounds_and_counters_are_added_first() -> None:
 
 def test_three_layers_are_set_against_one_factor_and_their_rounding() -> None:
     (ratio,) = against_itself(samples_of(shared=[6.0], quantize=[4.0]), SHAPE, 2)
-    assert (ratio.above_ms, ratio.below_ms) == (6, 3 + 2)
-    assert ratio.verdict == "not met"
+    assert (ratio.above_ms, ratio.below_ms) == (3 + 2, 3 + 3 * 2)
+    assert ratio.verdict == "met"
 
 
 def test_a_ladder_is_set_against_one_damping() -> None:
-    (ratio,) = against_itself(samples_of(ladder=[5.0], quantize_held_out=[2.0]), SHAPE, 2)
-    assert ratio.value == 2.5
-    assert ratio.verdict == "met"
+    made = samples_of(ladder=[5.0], quantize_held_out=[2.0], quantize=[1.0])
+    unseen, plain = against_itself(made, SHAPE, 2)
+    assert (unseen.value, unseen.verdict) == (2.5, "met")
+    assert (plain.value, plain.verdict) == (5, "not met")
 
 
 def test_table_aligns_its_first_column_to_the_left() -> None:

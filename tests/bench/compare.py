@@ -34,7 +34,7 @@ TURNS = {
     "optq": (("factor", "rounding", "quantize"), True),
     "qronos": (("qronos",), False),
     "shared": (("shared", "quantize"), False),
-    "ladder": (("ladder", "quantize_held_out"), False),
+    "ladder": (("ladder", "quantize_held_out", "quantize"), False),
     "workers": (("quantize",), True),
 }
 
@@ -153,14 +153,16 @@ def against_peers(samples: Samples, shape: Shape, threads: int) -> Iterator[Rati
 def against_itself(samples: Samples, shape: Shape, threads: int) -> Iterator[Ratio]:
     if samples.has(shape, "shared", "quantize", workers=threads):
         # Of one layer that shares with nobody: a factor made three times would not hide here.
-        factor = samples.counter("quantize", shape, threads, "factor_ms")
-        parts = factor + samples.counter("shared", shape, threads, "round_ms")
-        wall = samples.ms("shared", shape, threads)
-        below = "one factor + rounding"
-        yield Ratio("shared", shape, "three layers", wall, below, parts, 1.1, False)
-    if samples.has(shape, "ladder", workers=threads):
+        alone = samples.counter("quantize", shape, threads, "factor_ms")
+        alone += 3 * samples.counter("quantize", shape, threads, "round_ms")
+        three = samples.counter("shared", shape, threads, "factor_ms", "round_ms")
+        below = "one factor + 3 roundings"
+        yield Ratio("shared", shape, "three layers", three, below, alone, 1.1, False)
+    if samples.has(shape, "ladder", "quantize", workers=threads):
         above = samples.ms("ladder", shape, threads)
         below = samples.ms("quantize_held_out", shape, threads)
+        yield Ratio("ladder", shape, "six dampings", above, "one, on unseen too", below, 2.5, False)
+        below = samples.ms("quantize", shape, threads)
         yield Ratio("ladder", shape, "six dampings", above, "one", below, 2.5, False)
     if threads > 1 and samples.has(shape, "quantize", workers=1):
         above = samples.ms("quantize", shape, 1)
