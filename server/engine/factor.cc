@@ -235,12 +235,12 @@ double OneNorm(const UpperPanels<double>& gram, double lambda, Executor& executo
 
 // a . b
 double Dot(const double* a, const double* b, int64_t count) {
-  constexpr int kChains = 4;
+  constexpr int64_t kChains = 4;
   Vector<double> sums[kChains] = {};
   constexpr int64_t kStep = kChains * kLanes<double>;
   int64_t j = 0;
   for (; j + kStep <= count; j += kStep) {
-    for (int chain = 0; chain < kChains; ++chain) {
+    for (int64_t chain = 0; chain < kChains; ++chain) {
       const int64_t at = j + chain * kLanes<double>;
       sums[chain] += LoadVector(a + at) * LoadVector(b + at);
     }

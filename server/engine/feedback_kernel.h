@@ -37,14 +37,14 @@ inline const float* FeedbackRow(const FeedbackColumns& u, int64_t b, int64_t g, 
 }
 
 inline void LoadAccumulator(const float* from, Accumulator<float>& sum) {
-  for (int r = 0; r < kMicroRows; ++r) {
+  for (int64_t r = 0; r < kMicroRows; ++r) {
     sum.row[r][0] = LoadVector(from + r * kStrip<float>);
     sum.row[r][1] = LoadVector(from + r * kStrip<float> + kLanes<float>);
   }
 }
 
 inline void StoreAccumulator(const Accumulator<float>& sum, float* to) {
-  for (int r = 0; r < kMicroRows; ++r) {
+  for (int64_t r = 0; r < kMicroRows; ++r) {
     StoreVector(to + r * kStrip<float>, sum.row[r][0]);
     StoreVector(to + r * kStrip<float> + kLanes<float>, sum.row[r][1]);
   }

@@ -62,7 +62,7 @@ __attribute__((noinline)) void AddSpan(const float* a, const float* b, MicroSums
       span[r][1] = begin == 0 ? chain[r][1] : span[r][1] + chain[r][1];
     }
   }
-  for (int r = 0; r < kMicroRows; ++r) {
+  for (int64_t r = 0; r < kMicroRows; ++r) {
     float* to = sums.value + r * kStrip<float>;
     StoreVector(to, LoadVector(to) + span[r][0]);
     StoreVector(to + kLanes<float>, LoadVector(to + kLanes<float>) + span[r][1]);

@@ -3,16 +3,23 @@
 #include <benchmark/benchmark.h>
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <cstdio>
+#include <cstdlib>
+#include <exception>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "engine/damping.h"
 #include "engine/factor.h"
 #include "engine/grid.h"
@@ -37,7 +44,7 @@ constexpr uint64_t kSeed = 1;
 void CheckOk(const absl::Status& status) {
   if (status.ok()) return;
   std::fprintf(stderr, "engine_bench: %s\n", status.ToString().c_str());
-  std::exit(1);
+  std::abort();
 }
 
 // Runs on a worker, as jobs do: the pool then has as many threads as it has workers.
@@ -233,24 +240,19 @@ void BenchJob(benchmark::State& state, const Shape& shape, const std::function<J
   });
 }
 
-std::vector<Shape> ParseShapes(const std::vector<std::string>& texts) {
-  std::vector<Shape> shapes;
-  for (const std::string& text : texts) {
-    Shape shape;
-    char rest = 0;
-    long long rows = 0;
-    long long features = 0;
-    if (std::sscanf(text.c_str(), "%lldx%lld%c", &rows, &features, &rest) != 2 || rows < 1 ||
-        features < 1) {
-      std::fprintf(stderr, "engine_bench: --shapes: expected ROWSxFEATURES, got %s\n",
-                   text.c_str());
-      std::exit(2);
-    }
-    shape.rows = rows;
-    shape.features = features;
-    shapes.push_back(shape);
+std::optional<Shape> ParseShape(const std::string& text) {
+  int64_t sides[2] = {};
+  const std::vector<std::string> parts = absl::StrSplit(text, 'x');
+  if (parts.size() != std::size(sides)) return std::nullopt;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (!absl::SimpleAtoi(parts[i], &sides[i]) || sides[i] < 1) return std::nullopt;
   }
-  return shapes;
+  return Shape{sides[0], sides[1]};
+}
+
+// For CLI11: what is wrong with a shape, or nothing.
+std::string ShapeFault(const std::string& text) {
+  return ParseShape(text).has_value() ? "" : absl::StrCat("expected ROWSxFEATURES, got ", text);
 }
 
 void Register(const std::string& name, std::function<void(benchmark::State&)> body) {
@@ -271,7 +273,7 @@ void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
            [=](benchmark::State& state) { BenchFactor(state, n, tokens, workers); });
   Register(absl::StrCat("rounding", layer, tail),
            [=](benchmark::State& state) { BenchRounding(state, shape, tokens, workers); });
-  const auto job = [&](const char* name, std::function<Job()> make) {
+  const auto job = [&](const char* name, const std::function<Job()>& make) {
     Register(absl::StrCat(name, layer, tail),
              [=](benchmark::State& state) { BenchJob(state, shape, make, workers); });
   };
@@ -304,7 +306,9 @@ int Main(int argc, char** argv) {
   std::vector<std::string> shapes{"4096x4096"};
   std::vector<int> workers{1, 2};
   int64_t tokens = 4096;
-  app.add_option("--shapes", shapes, "ROWSxFEATURES, comma-separated")->delimiter(',');
+  app.add_option("--shapes", shapes, "ROWSxFEATURES, comma-separated")
+      ->delimiter(',')
+      ->check(ShapeFault);
   app.add_option("--workers", workers, "threads, comma-separated")
       ->delimiter(',')
       ->check(CLI::PositiveNumber);
@@ -317,7 +321,7 @@ int Main(int argc, char** argv) {
              [=](benchmark::State& state) { BenchPeak(state, PeakFloat, count); });
     Register(absl::StrCat("peak_f64/workers:", count),
              [=](benchmark::State& state) { BenchPeak(state, PeakDouble, count); });
-    for (const Shape& shape : ParseShapes(shapes)) RegisterShape(shape, tokens, count);
+    for (const std::string& text : shapes) RegisterShape(*ParseShape(text), tokens, count);
   }
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
@@ -327,4 +331,11 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace certiq::bench
 
-int main(int argc, char** argv) { return certiq::bench::Main(argc, argv); }
+int main(int argc, char** argv) {
+  try {
+    return certiq::bench::Main(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "engine_bench: %s\n", error.what());
+    return 1;
+  }
+}

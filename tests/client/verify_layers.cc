@@ -133,6 +133,7 @@ v1::Certificate ToProto(const engine::LayerCertificate& from) {
   set(from.bits_needed, [&](int32_t v) { to.set_bits_needed(v); });
   to.set_dead_features(from.dead_features);
   to.set_held_out_tokens(from.held_out_tokens);
+  to.set_held_out_rows(from.held_out_rows);
   set(from.held_out_relative_error, [&](double v) { to.set_held_out_relative_error(v); });
   for (const engine::LadderStep& step : from.ladder) {
     v1::LadderStep* const added = to.add_ladder();

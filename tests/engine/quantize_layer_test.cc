@@ -312,8 +312,9 @@ TEST(QuantizeLayerTest, TargetsNextToTiesRoundAsInFloat64) {
     std::vector<float> values(kColumns);
     for (int64_t j = 0; j < kColumns; ++j) {
       // Ties and what is a few steps of float32 beside them, inside the grid and around its ends.
+      const int64_t tie = j / 16;
       auto value =
-          static_cast<float>((static_cast<double>(j / 16) - 15.5) * static_cast<double>(scale));
+          static_cast<float>((static_cast<double>(tie) - 15.5) * static_cast<double>(scale));
       for (int64_t step = 0; step < j % 16; ++step) {
         value = std::nextafter(value, j % 2 == 0 ? INFINITY : -INFINITY);
       }

@@ -94,7 +94,8 @@ TEST(QuantizeTest, PhasesComeInOrder) {
   ASSERT_GE(phases.size(), 6);
   EXPECT_EQ(phases[0], v1::PHASE_RECEIVE);
   EXPECT_EQ(phases[1], v1::PHASE_QUEUE);
-  EXPECT_EQ(phases[2], v1::PHASE_FACTOR);
+  EXPECT_EQ(phases[2], v1::PHASE_REFERENCE);
+  EXPECT_EQ(phases[3], v1::PHASE_FACTOR);
   EXPECT_EQ(phases.back(), v1::PHASE_PACK);
 }
 
