@@ -10,11 +10,12 @@ namespace certiq::engine {
 namespace {
 
 // The exponent that brings the largest diagonal entry, and with it by Cauchy-
-// Schwarz every entry, to at most one.
+// Schwarz every entry, to at most one. 0 where there is none: sums that are not finite have forms
+// that are not.
 int Exponent(const UpperPanels<double>& s) {
   double largest = 0;
   for (int64_t i = 0; i < s.size(); ++i) largest = std::max(largest, std::abs(s.at(i, i)));
-  return largest > 0 ? std::ilogb(largest) + 1 : 0;
+  return largest > 0 && std::isfinite(largest) ? std::ilogb(largest) + 1 : 0;
 }
 
 // A slice of panel p of S as PackedBlock wants it. The diagonal once, what is right of it twice,

@@ -74,8 +74,8 @@ struct TokenRows {
 // Not thread-safe.
 class StatisticsAccumulator {
  public:
-  // A fold reads and writes all sums. At 2 x 0.5 TF (float32, AVX-512) 256 rows a fold would ask
-  // for 15 GB/s of memory, 512 for half of that.
+  // A fold reads and writes all sums. At 0.5 TF/s (two threads with AVX-512) 256 rows a fold would
+  // ask for 15 GB/s of memory, 512 for half of that.
   static constexpr int64_t kBlockRows = 512;
 
   // REQUIRES: features >= 1. `mismatched`: rows come in pairs of X and X~.
