@@ -184,3 +184,15 @@ def test_a_client_that_was_closed(server: Server) -> None:
             await client.get_job("x")
 
     asyncio.run(main())
+
+
+def test_the_blocking_client_within_a_loop(server: Server) -> None:
+    """As in a notebook."""
+
+    async def main() -> None:
+        with certiq.Client(server.address) as client:
+            assert client.quantize(weight(), weight(100)).shape == (16, 32)
+            job = next(client.jobs(), None)
+            assert job is None or [seen.id for seen in job.watch()]
+
+    asyncio.run(main())

@@ -1,8 +1,13 @@
 """What exceptions carry."""
 
+import os
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import certiq
 import grpc
@@ -10,9 +15,10 @@ import numpy as np
 import pytest
 from certiq import errors
 from certiq.progress import Event, Retrying
+from conftest import StartServer
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
-from programs import Server
+from programs import Server, wait_until
 from work import small, weight
 
 W, X = weight(), weight(100)
@@ -188,3 +194,39 @@ def test_rows_that_cannot_be_read(client: certiq.Client, monkeypatch: pytest.Mon
         client.quantize(W, X)
     with pytest.raises(DeviceError):
         client.submit(W, calibration=calibration)
+
+
+INTERRUPTED = """
+import sys, certiq, numpy as np
+from work import submit_big
+client = certiq.Client(sys.argv[1])
+job = submit_big(client)
+print(job.id, flush=True)
+try:
+    job.result()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c(start_server: StartServer) -> None:
+    """Ends the wait at once; the job goes on."""
+    server = start_server("--workers", "1")
+    here = Path(__file__).parent
+    folders = os.pathsep.join([str(here), str(here.parents[1] / "e2e")])
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, server.address],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": folders},
+    ) as process:
+        assert process.stdout is not None
+        job_id = process.stdout.readline().strip()
+        with certiq.Client(server.address) as client:
+            job = client.get_job(job_id)
+            wait_until(lambda: job.refresh().state == "running", "the job runs")
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "interrupted\n"
+            assert process.wait() == 0
+            assert not job.done()
+            job.cancel()

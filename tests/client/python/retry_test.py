@@ -84,9 +84,11 @@ def test_a_full_queue_is_waited_for(start_server: StartServer) -> None:
     W, X = weight(), weight(300)
     with certiq.Client(server.address) as client, busy(client) as running:
         queued = client.submit(W, calibration=small(client))
-        with certiq.Client(server.address, retry=certiq.Retry(max_attempts=1)) as impatient:
-            with pytest.raises(certiq.ResourceExhausted) as refused:
-                impatient.quantize(W, X)
+        with (
+            certiq.Client(server.address, retry=certiq.Retry(max_attempts=1)) as impatient,
+            pytest.raises(certiq.ResourceExhausted) as refused,
+        ):
+            impatient.quantize(W, X)
         asked = refused.value.retry_delay
         assert asked is not None
         assert asked > 0
