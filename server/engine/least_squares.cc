@@ -26,6 +26,23 @@ AlignedVector<T> BlockProducts(const PackedBlock<T>& block, const T* x, int64_t 
   return products;
 }
 
+// The diagonal block of SolveUpper for one strip x [rows][kWidth], in place: a micro-group of rows
+// hears of those after it at once, and then its own, last to first.
+void SolveDiagonal(const double* diagonal, int64_t rows, double* x) {
+  for (int64_t first = (rows - 1) / kMicroRows * kMicroRows; first >= 0; first -= kMicroRows) {
+    const int64_t end = std::min(rows, first + kMicroRows);
+    const double* block = diagonal + first * kPanelRows;
+    MultiplyIntoStrip(end - first, rows - end, block + end, int64_t{1}, kPanelRows,
+                      x + end * kWidth, x + first * kWidth);
+    for (int64_t j = end - 1; j > first; --j) {
+      for (int64_t i = first; i < j; ++i) {
+        const double scalar = diagonal[i * kPanelRows + j];
+        for (int64_t c = 0; c < kWidth; ++c) x[i * kWidth + c] += scalar * x[j * kWidth + c];
+      }
+    }
+  }
+}
+
 // U a = y in place for every row, last feature first. Fails only by cancellation.
 absl::Status SolveUpper(const UpperPanels<double>& u, BasicStripMatrix<double>& x,
                         const RunContext& context) {
@@ -43,11 +60,11 @@ absl::Status SolveUpper(const UpperPanels<double>& u, BasicStripMatrix<double>& 
         }
       }
     });
-    // Columns of the diagonal block.
-    std::vector<double> diagonal(static_cast<size_t>(kPanelRows * kPanelRows));
+    // The diagonal block, negative, zeros on and below its diagonal and beyond its last row.
+    AlignedVector<double> diagonal(static_cast<size_t>(kPanelRows * kPanelRows));
     for (int64_t i = 0; i < u.rows(p); ++i) {
       for (int64_t j = i + 1; j < u.rows(p); ++j) {
-        diagonal[static_cast<size_t>(j * kPanelRows + i)] = u.row(u.begin(p) + i)[j - i];
+        diagonal[static_cast<size_t>(i * kPanelRows + j)] = -u.row(u.begin(p) + i)[j - i];
       }
     }
     ForTiles(x.strips(), *context.executor, [&](int64_t first, int64_t last) {
@@ -58,14 +75,7 @@ absl::Status SolveUpper(const UpperPanels<double>& u, BasicStripMatrix<double>& 
         const double* product = products.data() + (s - first) * kPanelRows * kWidth;
         double* x_p = strip + u.begin(p) * kWidth;
         for (int64_t i = 0; i < u.rows(p) * kWidth; ++i) x_p[i] -= product[i];
-        // A feature that is done tells those before it: sums that do not wait for one another.
-        for (int64_t j = u.rows(p) - 1; j > 0; --j) {
-          const double* from = x_p + j * kWidth;
-          for (int64_t i = 0; i < j; ++i) {
-            const double scalar = diagonal[static_cast<size_t>(j * kPanelRows + i)];
-            for (int64_t c = 0; c < kWidth; ++c) x_p[i * kWidth + c] -= scalar * from[c];
-          }
-        }
+        SolveDiagonal(diagonal.data(), u.rows(p), x_p);
       }
     });
   }
