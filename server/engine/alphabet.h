@@ -37,8 +37,8 @@ absl::Status AddLeastSquares(const FeedbackColumns& u, const StripMatrix& offset
 //   nearest     m_j = sum_k (delta_k / 2) |(U^-1)_kj|, always;
 //   stochastic  m_j = sqrt(2 ln(2 R N / eps) sum_k delta_k^2 (U^-1)_kj^2 / 4), with probability
 //               1 - eps, eps the spec's failure probability, for all weights at once.
-// `start` is what targets are without any e: W, or for Qronos AddLeastSquares' result; empty `sums`: no feedback, m = 0. Empty where
-// the number passes 31. Costs R N groups multiply-adds.
+// `start` is what targets are without any e: W, or for Qronos AddLeastSquares' result; empty
+// `sums`: no feedback, m = 0. Empty where the number passes 31. Costs R N groups multiply-adds.
 std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
                                   const std::vector<double>& sums, const StripMatrix& start,
                                   const RunContext& context);

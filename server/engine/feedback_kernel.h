@@ -82,8 +82,8 @@ inline void HearBlock(const FeedbackColumns& u, int64_t b, int64_t k0, int64_t k
 }
 
 // A strip of rows x of X U = B, B given in place: x_j = b_j - sum_{k < j} x_k U_kj, the same
-// products that the sweep makes. Blocks pass in order; of each: Begin, Hear what is before it, slice
-// by slice, Solve.
+// products that the sweep makes. Blocks pass in order; of each: Begin, Hear what is before it,
+// slice by slice, Solve.
 class RowsOverU {
  public:
   // `x` [features][kStrip] outlives the object. Nothing before `first_block` differs from zero.

@@ -217,8 +217,7 @@ absl::StatusOr<LeastSquares> SolveTogether(const Statistics& statistics, const S
                                            const Factor& factor, const RunContext& context) {
   const int64_t n = weights.features();
   LeastSquares result;
-  auto unchanged =
-      QuadraticForms(statistics.mismatch->residual, weights, Phase::kRound, context);
+  auto unchanged = QuadraticForms(statistics.mismatch->residual, weights, Phase::kRound, context);
   if (!unchanged.ok()) return unchanged.status();
   result.unchanged = *std::move(unchanged);
   {
@@ -246,9 +245,8 @@ absl::StatusOr<LeastSquares> SolveTogether(const Statistics& statistics, const S
   }
   if (inexact.empty()) return result;
 
-  auto initial =
-      ComputeInitialError(statistics, Widen(SelectRows(weights, inexact), *context.executor),
-                          Phase::kRound, context);
+  auto initial = ComputeInitialError(
+      statistics, Widen(SelectRows(weights, inexact), *context.executor), Phase::kRound, context);
   if (!initial.ok()) return initial.status();
   const auto exact = SolveRowByRow(*std::move(initial), factor, context);
   if (!exact.ok()) return exact.status();

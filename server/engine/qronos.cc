@@ -72,8 +72,7 @@ absl::StatusOr<MethodOutput> Qronos(const MethodInput& input, const Factor& fact
     const double eps = std::max(half, std::abs(v1 - q1)) + 0x1p-22f * std::abs(v1);
     output->damped.push_back(initial + output->rounding[at]);
     output->initial.push_back(std::sqrt(initial));
-    output->bound[at] =
-        kOutward * std::sqrt(prior) + std::sqrt(output->bound[at] + d1 * eps * eps);
+    output->bound[at] = kOutward * std::sqrt(prior) + std::sqrt(output->bound[at] + d1 * eps * eps);
     terms.qronos += prior;
     terms.optq += solved->unchanged[at];
     terms.floor += solved->floor[at];

@@ -66,8 +66,8 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
       }
     }
     if (!dynamic) {
-      output.bits_needed = BitsNeeded(input.spec, grid, moves,
-                                      offsets != nullptr ? start : weights, context);
+      output.bits_needed =
+          BitsNeeded(input.spec, grid, moves, offsets != nullptr ? start : weights, context);
       start = StripMatrix();
     }
   }
