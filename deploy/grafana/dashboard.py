@@ -22,7 +22,7 @@ from grafana_foundation_sdk.models.dashboard import (
 HERE = 'job=~"$job",instance=~"$instance"'
 STEP = "$__rate_interval"
 # λ used / λ asked is 1; Prometheus 3 writes bounds as floats.
-AS_ASKED = 'le=~"1|1.0"'
+AS_ASKED = 'le=~"1|1[.]0"'
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ Buckets RelativeErrorBuckets() {
 }
 // A bound holds, so the ratio is at most 1.
 Buckets TightnessBuckets() { return {0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1}; }
-Buckets LambdaRatioBuckets() { return {1, 10, 100, 1e3, 1e4, 1e6, 1e9}; }
+// Between the powers of ten that lambda is raised by: a bound there is met by rounding or not.
+Buckets LambdaRatioBuckets() { return {1, 3, 30, 300, 3e3, 3e4, 3e6, 3e9}; }
 
 }  // namespace
 
