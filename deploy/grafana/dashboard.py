@@ -20,6 +20,7 @@ from grafana_foundation_sdk.models.dashboard import (
 )
 
 HERE = 'job=~"$job",instance=~"$instance"'
+SUCCEEDED = 'outcome="succeeded"'
 STEP = "$__rate_interval"
 # λ used / λ asked is 1; Prometheus 3 writes bounds as floats.
 AS_ASKED = 'le=~"1|1[.]0"'
@@ -51,14 +52,18 @@ def rate(family: str, labels: str = "") -> str:
     return f"rate({family}{{{HERE}{',' + labels if labels else ''}}}[{STEP}])"
 
 
-def quantiles(family: str, by: str, labels: str = "") -> tuple[Query, ...]:
+def quantiles(
+    family: str, by: str, labels: str = "", levels: tuple[float, ...] = (0.5, 0.9)
+) -> tuple[Query, ...]:
+    """What has no observations has no quantile: NaN is not drawn, nor named in the legend."""
     names = " ".join(f"{{{{{label.strip()}}}}}" for label in by.split(",")[:-1])
+    buckets = f"sum by ({by}) ({rate(family + '_bucket', labels)})"
     return tuple(
         Query(
-            f"histogram_quantile({q}, sum by ({by}) ({rate(family + '_bucket', labels)}))",
-            f"{names} p{round(q * 100)}",
+            f"histogram_quantile({level}, {buckets}) >= 0",
+            f"{names} p{round(level * 100)}".strip(),
         )
-        for q in (0.5, 0.9, 0.99)
+        for level in levels
     )
 
 
@@ -111,7 +116,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             one(
                 "Weights quantized",
                 "short",
-                f"sum by (method, bits) ({rate('certiq_weights_quantized_total')})",
+                f"sum by (method, bits) ({rate('certiq_weights_quantized_total')}) > 0",
                 "{{method}} {{bits}} bits",
                 "Weights a second, of layers that ended.",
             ),
@@ -179,7 +184,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Jobs, from queued to ended",
                 "s",
-                quantiles("certiq_job_duration_seconds", "method, le", 'outcome!="cancelled"'),
+                quantiles(
+                    "certiq_job_duration_seconds",
+                    "method, le",
+                    'outcome!="cancelled"',
+                    levels=(0.5, 0.95, 0.99),
+                ),
             ),
             Panel(
                 "Where a job's time goes (mean)",
@@ -199,7 +209,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (
                     Query(
                         "histogram_quantile(0.95, sum by (grpc_method, le)"
-                        f" ({rate('grpc_server_handling_seconds_bucket')}))",
+                        f" ({rate('grpc_server_handling_seconds_bucket')})) >= 0",
                         "{{grpc_method}}",
                     ),
                 ),
@@ -262,21 +272,26 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 "λ used / λ asked",
-                "none",
+                "short",
+                quantiles("certiq_lambda_ratio", "le", levels=(0.5, 0.9, 0.99)),
+                "1 where the first attempt was accepted.",
+            ),
+            Panel(
+                "Layers without the λ asked for",
+                "percentunit",
                 (
-                    *quantiles("certiq_lambda_ratio", "le"),
                     Query(
                         f"1 - sum({rate('certiq_lambda_ratio_bucket', AS_ASKED)})"
                         f" / sum({rate('certiq_lambda_ratio_count')})",
-                        "share of layers that needed more",
+                        "quantized with a larger one",
+                    ),
+                    Query(
+                        f"sum({rate('certiq_lambda_fallbacks_total')})"
+                        f" / sum({rate('certiq_jobs_total', SUCCEEDED)})",
+                        "rounded to nearest",
                     ),
                 ),
-            ),
-            one(
-                "Rounded to nearest instead",
-                "cps",
-                f"sum by (method) ({rate('certiq_lambda_fallbacks_total')})",
-                "{{method}}",
+                "Every attempt failed and the spec said so: rounded to nearest.",
             ),
             one(
                 "Factors shared",

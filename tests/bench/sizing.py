@@ -1,6 +1,7 @@
 """What a layer costs a server, beside the formulas of deploy/README.md: memory and CPU seconds.
 
-CPU seconds rather than wall clock: they hardly depend on what else the machine does.
+CPU seconds rather than wall clock: they depend less on what else the machine does. Where cores and
+caches are shared they are still more than on an idle machine.
 """
 
 import argparse
@@ -9,6 +10,9 @@ import json
 import os
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Servers, metrics, frames.
@@ -32,14 +36,40 @@ def cpu_seconds(server: Server) -> float:
 
 
 def formula_bytes(rows: int, features: int) -> int:
-    """What a matched OPTQ layer of one scale a row reserves at its peak (deploy/README.md)."""
-    return 12 * features**2 + 9 * rows * features
+    """What a Quantize call of default settings reserves (deploy/README.md)."""
+    messages = 3 * min(16 * MIB, 4 * rows * features)
+    return 10 * features**2 + 9 * rows * features + 5 * 1024 * features + MIB + messages
+
+
+def formula_seconds(rows: int, features: int) -> float:
+    """Of one worker, on the machine of README.md when it is idle (deploy/README.md)."""
+    n = features
+    return TOKENS * n**2 / 180e9 + n**3 / 250e9 + rows * n**2 / 64e9
 
 
 def layer_of(rows: int, features: int, tokens: int) -> Layer:
     random = np.random.default_rng(1)
     W = random.standard_normal((rows, features), dtype=np.float32)
     return Layer(W, random.standard_normal((tokens, features), dtype=np.float32))
+
+
+@contextmanager
+def reserved(server: Server) -> Iterator[list[float]]:
+    """Samples of what the server has reserved meanwhile."""
+    samples: list[float] = []
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.02):
+            samples.append(server.metrics().sum("certiq_memory_reserved_bytes"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
 
 
 def run(server: Server, layer: Layer, chunk_bytes: int) -> float:
@@ -57,24 +87,21 @@ def measure(rows: int, features: int, program: Path) -> dict[str, float]:
         try:
             idle = server.memory_bytes()
             layer = layer_of(rows, features, TOKENS)
-            took = run(server, layer, 4 * MIB)
+            with reserved(server) as samples:
+                took = run(server, layer, 4 * MIB)
             peak = server.memory_bytes("VmHWM") - idle
-            # Four times the tokens: the difference is what tokens cost.
-            layer.X = np.concatenate([layer.X] * 4)
-            layer.header.x.shape[0] = len(layer.X)
-            took_more = run(server, layer, 4 * MIB)
         finally:
             server.stop()
         del layer
         gc.collect()
-    tokens = (took_more - took) / (3 * TOKENS)
     return {
         "rows": rows,
         "features": features,
         "formula_mib": formula_bytes(rows, features) / MIB,
+        "reserved_mib": max(samples) / MIB,
         "rss_mib": peak / MIB,
-        "cpu_seconds": took - TOKENS * tokens,
-        "cpu_seconds_per_1000_tokens": 1000 * tokens,
+        "cpu_seconds": took,
+        "formula_seconds": formula_seconds(rows, features),
     }
 
 
@@ -85,8 +112,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(
-        f"{'R x N':>12} {'formula MiB':>12} {'RSS MiB':>10} {'CPU s':>8} {'CPU s / 1000 tokens':>20}"
-        f"     load {os.getloadavg()[0]:.1f}"
+        f"{'R x N':>12} {'formula MiB':>12} {'reserved MiB':>13} {'RSS MiB':>10}"
+        f" {'formula s':>10} {'CPU s':>8}     load {os.getloadavg()[0]:.1f}"
     )
     done = []
     for shape in options.shapes.split(","):
@@ -94,8 +121,9 @@ def main() -> None:
         found = measure(int(rows), int(features), options.server)
         done.append(found)
         print(
-            f"{shape:>12} {found['formula_mib']:>12,.0f} {found['rss_mib']:>10,.0f}"
-            f" {found['cpu_seconds']:>8.2f} {found['cpu_seconds_per_1000_tokens']:>20.2f}",
+            f"{shape:>12} {found['formula_mib']:>12,.0f} {found['reserved_mib']:>13,.0f}"
+            f" {found['rss_mib']:>10,.0f}"
+            f" {found['formula_seconds']:>10.2f} {found['cpu_seconds']:>8.2f}",
             flush=True,
         )
     if options.json is not None:

@@ -5,11 +5,14 @@ import json
 import time
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 from programs import ROOT, Server, wait_until
 from traffic import Traffic
 from watching import Prometheus
+
+Panel = dict[str, Any]
 
 FOLDER = ROOT / "deploy" / "grafana"
 DASHBOARD = json.loads((FOLDER / "certiq.json").read_text())
