@@ -1,5 +1,6 @@
 """Renders the chart and checks what comes out against Kubernetes' own schemas."""
 
+import functools
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import kubernetes_validate.utils
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +18,11 @@ KUBERNETES_VERSION = "1.36"
 CUSTOM_KINDS = frozenset({"ServiceMonitor", "PrometheusRule"})
 
 Manifest = dict[str, Any]
+
+# It reads all of Kubernetes' definitions again for every manifest, and changes none.
+kubernetes_validate.utils.schema_contents = functools.cache(
+    kubernetes_validate.utils.schema_contents
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def render(helm: Path, values: Mapping[str, Any], *arguments: str) -> Rendered:
     """Whatever is rendered has passed Kubernetes' schemas, strictly."""
     done = template(helm, values, *arguments)
     assert done.returncode == 0, done.stderr
-    manifests = [m for m in yaml.safe_load_all(done.stdout) if m]
+    manifests = [m for m in yaml.load_all(done.stdout, yaml.CSafeLoader) if m]
     for manifest in manifests:
         if manifest["kind"] not in CUSTOM_KINDS:
             kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)

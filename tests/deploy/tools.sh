@@ -19,7 +19,7 @@ helm_version=v4.3.1
 kubernetes_version=v1.36.3
 etcd_version=v3.6.8
 kwok_version=v0.8.0
-prometheus_operator_version=v0.86.0
+prometheus_operator_version=v0.85.0
 # What the newest of them asks for in its go.mod.
 go_wanted=1.26
 
@@ -58,9 +58,8 @@ build_kwok() {
   local source
   source="$(module "sigs.k8s.io/kwok@$kwok_version")"
   mkdir "$1/stages"
-  cp "$source"/kustomize/stage/node/fast/*.yaml "$source"/kustomize/stage/pod/fast/*.yaml "$1/stages/"
-  rm -f "$1/stages/kustomization.yaml"
-  chmod -R u+w "$1/stages"
+  cp --no-preserve=mode "$source"/kustomize/stage/{node/fast,node/heartbeat-with-lease,pod/fast}/*-*.yaml \
+    "$1/stages/"
 }
 
 # Its go.mod has replaces, which "go install" refuses.
@@ -75,8 +74,8 @@ build_etcd() {
 build_crds() {
   local source
   source="$(module "github.com/prometheus-operator/prometheus-operator@$prometheus_operator_version")"
-  cp "$source"/example/prometheus-operator-crd/monitoring.coreos.com_{servicemonitors,prometheusrules}.yaml "$1/"
-  chmod u+w "$1"/*
+  cp --no-preserve=mode \
+    "$source"/example/prometheus-operator-crd/monitoring.coreos.com_{servicemonitors,prometheusrules}.yaml "$1/"
 }
 
 # Kubernetes' module is meant to be built beside its staging folder, which the
