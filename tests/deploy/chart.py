@@ -48,7 +48,9 @@ class Rendered:
         return [m["spec"]["template"] for k in ("StatefulSet", "Deployment") for m in self.all(k)]
 
 
-def template(helm: Path, values: Mapping[str, Any], *arguments: str) -> subprocess.CompletedProcess:
+def template(
+    helm: Path, values: Mapping[str, Any], *arguments: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(str(helm), "template", "release", str(CHART), "--namespace", "space"),
@@ -76,7 +78,7 @@ def render(helm: Path, values: Mapping[str, Any], *arguments: str) -> Rendered:
 def refusal(helm: Path, values: Mapping[str, Any]) -> str:
     done = template(helm, values)
     assert done.returncode != 0, "was rendered, expected it to be refused"
-    return done.stderr
+    return str(done.stderr)
 
 
 def environment(pod: Manifest) -> dict[str, Any]:

@@ -20,7 +20,7 @@ tools="$(bash "$here/tools.sh" "$@" cluster | tail -n 1)" || exit $?
 node_count=2
 patience=180
 
-bin() { echo "$tools/$1-"*"/$1"; }
+bin() { echo "$tools"/*/"$1"; }
 helm="$(bin helm)"
 kubectl="$(bin kubectl)"
 

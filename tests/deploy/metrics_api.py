@@ -53,7 +53,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer({"kind": "Status", "apiVersion": "v1", "code": 404}, 404)
 
     def readings(self) -> dict[str, Any]:
-        return json.loads(self.readings_file.read_text())
+        readings: dict[str, Any] = json.loads(self.readings_file.read_text())
+        return readings
 
     def pods(self, namespace: str, selector: str) -> list[str]:
         done = subprocess.run(

@@ -32,20 +32,20 @@ def autoscaling(**settings: Any) -> dict[str, Any]:  # noqa: ANN401
     return {"quantize": {"autoscaling": {"enabled": True, **settings}}}
 
 
-COMPONENTS = {
+COMPONENTS: dict[str, dict[str, Any]] = {
     "both": {},
     "store": {"quantize": {"enabled": False}},
     "quantize": {"store": {"enabled": False}},
 }
-SECURITY = {"clear": CLEAR, "tls": TLS, "mutual": MUTUAL}
-SCALING = {
+SECURITY: dict[str, dict[str, Any]] = {"clear": CLEAR, "tls": TLS, "mutual": MUTUAL}
+SCALING: dict[str, dict[str, Any]] = {
     "fixed": {},
     "cpu": autoscaling(),
     "queue": autoscaling(cpuUtilization=0, queueDepth=4),
     "cpu+queue": autoscaling(queueDepth=2.5),
 }
 # Switched on in turn, so that each meets each of the above.
-EXTRAS = (
+EXTRAS: tuple[dict[str, Any], ...] = (
     {},
     {"tokens": {"secretName": "tokens"}, "imagePullSecrets": [{"name": "registry"}]},
     {
@@ -87,7 +87,7 @@ def combinations() -> list[Any]:
 
 
 def component(pod: Manifest) -> str:
-    return pod["metadata"]["labels"]["app.kubernetes.io/component"]
+    return str(pod["metadata"]["labels"]["app.kubernetes.io/component"])
 
 
 def check_selectors(rendered: Rendered) -> None:

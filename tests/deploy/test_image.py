@@ -8,6 +8,7 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import script
@@ -15,6 +16,8 @@ from programs import ROOT, Server, certiq, environment
 
 LIMIT_BYTES = 120_000_000
 USER = 65532
+# As buildah tells it.
+Config = dict[str, Any]
 VARIANTS = ("", "glibc-hwcaps/x86-64-v3", "glibc-hwcaps/x86-64-v4")
 
 
@@ -25,8 +28,9 @@ def image() -> Path:
 
 
 @pytest.fixture(scope="session")
-def config(image: Path) -> dict:
-    return json.loads((image / "config").read_text())["Docker"]["config"]
+def config(image: Path) -> Config:
+    found: Config = json.loads((image / "config").read_text())["Docker"]["config"]
+    return found
 
 
 def test_size(image: Path) -> None:
@@ -50,7 +54,7 @@ def test_nothing_of_the_build_is_left(image: Path) -> None:
     assert re.search(r"^libgrpc\+\+1\.51\t1\.51\.1-", listed, re.MULTILINE)
 
 
-def test_configuration(config: dict) -> None:
+def test_configuration(config: Config) -> None:
     assert config["User"] == f"{USER}:{USER}"
     assert config["Entrypoint"] == ["certiq-server"]
     assert not config.get("Cmd")
@@ -71,7 +75,7 @@ class Contained:
     machine's, since there is no network of its own.
     """
 
-    def __init__(self, root: Path, config: dict, folder: Path) -> None:
+    def __init__(self, root: Path, config: Config, folder: Path) -> None:
         self.volume = folder / "volume"
         self.volume.mkdir()
         os.chown(self.volume, USER, USER)
@@ -90,7 +94,7 @@ exec unshare --mount --propagation private bash -c '{inside}' bash '{root}' '{se
         self.program.write_text(command)
         self.program.chmod(0o755)
 
-    def run(self, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+    def run(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(self.program), *flags],
             env=environment(self.variables | variables),
@@ -103,7 +107,7 @@ exec unshare --mount --propagation private bash -c '{inside}' bash '{root}' '{se
 
 
 @pytest.fixture
-def contained(image: Path, config: dict, tmp_path: Path) -> Contained:
+def contained(image: Path, config: Config, tmp_path: Path) -> Contained:
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("entering the image's root takes root and unshare")
     # The image's user reaches nothing below pytest's own folders.

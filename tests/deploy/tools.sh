@@ -32,9 +32,7 @@ folder_of() {
     etcd) echo "$tools/etcd-$etcd_version" ;;
     kwok) echo "$tools/kwok-$kwok_version" ;;
     crds) echo "$tools/crds-$prometheus_operator_version" ;;
-    kube-apiserver | kube-controller-manager | kube-scheduler | kubectl)
-      echo "$tools/$1-$kubernetes_version"
-      ;;
+    kubernetes) echo "$tools/kubernetes-$kubernetes_version" ;;
     *) return 2 ;;
   esac
 }
@@ -81,22 +79,18 @@ build_crds() {
 # Kubernetes' module is meant to be built beside its staging folder, which the
 # proxy's copy lacks: the same code comes as k8s.io/* v0.36.3.
 build_kubernetes() {
-  local name="$1" source minor="${kubernetes_version#v1.}" package=k8s.io/component-base/version
-  local staging="v0.${minor}"
+  local source minor="${kubernetes_version#v1.}" package=k8s.io/component-base/version
   source="$(module "k8s.io/kubernetes@$kubernetes_version")"
-  cp -r --no-preserve=mode "$source" "$3/kubernetes"
-  cd "$3/kubernetes"
+  cp -r --no-preserve=mode "$source" "$2/kubernetes"
+  cd "$2/kubernetes"
   rm -rf go.work go.work.sum vendor staging
-  sed -i -e '/=> \.\/staging\//d' -e "s|^\(\s*k8s.io/[a-z0-9-]*\) v0.0.0$|\1 $staging|" go.mod
+  sed -i -e '/=> \.\/staging\//d' -e "s|^\(\s*k8s.io/[a-z0-9-]*\) v0.0.0$|\1 v0.$minor|" go.mod
   # -mod=mod writes the sums of k8s.io/* into go.sum, after asking the checksum database.
-  go build -mod=mod -o "$2/$name" -ldflags "-s -w
+  go build -mod=mod -o "$1/" -ldflags "-s -w
     -X $package.gitVersion=$kubernetes_version
-    -X $package.gitMajor=1 -X $package.gitMinor=${minor%%.*}" "./cmd/$name"
+    -X $package.gitMajor=1 -X $package.gitMinor=${minor%%.*}" \
+    ./cmd/kubectl ./cmd/kube-scheduler ./cmd/kube-controller-manager ./cmd/kube-apiserver
 }
-build_kube-apiserver() { build_kubernetes kube-apiserver "$@"; }
-build_kube-controller-manager() { build_kubernetes kube-controller-manager "$@"; }
-build_kube-scheduler() { build_kubernetes kube-scheduler "$@"; }
-build_kubectl() { build_kubernetes kubectl "$@"; }
 
 # A Go that can build them.
 suitable_go() {
@@ -131,7 +125,7 @@ fi
 wanted=()
 for argument in "$@"; do
   if [[ "$argument" == cluster ]]; then
-    wanted+=(helm etcd kubectl kwok crds kube-scheduler kube-controller-manager kube-apiserver)
+    wanted+=(helm crds etcd kubernetes kwok)
   elif folder_of "$argument" >/dev/null; then
     wanted+=("$argument")
   else
