@@ -34,6 +34,7 @@ RUN apt-get update && \
       'libssl3=3.0.*' \
       'libstdc++6=12.2.0-*' \
       'libxxhash0=0.8.1-*' && \
+    apt-get clean && \
     rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/ldconfig/aux-cache /var/log/* \
       /var/lib/dpkg/*-old && \
     echo 'certiq:x:65532:65532:certiq:/var/lib/certiq:/usr/sbin/nologin' >>/etc/passwd && \

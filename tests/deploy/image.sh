@@ -71,7 +71,7 @@ if [[ -d "$image" ]]; then
   exit 0
 fi
 if [[ "${1:-}" == --have ]]; then
-  echo "image: these sources have not been built into an image on this machine" >&2
+  echo "image: not built of these sources yet; bash tests/deploy/image.sh does, in minutes" >&2
   exit 3
 fi
 for program in buildah debootstrap; do

@@ -144,7 +144,7 @@ for name in "${wanted[@]}"; do
 done
 if [[ ${#missing[@]} -gt 0 ]]; then
   if "$only_look"; then
-    echo "tools: not in $tools: ${missing[*]}" >&2
+    echo "tools: not in $tools: ${missing[*]}; bash tests/deploy/tools.sh $* builds them" >&2
     exit 3
   fi
   if ! suitable_go; then
