@@ -223,7 +223,7 @@ cat >"$work/values.yaml" <<'YAML'
 allowCleartext: true
 image: {repository: registry.example/certiq}
 store: {persistence: {storageClass: block}}
-metrics: {serviceMonitor: {enabled: true}, prometheusRule: {enabled: true}}
+metrics: {serviceMonitor: {enabled: true}, prometheusRule: {enabled: true}, dashboard: {enabled: true}}
 YAML
 install_or_upgrade() {
   h upgrade --install release "$chart" --values "$work/values.yaml" --wait --timeout "${patience}s" "$@" \

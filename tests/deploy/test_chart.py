@@ -49,7 +49,11 @@ EXTRAS: tuple[dict[str, Any], ...] = (
     {},
     {"tokens": {"secretName": "tokens"}, "imagePullSecrets": [{"name": "registry"}]},
     {
-        "metrics": {"serviceMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}},
+        "metrics": {
+            "serviceMonitor": {"enabled": True},
+            "prometheusRule": {"enabled": True},
+            "dashboard": {"enabled": True},
+        },
         "serviceAccount": {"create": False, "name": "theirs"},
     },
     {
@@ -192,7 +196,8 @@ def test_every_combination_is_valid_and_hangs_together(helm: Path, values: dict[
     accounts = {m["metadata"]["name"] for m in rendered.all("ServiceAccount")} or {"theirs"}
     assert {pod["spec"]["serviceAccountName"] for pod in rendered.pods()} == accounts
     enabled = "metrics" in values
-    assert len(rendered.all("ServiceMonitor") + rendered.all("PrometheusRule")) == 2 * enabled
+    for kind in ("ServiceMonitor", "PrometheusRule", "ConfigMap"):
+        assert len(rendered.all(kind)) == enabled
     assert len(rendered.all("NetworkPolicy")) == (values.get("networkPolicy") != {"enabled": False})
 
 
@@ -383,6 +388,24 @@ def test_names_fit_and_images_are_pinned(helm: Path) -> None:
     tagged = render(helm, CLEAR).pods()[0]["spec"]["containers"][0]["image"]
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
     assert tagged == f"certiq:{version}"
+
+
+def test_rules_and_dashboard_are_those_of_prometheus_and_grafana(helm: Path) -> None:
+    copies = {
+        "certiq.rules.yml": ROOT / "deploy" / "prometheus" / "certiq.rules.yml",
+        "certiq.dashboard.json": ROOT / "deploy" / "grafana" / "certiq.json",
+    }
+    for copy, source in copies.items():
+        assert (CHART / copy).read_bytes() == source.read_bytes(), f"cp {source} {CHART / copy}"
+    kinds = ("serviceMonitor", "prometheusRule", "dashboard")
+    rendered = render(helm, merge(CLEAR, {"metrics": {kind: {"enabled": True} for kind in kinds}}))
+    rules = yaml.safe_load(copies["certiq.rules.yml"].read_text())
+    assert rendered.one("PrometheusRule")["spec"] == rules
+    dashboard = rendered.one("ConfigMap")["data"]["certiq.json"]
+    assert json.loads(dashboard) == json.loads(copies["certiq.dashboard.json"].read_text())
+    # Rules and dashboard ask for job=~"certiq.*", whatever the release is called.
+    (endpoint,) = rendered.one("ServiceMonitor")["spec"]["endpoints"]
+    assert {"targetLabel": "job", "replacement": "certiq"} in endpoint["relabelings"]
 
 
 def test_version_is_the_servers() -> None:

@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import script
+from scripts import script
 
 
 def test_installs_upgrades_rolls_back_evicts_and_scales() -> None:

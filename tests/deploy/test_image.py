@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import script
 from programs import ROOT, Server, certiq, environment
+from scripts import script
 
 LIMIT_BYTES = 120_000_000
 USER = 65532
