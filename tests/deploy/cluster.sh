@@ -25,6 +25,9 @@ helm="$(bin helm)"
 kubectl="$(bin kubectl)"
 
 work="$(mktemp -d)"
+# What helm and kubectl remember goes too.
+export HOME="$work"
+unset KUBECONFIG "${!HELM_@}"
 logs="${CERTIQ_CLUSTER_LOGS:-$work/logs}"
 mkdir -p "$logs"
 pids=()

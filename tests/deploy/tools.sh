@@ -111,6 +111,8 @@ build() {
   echo "tools: building $(basename "$folder")" >&2
   SECONDS=0
   (set -e; "build_$name" "$work/result" "$work/scratch") >&2
+  # One version of each is enough, and whoever looks for it finds no other.
+  find "$tools" -maxdepth 1 -name "$name-*" -exec rm -rf {} +
   mv "$work/result" "$folder"
   rm -rf "$work"
   trap - EXIT
