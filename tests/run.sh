@@ -6,6 +6,7 @@
 #   tsan     engine and jobs under ThreadSanitizer               build/tsan
 #   fuzz     libFuzzer targets, a bounded number of inputs       build/fuzz
 #   e2e      the two programs from outside, and the include arrows
+#   deploy   the image, the chart, the rules and dashboards, with the tools they are for
 #
 #   bash tests/run.sh [STAGE...]     all of them unless named
 #
@@ -20,11 +21,11 @@ results="$root/build/results"
 stages="$results/stages.tsv"
 
 if [[ $# -eq 0 ]]; then
-  set -- lint release asan tsan fuzz e2e
+  set -- lint release asan tsan fuzz e2e deploy
 fi
 for name in "$@"; do
-  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e)$ ]]; then
-    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e" >&2
+  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|deploy)$ ]]; then
+    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, deploy" >&2
     exit 2
   fi
 done
@@ -161,6 +162,22 @@ stage_e2e() {
   "$python" -m pytest -p no:cacheprovider --quiet --color=no -ra \
     --junitxml="$results/e2e.xml" tests/arrows_test.py tests/bench/bench_scripts_test.py tests/e2e || status=$?
   record "e2e: pytest" "$status" "$results/e2e.xml"
+}
+
+# What cannot be had here (a tool's cache, a right) skips its tests, and says so.
+stage_deploy() {
+  local status=0
+  if ! bash deploy/install_packages.sh deploy ||
+    ! bash tests/venv.sh build/venv-deploy tests/requirements.txt tests/deploy/requirements.txt; then
+    record "deploy: install" 1 -
+    return
+  fi
+  if ! build release "certiq-server certiq" -DCMAKE_BUILD_TYPE=Release; then
+    return
+  fi
+  build/venv-deploy/bin/python -m pytest -p no:cacheprovider --quiet --color=no -ra --durations=15 \
+    --junitxml="$results/deploy.xml" tests/deploy || status=$?
+  record "deploy: pytest" "$status" "$results/deploy.xml"
 }
 
 for name in "$@"; do

@@ -26,7 +26,7 @@ def tool(name: str) -> str:
     """A program of Debian's package prometheus."""
     found = shutil.which(name)
     if found is None:
-        pytest.fail(f"no {name} in PATH: bash deploy/install_packages.sh test")
+        pytest.fail(f"no {name} in PATH: bash deploy/install_packages.sh deploy")
     return found
 
 
