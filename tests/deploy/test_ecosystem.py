@@ -24,7 +24,6 @@ from work import SUCCEEDED, calibrated
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 GUIDE = ROOT / "deploy" / "README.md"
-VERSIONS = {"grpcurl": "v1.9.4", "ghz": "v0.93.0"}
 
 
 @dataclass
@@ -217,20 +216,13 @@ def test_envoy_repeats_only_what_may_be_repeated(
 # Command lines.
 
 
-def tools() -> Path:
+def environment_with(program: str) -> dict[str, str]:
+    """PATH with a program that tools.sh builds, or that is there anyway."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("CERTIQ_TOOLS", cache / "certiq-tools"))
-
-
-def environment_with(*names: str) -> dict[str, str]:
-    """PATH with these programs; skips where one cannot be found."""
-    folders = []
-    for name in names:
-        folder = tools() / f"{name}-{VERSIONS[name]}"
-        if (folder / name).is_file():
-            folders.append(str(folder))
-        elif shutil.which(name) is None:
-            pytest.skip(f"no {name}, in PATH or {folder}: bash tests/deploy/tools.sh clients")
+    tools = Path(os.environ.get("CERTIQ_TOOLS", cache / "certiq-tools"))
+    folders = [str(found.parent) for found in tools.glob(f"{program}-*/{program}")]
+    if not folders and shutil.which(program) is None:
+        pytest.skip(f"no {program}, in PATH or {tools}: bash tests/deploy/tools.sh clients")
     return os.environ | {"PATH": os.pathsep.join([*folders, os.environ["PATH"]])}
 
 
@@ -293,4 +285,4 @@ def test_commands_of_the_guide(site: Site, tmp_path: Path, program: str) -> None
     for block in blocks:
         said = run(["bash", "-euo", "pipefail", "-c", block], env)
         if program == "ghz":
-            assert re.search(r"\[OK\]\s+200 responses", said), said
+            assert re.search(r"\[OK\]\s+40 responses", said), said

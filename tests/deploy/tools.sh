@@ -3,6 +3,7 @@
 # outside the repository:
 #
 #   bash tests/deploy/tools.sh helm            what every test run takes
+#   bash tests/deploy/tools.sh clients         grpcurl and ghz, for test_ecosystem.py
 #   bash tests/deploy/tools.sh cluster         what tests/deploy/cluster.sh takes
 #   bash tests/deploy/tools.sh --have cluster  builds nothing; is everything there?
 #
@@ -20,6 +21,8 @@ kubernetes_version=v1.36.3
 etcd_version=v3.6.8
 kwok_version=v0.8.0
 prometheus_operator_version=v0.85.0
+grpcurl_version=v1.9.4
+ghz_version=v0.93.0
 # What the newest of them asks for in its go.mod.
 go_wanted=1.26
 
@@ -32,6 +35,8 @@ folder_of() {
     etcd) echo "$tools/etcd-$etcd_version" ;;
     kwok) echo "$tools/kwok-$kwok_version" ;;
     crds) echo "$tools/crds-$prometheus_operator_version" ;;
+    grpcurl) echo "$tools/grpcurl-$grpcurl_version" ;;
+    ghz) echo "$tools/ghz-$ghz_version" ;;
     kubernetes) echo "$tools/kubernetes-$kubernetes_version" ;;
     *) return 2 ;;
   esac
@@ -48,6 +53,14 @@ module() {
 
 build_helm() {
   GOBIN="$1" go install "helm.sh/helm/v4/cmd/helm@$helm_version"
+}
+
+build_grpcurl() {
+  GOBIN="$1" go install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$grpcurl_version"
+}
+
+build_ghz() {
+  GOBIN="$1" go install "github.com/bojand/ghz/cmd/ghz@$ghz_version"
 }
 
 build_kwok() {
@@ -128,6 +141,8 @@ wanted=()
 for argument in "$@"; do
   if [[ "$argument" == cluster ]]; then
     wanted+=(helm crds etcd kubernetes kwok)
+  elif [[ "$argument" == clients ]]; then
+    wanted+=(grpcurl ghz)
   elif folder_of "$argument" >/dev/null; then
     wanted+=("$argument")
   else
