@@ -30,6 +30,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/quantize_layer.h"
 #include "jobs/backend.h"
+#include "jobs/ids.h"
 #include "jobs/memory_limit.h"
 #include "jobs/store/memory_store.h"
 #include "jobs/store/sqlite_store.h"
@@ -302,7 +303,9 @@ int Serve(const Flags& flags, const metrics::Log& log) {
     std::filesystem::remove(flags.port_file + ".metrics", ignored);
   }
 
-  metrics::Metrics counters(engine::EngineVersion(), engine::EngineIsa());
+  metrics::Metrics counters({.version = engine::EngineVersion(),
+                             .isa = engine::EngineIsa(),
+                             .drain_limit = flags.drain_seconds});
   auto store = OpenStore(flags);
   if (!store.ok()) return failed(absl::StrCat("--data_dir: ", store.status().message()));
   const std::chrono::milliseconds commit(std::llround(flags.commit_seconds * 1000));
@@ -372,6 +375,8 @@ int Serve(const Flags& flags, const metrics::Log& log) {
                             : std::string("in memory: nothing outlives this process")}});
 
   const int signal = signals.Wait();
+  // Before the log line, which waits for whoever reads the log.
+  counters.DrainStarted(1e-6 * static_cast<double>(jobs::Now()));
   log.Info("draining", {{"signal", int64_t{signal}}, {"drain_seconds", flags.drain_seconds}});
   const auto deadline = std::chrono::steady_clock::now() +
                         std::chrono::milliseconds(std::llround(flags.drain_seconds * 1000));

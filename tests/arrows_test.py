@@ -296,8 +296,8 @@ def unassigned_sources(root: Path) -> list[str]:
 def folders_without_readme(root: Path) -> list[str]:
     """Folders that hold files and no door sign.
 
-    A folder `include` and what is below it is spoken for by the room it belongs to, and a fuzz
-    target's seeds by the folder of the targets.
+    A folder `include` and what is below it is spoken for by the room it belongs to, a fuzz
+    target's seeds by the folder of the targets, and a chart's templates by the chart.
     """
     missing = []
     for name, folders, files in os.walk(root):
@@ -306,7 +306,7 @@ def folders_without_readme(root: Path) -> list[str]:
             for folder in folders
             if not folder.startswith((".", "build", "__pycache__"))
             and not folder.endswith(".egg-info")
-            and folder not in {"include", "corpus"}
+            and folder not in {"include", "corpus", "templates"}
         )
         if files and "README.md" not in files:
             missing.append(str(Path(name).relative_to(root)))

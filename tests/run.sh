@@ -7,6 +7,7 @@
 #   fuzz     libFuzzer targets, a bounded number of inputs       build/fuzz
 #   e2e      the two programs from outside, and the include arrows
 #   python   the Python client against a server
+#   deploy   the image, the chart, the rules and dashboards, with the tools they are for
 #
 #   bash tests/run.sh [STAGE...]     all of them unless named
 #
@@ -21,11 +22,11 @@ results="$root/build/results"
 stages="$results/stages.tsv"
 
 if [[ $# -eq 0 ]]; then
-  set -- lint release asan tsan fuzz e2e python
+  set -- lint release asan tsan fuzz e2e python deploy
 fi
 for name in "$@"; do
-  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|python)$ ]]; then
-    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, python" >&2
+  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|python|deploy)$ ]]; then
+    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, python, deploy" >&2
     exit 2
   fi
 done
@@ -181,6 +182,22 @@ stage_python() {
   build/venv-python/bin/python -m pytest -p no:cacheprovider --quiet --color=no -ra \
     --junitxml="$results/python.xml" tests/client/python || status=$?
   record "python: pytest" "$status" "$results/python.xml"
+}
+
+# What cannot be had here (a tool's cache, a right) skips its tests, and says so.
+stage_deploy() {
+  local status=0
+  if ! bash deploy/install_packages.sh deploy ||
+    ! bash tests/venv.sh build/venv-deploy tests/requirements.txt tests/deploy/requirements.txt; then
+    record "deploy: install" 1 -
+    return
+  fi
+  if ! build release "certiq-server certiq" -DCMAKE_BUILD_TYPE=Release; then
+    return
+  fi
+  build/venv-deploy/bin/python -m pytest -p no:cacheprovider --quiet --color=no -ra --durations=15 \
+    --junitxml="$results/deploy.xml" tests/deploy || status=$?
+  record "deploy: pytest" "$status" "$results/deploy.xml"
 }
 
 for name in "$@"; do

@@ -117,7 +117,10 @@ absl::Status JobManager::Prepare(JobUpload& upload) {
   }
   Account& account = env_.accounts.Of(upload.tenant_);
   absl::StatusOr<CountQuota::Place> place = account.jobs.Take("jobs");
-  if (!place.ok()) return place.status();
+  if (!place.ok()) {
+    env_.observer.Rejected(Rejection::kQuota);
+    return place.status();
+  }
   upload.holdings_.place = *std::move(place);
   absl::StatusOr<WorkerPool::Slot> slot = env_.pool.Admit();
   if (!slot.ok()) {

@@ -17,16 +17,16 @@ JobState OutcomeOf(absl::StatusCode code) {
   }
 }
 
-void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status,
+void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status, double seconds,
                     const engine::LayerCertificate* certificate, Observer& observer) {
   const engine::Method method = spec.method;
   if (certificate != nullptr) {
-    const engine::EngineSeconds& seconds = certificate->seconds;
-    observer.PhaseTook(method, engine::Phase::kFactor, seconds.factor);
-    observer.PhaseTook(method, engine::Phase::kRound, seconds.round);
-    observer.PhaseTook(method, engine::Phase::kCertify, seconds.certify);
-    observer.PhaseTook(method, engine::Phase::kReference, seconds.reference);
-    observer.PhaseTook(method, engine::Phase::kPack, seconds.pack);
+    const engine::EngineSeconds& phases = certificate->seconds;
+    observer.PhaseTook(method, engine::Phase::kFactor, phases.factor);
+    observer.PhaseTook(method, engine::Phase::kRound, phases.round);
+    observer.PhaseTook(method, engine::Phase::kCertify, phases.certify);
+    observer.PhaseTook(method, engine::Phase::kReference, phases.reference);
+    observer.PhaseTook(method, engine::Phase::kPack, phases.pack);
     for (const engine::StabilityCause cause : certificate->ladder_failures) {
       observer.StabilityFailed(method, cause);
     }
@@ -41,7 +41,7 @@ void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status
       observer.StabilityFailed(method, cause);
     }
   }
-  observer.JobFinished(method, OutcomeOf(status.code()), certificate);
+  observer.JobFinished(method, OutcomeOf(status.code()), seconds, certificate);
 }
 
 }  // namespace certiq::jobs

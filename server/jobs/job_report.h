@@ -14,8 +14,9 @@ namespace certiq::jobs {
 // The final state that a status stands for.
 JobState OutcomeOf(absl::StatusCode code);
 
-// Phases, stability failures, outcome. `certificate` is null unless the status is OK.
-void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status,
+// Phases, stability failures, outcome. `seconds` from when it was queued to its end; `certificate`
+// is null unless the status is OK.
+void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status, double seconds,
                     const engine::LayerCertificate* certificate, Observer& observer);
 
 }  // namespace certiq::jobs

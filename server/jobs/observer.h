@@ -12,8 +12,9 @@
 
 namespace certiq::jobs {
 
-// Why a request was not taken on.
-enum class Rejection { kInvalid, kNotOffered, kQueueFull, kOverBudget, kDraining };
+// Why a layer, a job, a calibration or a stream was not taken on. kQuota: the tenant has as many as
+// it may have.
+enum class Rejection { kInvalid, kNotOffered, kQueueFull, kOverBudget, kQuota, kDraining };
 
 // Does nothing by default. Thread-safe: events come from any thread, some
 // with a lock of the sender held, so a handler neither blocks nor calls back.
@@ -25,9 +26,9 @@ class Observer {
   // forgotten.
   virtual void JobEntered(JobState /*state*/) {}
   virtual void JobLeft(JobState /*state*/) {}
-  // A job reached `outcome`, a final state. `certificate` is null unless it
-  // succeeded; valid during the call only.
-  virtual void JobFinished(engine::Method /*method*/, JobState /*outcome*/,
+  // A job reached `outcome`, a final state, so many seconds after it was queued. `certificate` is
+  // null unless it succeeded; valid during the call only.
+  virtual void JobFinished(engine::Method /*method*/, JobState /*outcome*/, double /*seconds*/,
                            const engine::LayerCertificate* /*certificate*/) {}
   // Wall clock that a job spent in a phase.
   virtual void PhaseTook(engine::Method /*method*/, engine::Phase /*phase*/, double /*seconds*/) {}

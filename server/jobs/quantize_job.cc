@@ -100,7 +100,8 @@ void QuantizeJob::Finish(absl::Status status) {
   // Gives the inputs and their bytes back before anybody hears that the job ended.
   layer_.reset();
   observer_.JobLeft(state_);
-  ReportFinished(spec_, status, status.ok() ? &result_->layer.certificate : nullptr, observer_);
+  ReportFinished(spec_, status, SecondsSince(queued_at_),
+                 status.ok() ? &result_->layer.certificate : nullptr, observer_);
 
   // Completions may hold this job: let go of them with the last call.
   const auto done = std::exchange(options_.done, nullptr);

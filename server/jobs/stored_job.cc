@@ -281,7 +281,8 @@ void StoredJob::WriteEnd() {
     keeps_.stored.ShrinkTo(next.result.bytes);
   }
   // Counted first, so that who sees the end finds it in the metrics.
-  ReportFinished(spec_, outcome, certificate.has_value() ? &*certificate : nullptr, env_.observer);
+  ReportFinished(spec_, outcome, 1e-6 * static_cast<double>(next.end_time - next.create_time),
+                 certificate.has_value() ? &*certificate : nullptr, env_.observer);
   Show(next);
   if (env_.job_log) env_.job_log(next, outcome);
 }

@@ -27,12 +27,12 @@ constexpr std::array kStates = {"queued", "running", "succeeded", "failed", "can
 constexpr size_t kFirstFinal = static_cast<size_t>(jobs::JobState::kSucceeded);
 constexpr std::array kPhases = {"receive", "queue",     "factor", "round",
                                 "certify", "reference", "pack"};
-// The phases of certiq_job_seconds.
-constexpr std::array kTimedPhases = {engine::Phase::kQueue, engine::Phase::kFactor,
-                                     engine::Phase::kRound, engine::Phase::kCertify,
-                                     engine::Phase::kPack};
-constexpr std::array kRejections = {"invalid", "not_offered", "queue_full", "over_budget",
-                                    "draining"};
+// The phases of certiq_job_seconds; uploads are the client's time.
+constexpr std::array kTimedPhases = {engine::Phase::kQueue,     engine::Phase::kFactor,
+                                     engine::Phase::kRound,     engine::Phase::kCertify,
+                                     engine::Phase::kReference, engine::Phase::kPack};
+constexpr std::array kRejections = {"invalid",     "not_offered", "queue_full",
+                                    "over_budget", "quota",       "draining"};
 // StabilityCause::kNone is no failure; its place is taken by what is not known.
 // The first stands for no failure.
 constexpr std::array kCauses = {"", "pivot", "non_finite", "condition"};
@@ -62,7 +62,8 @@ Buckets RelativeErrorBuckets() {
 }
 // A bound holds, so the ratio is at most 1.
 Buckets TightnessBuckets() { return {0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1}; }
-Buckets LambdaRatioBuckets() { return {1, 10, 100, 1e3, 1e4, 1e6, 1e9}; }
+// Between the powers of ten that lambda is raised by: a bound there is met by rounding or not.
+Buckets LambdaRatioBuckets() { return {1, 3, 30, 300, 3e3, 3e4, 3e6, 3e9}; }
 
 }  // namespace
 
@@ -82,10 +83,13 @@ struct Metrics::Families {
   std::array<Gauge*, kStates.size()> jobs;
   Table<Counter, kMethods.size(), kStates.size()> jobs_total;
   Table<Histogram, kMethods.size(), kPhases.size()> job_seconds;
+  Table<Histogram, kMethods.size(), kStates.size()> job_duration;
   Gauge* queue_depth;
   Gauge* queue_limit;
   Gauge* workers_busy;
   Gauge* workers;
+  Gauge* drain_start;
+  Gauge* drain_limit;
   Table<Counter, kMethods.size(), kBits> weights_quantized;
   Counter* activation_rows;
   Counter* activation_bytes;
@@ -121,8 +125,11 @@ struct Metrics::Families {
   void BuildJobs() {
     auto& states = Gauges("certiq_jobs", "Jobs now in each state; final states count kept jobs.");
     for (size_t s = 0; s < kStates.size(); ++s) jobs[s] = &states.Add({{"state", kStates[s]}});
-    auto& finished = Counters("certiq_jobs_total", "Jobs finished, by how they ended.");
+    auto& finished =
+        Counters("certiq_jobs_total", "Jobs that ended, by how; a Quantize call is a job too.");
     auto& seconds = Histograms("certiq_job_seconds", "Wall clock of a job's phases, in seconds.");
+    auto& duration = Histograms("certiq_job_duration_seconds",
+                                "Wall clock from when a job was queued to its end, in seconds.");
     auto& failures = Counters("certiq_lambda_stability_failures_total",
                               "Damping attempts whose factorisation was not accepted.");
     auto& fallback = Counters("certiq_lambda_fallbacks_total",
@@ -130,8 +137,11 @@ struct Metrics::Families {
     for (size_t m = 0; m < kMethods.size(); ++m) {
       job_seconds[m].fill(nullptr);
       jobs_total[m].fill(nullptr);
+      job_duration[m].fill(nullptr);
       for (size_t s = kFirstFinal; s < kStates.size(); ++s) {
-        jobs_total[m][s] = &finished.Add({{"method", kMethods[m]}, {"outcome", kStates[s]}});
+        const prometheus::Labels labels = {{"method", kMethods[m]}, {"outcome", kStates[s]}};
+        jobs_total[m][s] = &finished.Add(labels);
+        job_duration[m][s] = &duration.Add(labels, SecondsBuckets());
       }
       for (const engine::Phase phase : kTimedPhases) {
         const auto p = static_cast<size_t>(phase);
@@ -144,9 +154,11 @@ struct Metrics::Families {
       fallbacks[m] = &fallback.Add({{"method", kMethods[m]}});
     }
     lambda_ratio = &Histograms("certiq_lambda_ratio",
-                               "Lambda used divided by lambda asked for, layers quantized.")
+                               "Lambda used divided by lambda asked for, of layers that were "
+                               "quantized with it.")
                         .Add({}, LambdaRatioBuckets());
-    auto& reasons = Counters("certiq_rejected_total", "Requests that were not taken on.");
+    auto& reasons = Counters("certiq_rejected_total",
+                             "Layers, jobs, calibrations and streams that were not taken on.");
     for (size_t r = 0; r < kRejections.size(); ++r) {
       rejected[r] = &reasons.Add({{"reason", kRejections[r]}});
     }
@@ -159,6 +171,12 @@ struct Metrics::Families {
                        .Add({});
     workers_busy = &Gauges("certiq_workers_busy", "Workers with something to do.").Add({});
     workers = &Gauges("certiq_workers", "Worker threads.").Add({});
+    drain_start = &Gauges("certiq_drain_start_time_seconds",
+                          "When the server was told to end, in seconds since the epoch; 0 before.")
+                       .Add({});
+    drain_limit = &Gauges("certiq_drain_limit_seconds",
+                          "What calls and jobs may take to end after that, in seconds.")
+                       .Add({});
     budget = &Gauges("certiq_memory_budget_bytes", "Bytes that clients may make the server hold.")
                   .Add({});
     reserved = &Gauges("certiq_memory_reserved_bytes", "Bytes of the budget now promised.").Add({});
@@ -245,14 +263,16 @@ size_t Index(const jobs::RpcMethod& method) {
 
 }  // namespace
 
-Metrics::Metrics(const std::string& version, const std::string& isa)
-    : families_(std::make_unique<Families>()) {
+Metrics::Metrics(const Options& options) : families_(std::make_unique<Families>()) {
   families_->Gauges("certiq_build_info", "Always 1; the labels tell what runs.")
-      .Add({{"version", version}, {"isa", isa}})
+      .Add({{"version", options.version}, {"isa", options.isa}})
       .Set(1);
+  families_->drain_limit->Set(options.drain_limit);
 }
 
 Metrics::~Metrics() = default;
+
+void Metrics::DrainStarted(double unix_seconds) { families_->drain_start->Set(unix_seconds); }
 
 std::string Metrics::Text() const {
   std::ostringstream out;
@@ -263,11 +283,14 @@ std::string Metrics::Text() const {
 void Metrics::JobEntered(jobs::JobState state) { families_->jobs[Index(state)]->Increment(); }
 void Metrics::JobLeft(jobs::JobState state) { families_->jobs[Index(state)]->Decrement(); }
 
-void Metrics::JobFinished(engine::Method method, jobs::JobState outcome,
+void Metrics::JobFinished(engine::Method method, jobs::JobState outcome, double seconds,
                           const engine::LayerCertificate* certificate) {
   Families& f = *families_;
   const size_t m = Index(method);
-  if (Counter* const total = f.jobs_total[m][Index(outcome)]; total != nullptr) total->Increment();
+  if (Counter* const total = f.jobs_total[m][Index(outcome)]; total != nullptr) {
+    total->Increment();
+    f.job_duration[m][Index(outcome)]->Observe(seconds);
+  }
   if (certificate == nullptr) return;
 
   const engine::LayerCertificate& c = *certificate;
@@ -275,12 +298,15 @@ void Metrics::JobFinished(engine::Method method, jobs::JobState outcome,
   f.flops_round->Increment(c.round_flops);
   f.clipped_weights->Increment(static_cast<double>(c.clipped_weights));
   f.dead_features->Increment(static_cast<double>(c.dead_features));
-  if (c.outcome == engine::Outcome::kFellBackToNearest) f.fallbacks[m]->Increment();
-  // From lambda = 0 there is no ratio to speak of unless it stayed there.
-  if (c.lambda_requested > 0) {
-    f.lambda_ratio->Observe(c.lambda_used / c.lambda_requested);
-  } else if (c.lambda_used == 0) {
-    f.lambda_ratio->Observe(1);
+  if (c.outcome == engine::Outcome::kFellBackToNearest) {
+    f.fallbacks[m]->Increment();
+  } else if (method != engine::Method::kNearest) {
+    // From lambda = 0 there is no ratio to speak of unless it stayed there.
+    if (c.lambda_requested > 0) {
+      f.lambda_ratio->Observe(c.lambda_used / c.lambda_requested);
+    } else if (c.lambda_used == 0) {
+      f.lambda_ratio->Observe(1);
+    }
   }
   if (c.spec.bits < kMinBits || c.spec.bits > kMaxBits) return;
   const auto b = static_cast<size_t>(c.spec.bits - kMinBits);

@@ -16,18 +16,28 @@ namespace certiq::metrics {
 // Thread-safe.
 class Metrics final : public jobs::Observer, public jobs::CallObserver {
  public:
-  // `version` and `isa` become labels of certiq_build_info.
-  Metrics(const std::string& version, const std::string& isa);
+  struct Options {
+    // Labels of certiq_build_info.
+    std::string version;
+    std::string isa;
+    // What calls and jobs may take to end after SIGTERM, in seconds.
+    double drain_limit = 0;
+  };
+
+  explicit Metrics(const Options& options);
   ~Metrics() override;
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
+
+  // The process was told to end, at so many seconds since the epoch.
+  void DrainStarted(double unix_seconds);
 
   // All families in Prometheus' text format, version 0.0.4.
   std::string Text() const;
 
   void JobEntered(jobs::JobState state) override;
   void JobLeft(jobs::JobState state) override;
-  void JobFinished(engine::Method method, jobs::JobState outcome,
+  void JobFinished(engine::Method method, jobs::JobState outcome, double seconds,
                    const engine::LayerCertificate* certificate) override;
   void PhaseTook(engine::Method method, engine::Phase phase, double seconds) override;
   void StabilityFailed(engine::Method method, engine::StabilityCause cause) override;

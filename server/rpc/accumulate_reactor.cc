@@ -34,7 +34,10 @@ absl::Status AccumulateReactor::First(const Bytes& message) {
   if (!call.ok()) return call.status();
   jobs::Account& account = env_.jobs.accounts.Of(tenant_);
   absl::StatusOr<jobs::CountQuota::Place> place = account.streams.Take("streams");
-  if (!place.ok()) return place.status();
+  if (!place.ok()) {
+    env_.jobs.observer.Rejected(jobs::Rejection::kQuota);
+    return place.status();
+  }
   auto reservation = account.memory.TryReserve(kStreamBytes, "this stream");
   if (!reservation.ok()) {
     env_.jobs.observer.Rejected(jobs::Rejection::kOverBudget);
@@ -125,7 +128,10 @@ absl::Status ImportReactor::First(const Bytes& message) {
   if (!call.ok()) return call.status();
   jobs::Account& account = env_.jobs.accounts.Of(tenant_);
   absl::StatusOr<jobs::CountQuota::Place> place = account.streams.Take("streams");
-  if (!place.ok()) return place.status();
+  if (!place.ok()) {
+    env_.jobs.observer.Rejected(jobs::Rejection::kQuota);
+    return place.status();
+  }
   auto reservation = account.memory.TryReserve(
       jobs::StatisticsImport::BytesFor((*calibration)->features(), (*calibration)->mismatched()),
       "importing these sums");

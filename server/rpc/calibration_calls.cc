@@ -95,10 +95,8 @@ class CalibrationService final
                                               v1::Calibration* response) override {
     return Answer(context, jobs::kCreateCalibrationMethod, Scope::kWrite, *request, response,
                   [this, request, response](const jobs::Tenant& tenant, const CalibrationPtr&) {
-                    if (!env_.jobs.pool.admitting()) return env_.jobs.pool.Admit().status();
-                    const auto asked = FromProto(*request);
-                    if (!asked.ok()) return asked.status();
-                    const auto made = env_.calibrations.Create(tenant, *asked);
+                    const auto made = Create(tenant, *request);
+                    CountRejection(made.status(), env_.jobs.observer);
                     if (made.ok()) *response = ToProto((*made)->View(true));
                     return made.status();
                   });
@@ -200,6 +198,14 @@ class CalibrationService final
 
  private:
   using Work = std::function<absl::Status(const jobs::Tenant&, const CalibrationPtr&)>;
+
+  absl::StatusOr<CalibrationPtr> Create(const jobs::Tenant& tenant,
+                                        const v1::CreateCalibrationRequest& request) {
+    if (!env_.jobs.pool.admitting()) return env_.jobs.pool.Admit().status();
+    const auto asked = FromProto(request);
+    if (!asked.ok()) return asked.status();
+    return env_.calibrations.Create(tenant, *asked);
+  }
 
   // On the pool, without a calibration.
   template <typename Request, typename Response>

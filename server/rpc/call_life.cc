@@ -21,4 +21,17 @@ absl::Status CallLife::CancelReason(const grpc::CallbackServerContext& context) 
                 : absl::CancelledError("the client cancelled the call");
 }
 
+void CountRejection(const absl::Status& status, jobs::Observer& observer) {
+  switch (status.code()) {
+    case absl::StatusCode::kInvalidArgument:
+      return observer.Rejected(jobs::Rejection::kInvalid);
+    case absl::StatusCode::kUnimplemented:
+      return observer.Rejected(jobs::Rejection::kNotOffered);
+    case absl::StatusCode::kUnavailable:
+      return observer.Rejected(jobs::Rejection::kDraining);
+    default:
+      return;
+  }
+}
+
 }  // namespace certiq::rpc

@@ -74,6 +74,10 @@ class CallLife {
   const std::chrono::system_clock::time_point wall_started_ = std::chrono::system_clock::now();
 };
 
+// Counts a header that was refused by what the status says; nothing for an OK and for reasons that
+// a code does not tell, which are counted where they arise.
+void CountRejection(const absl::Status& status, jobs::Observer& observer);
+
 }  // namespace certiq::rpc
 
 #endif  // CERTIQ_RPC_CALL_LIFE_H_

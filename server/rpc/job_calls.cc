@@ -35,18 +35,10 @@ class CreateJobReactor final : public MessageReactor<grpc::ServerReadReactor<Byt
 
  protected:
   absl::Status Take(const Bytes& message) override {
-    const auto request = Parse<v1::CreateJobRequest>(message, "a CreateJobRequest");
-    if (!request.ok()) return request.status();
-    if (request->has_header() != (upload_ == nullptr)) {
-      return engine::InvalidField("header", "expected as the first message, and only there");
-    }
-    if (request->has_header()) return Begun(request->header());
-    if (!request->has_weight()) {
-      return engine::InvalidField("payload", "expected weight, got none");
-    }
-    const std::string& data = request->weight().data();
-    return upload_->Append(request->weight().row_offset(),
-                           std::as_bytes(std::span(data.data(), data.size())));
+    if (upload_ != nullptr) return TakeNext(message);
+    absl::Status taken = TakeNext(message);
+    CountRejection(taken, env_.jobs.observer);
+    return taken;
   }
 
   absl::Status End() override {
@@ -67,28 +59,32 @@ class CreateJobReactor final : public MessageReactor<grpc::ServerReadReactor<Byt
   int64_t ResponseBytes() const override { return static_cast<int64_t>(response_->Length()); }
 
  private:
+  absl::Status TakeNext(const Bytes& message) {
+    const auto request = Parse<v1::CreateJobRequest>(message, "a CreateJobRequest");
+    if (!request.ok()) return request.status();
+    if (request->has_header() != (upload_ == nullptr)) {
+      return engine::InvalidField("header", "expected as the first message, and only there");
+    }
+    if (request->has_header()) return Begun(request->header());
+    if (!request->has_weight()) {
+      return engine::InvalidField("payload", "expected weight, got none");
+    }
+    const std::string& data = request->weight().data();
+    return upload_->Append(request->weight().row_offset(),
+                           std::as_bytes(std::span(data.data(), data.size())));
+  }
+
   absl::Status Begun(const v1::CreateJobHeader& header) {
     absl::StatusOr<jobs::JobRequest> request = FromProto(header);
-    if (!request.ok()) return Refused(request.status());
+    if (!request.ok()) return request.status();
     life_.summary.request_id = request->request_id;
     life_.summary.layer_name = request->layer_name;
     life_.summary.rows = request->rows;
     life_.summary.features = request->features;
     auto upload = env_.manager.Begin(tenant_, *std::move(request));
-    if (!upload.ok()) return Refused(upload.status());
+    if (!upload.ok()) return upload.status();
     upload_ = *std::move(upload);
     return absl::OkStatus();
-  }
-
-  absl::Status Refused(const absl::Status& status) {
-    if (absl::IsInvalidArgument(status)) {
-      env_.jobs.observer.Rejected(jobs::Rejection::kInvalid);
-    } else if (absl::IsUnimplemented(status)) {
-      env_.jobs.observer.Rejected(jobs::Rejection::kNotOffered);
-    } else if (absl::IsUnavailable(status)) {
-      env_.jobs.observer.Rejected(jobs::Rejection::kDraining);
-    }
-    return status;
   }
 
   Bytes* const response_;

@@ -76,7 +76,11 @@ class MessageReactor : public Base, public LiveCall {
       Bytes message;
       message.Swap(&incoming_);
       if (status_.ok()) {
-        if (!seen_) SetFailure(First(message));
+        if (!seen_) {
+          absl::Status taken = First(message);
+          CountRejection(taken, env_.jobs.observer);
+          SetFailure(std::move(taken));
+        }
         seen_ = true;
         waiting_.push_back(std::move(message));
       }
@@ -147,7 +151,6 @@ class MessageReactor : public Base, public LiveCall {
   // UNAVAILABLE where the server takes no new work.
   absl::Status Draining() const {
     if (env_.jobs.pool.admitting()) return absl::OkStatus();
-    env_.jobs.observer.Rejected(jobs::Rejection::kDraining);
     return absl::UnavailableError("the server is draining and takes no new work");
   }
   // With the lock. The client has no more to say.

@@ -53,19 +53,6 @@ absl::Status Guarded(const std::function<absl::Status()>& body) {
   }
 }
 
-std::optional<jobs::Rejection> RejectionOf(absl::StatusCode code) {
-  switch (code) {
-    case absl::StatusCode::kInvalidArgument:
-      return jobs::Rejection::kInvalid;
-    case absl::StatusCode::kUnimplemented:
-      return jobs::Rejection::kNotOffered;
-    case absl::StatusCode::kUnavailable:
-      return jobs::Rejection::kDraining;
-    default:
-      return std::nullopt;
-  }
-}
-
 }  // namespace
 
 QuantizeReactor::QuantizeReactor(grpc::CallbackServerContext* context,
@@ -218,9 +205,7 @@ void QuantizeReactor::SetFailure(absl::Status status) {
 }
 
 void QuantizeReactor::Refuse(absl::Status status) {
-  if (const auto reason = RejectionOf(status.code()); reason.has_value()) {
-    env_.jobs.observer.Rejected(*reason);
-  }
+  CountRejection(status, env_.jobs.observer);
   SetFailure(std::move(status));
 }
 
@@ -272,7 +257,10 @@ absl::Status QuantizeReactor::Admit(QuantizeCall& call) {
   }
   jobs::Account& account = env_.jobs.accounts.Of(tenant_);
   absl::StatusOr<jobs::CountQuota::Place> place = account.jobs.Take("jobs");
-  if (!place.ok()) return place.status();
+  if (!place.ok()) {
+    env_.jobs.observer.Rejected(jobs::Rejection::kQuota);
+    return place.status();
+  }
   place_ = *std::move(place);
   absl::StatusOr<jobs::WorkerPool::Slot> slot = env_.jobs.pool.Admit();
   if (!slot.ok()) {

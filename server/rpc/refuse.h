@@ -3,6 +3,7 @@
 #ifndef CERTIQ_RPC_REFUSE_H_
 #define CERTIQ_RPC_REFUSE_H_
 
+#include <string_view>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -22,6 +23,9 @@ class RefusedCall final : public Reactor, public LiveCall {
   RefusedCall(const jobs::RpcMethod& method, const CallEnvironment& environment,
               absl::Status status)
       : life_(this, method, environment, ""), status_(std::move(status)) {
+    // gRPC has read the one request of such a call before it asks us.
+    const std::string_view type = method.type;
+    if (type == "unary" || type == "server_stream") life_.Received(0);
     this->Finish(ToGrpc(status_));
   }
 

@@ -19,36 +19,6 @@ SERVICE = "certiq.v1.QuantizationService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
-# Families that mean something from the first version on.
-FAMILIES = [
-    "certiq_jobs",
-    "certiq_jobs_total",
-    "certiq_job_seconds",
-    "certiq_queue_depth",
-    "certiq_queue_limit",
-    "certiq_workers_busy",
-    "certiq_workers",
-    "certiq_weights_quantized_total",
-    "certiq_activation_rows_total",
-    "certiq_activation_bytes_total",
-    "certiq_flops_total",
-    "certiq_lambda_stability_failures_total",
-    "certiq_lambda_ratio",
-    "certiq_relative_error",
-    "certiq_bound_tightness",
-    "certiq_clipped_weights_total",
-    "certiq_dead_features_total",
-    "certiq_memory_budget_bytes",
-    "certiq_memory_reserved_bytes",
-    "certiq_rejected_total",
-    "certiq_build_info",
-    "grpc_server_started_total",
-    "grpc_server_handled_total",
-    "grpc_server_msg_received_total",
-    "grpc_server_msg_sent_total",
-    "grpc_server_handling_seconds",
-]
-
 
 def health(channel: grpc.Channel, service: str = "") -> int:
     stub = health_pb2_grpc.HealthStub(channel)
@@ -76,56 +46,6 @@ def test_reflection_lists_the_services(server: Server) -> None:
 def test_healthz_and_unknown_pages(server: Server) -> None:
     assert http_get(server.metrics_port, "/healthz").status == 200
     assert http_get(server.metrics_port, "/nothing").status == 404
-
-
-def test_metrics_have_the_families_of_the_contract(server: Server) -> None:
-    page = http_get(server.metrics_port, "/metrics")
-    assert page.status == 200
-    assert page.content_type.startswith("text/plain")
-    assert [name for name in FAMILIES if name not in server.metrics().families] == []
-
-
-def test_metrics_count_a_job(
-    start_server: StartServer, quantizer: Quantizer, carried_layer: Layer
-) -> None:
-    server = start_server("--workers", "2", "--queue_limit", "7")
-    run = quantizer.run(server, carried_layer, Settings(3))
-    server.wait_idle()
-    page = server.metrics()
-    rows, features = run.W.shape
-    tokens = run.certificate.tokens
-    job = {"method": "optq"}
-    assert page.sum("certiq_workers") == 2
-    assert page.sum("certiq_queue_limit") == 7
-    assert page.sum("certiq_memory_budget_bytes") > 0
-    assert page.sum("certiq_build_info", isa=run.certificate.isa) == 1
-    assert page.sum("certiq_jobs_total") == 1
-    assert page.sum("certiq_jobs_total", outcome="succeeded", **job) == 1
-    assert page.sum("certiq_weights_quantized_total", bits="3", **job) == rows * features
-    assert page.sum("certiq_activation_rows_total") == tokens
-    assert page.sum("certiq_activation_bytes_total") == len(run.calibration.x.data)
-    assert page.sum("certiq_clipped_weights_total") == run.certificate.clipped_weights
-    assert page.sum("certiq_dead_features_total") == 0
-    assert page.sum("certiq_lambda_stability_failures_total") == 0
-    assert page.sum("certiq_lambda_ratio_count") == 1
-    assert page.sum("certiq_lambda_ratio_sum") == pytest.approx(1)
-    assert page.sum("certiq_relative_error_count", bits="3", **job) == 1
-    assert page.sum("certiq_relative_error_sum") == pytest.approx(
-        run.certificate.relative_error, rel=1e-5
-    )
-    tightness = run.certificate.damped_squared_error**0.5 / run.certificate.l2_bound
-    assert page.sum("certiq_bound_tightness_sum") == pytest.approx(tightness, rel=1e-5)
-    assert page.sum("certiq_flops_total") > rows * features**2
-    for phase in ("queue", "factor", "round", "certify", "pack"):
-        assert page.sum("certiq_job_seconds_count", phase=phase, **job) == 1, phase
-    call = {"grpc_service": SERVICE, "grpc_method": "Quantize", "grpc_type": "bidi_stream"}
-    assert page.sum("grpc_server_started_total", **call) == 1
-    assert page.sum("grpc_server_handled_total", grpc_code="OK", **call) == 1
-    assert page.sum("grpc_server_handled_total", **call) == 1
-    # A header, weights, activations; a result header, chunks, a certificate.
-    assert page.sum("grpc_server_msg_received_total", **call) >= 3
-    assert page.sum("grpc_server_msg_sent_total", **call) >= 3
-    assert page.sum("grpc_server_handling_seconds_count", **call) == 1
 
 
 def test_labels_carry_no_names_of_clients(

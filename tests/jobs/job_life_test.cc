@@ -55,7 +55,7 @@ class JobLifeTest : public ::testing::TestWithParam<StoreKind> {
   }
 
   struct Finished : Observer {
-    void JobFinished(engine::Method /*method*/, JobState /*outcome*/,
+    void JobFinished(engine::Method /*method*/, JobState /*outcome*/, double /*seconds*/,
                      const engine::LayerCertificate* /*certificate*/) override {
       ++count;
     }

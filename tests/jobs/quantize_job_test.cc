@@ -28,7 +28,7 @@ class Watcher : public Observer {
  public:
   void JobEntered(JobState state) override { Count(state, 1); }
   void JobLeft(JobState state) override { Count(state, -1); }
-  void JobFinished(engine::Method /*method*/, JobState outcome,
+  void JobFinished(engine::Method /*method*/, JobState outcome, double /*seconds*/,
                    const engine::LayerCertificate* certificate) override {
     const std::lock_guard lock(mu_);
     outcomes.push_back(outcome);

@@ -31,6 +31,9 @@ TEST(MetricsTest, EverySeriesIsThereFromTheStart) {
         R"(certiq_jobs_total{method="qronos",outcome="expired"})",
         R"(certiq_job_seconds_count{method="optq",phase="queue"})",
         R"(certiq_job_seconds_count{method="nearest",phase="pack"})",
+        R"(certiq_job_seconds_count{method="qronos",phase="reference"})",
+        R"(certiq_job_duration_seconds_count{method="qronos",outcome="failed"})",
+        "certiq_drain_start_time_seconds",
         "certiq_queue_depth",
         "certiq_workers_busy",
         R"(certiq_weights_quantized_total{bits="2",method="optq"})",
@@ -51,6 +54,7 @@ TEST(MetricsTest, EverySeriesIsThereFromTheStart) {
         "certiq_dead_features_total",
         "certiq_memory_reserved_bytes",
         R"(certiq_rejected_total{reason="queue_full"})",
+        R"(certiq_rejected_total{reason="quota"})",
         R"(certiq_rejected_total{reason="over_budget"})"}) {
     EXPECT_EQ(server.Metric(series), 0) << series;
   }
@@ -75,11 +79,13 @@ TEST(MetricsTest, CountsALayer) {
   EXPECT_EQ(server.Metric(R"(certiq_jobs_total{method="optq",outcome="succeeded"})"), 1);
   EXPECT_EQ(server.Metric(R"(certiq_jobs{state="running"})"), 0);
   EXPECT_EQ(server.Metric(R"(certiq_jobs{state="succeeded"})"), 0);
-  for (const char* phase : {"queue", "factor", "round", "certify", "pack"}) {
+  for (const char* phase : {"queue", "factor", "round", "certify", "reference", "pack"}) {
     EXPECT_EQ(server.Metric("certiq_job_seconds_count{method=\"optq\",phase=\"" +
                             std::string(phase) + "\"}"),
               1);
   }
+  EXPECT_EQ(
+      server.Metric(R"(certiq_job_duration_seconds_count{method="optq",outcome="succeeded"})"), 1);
   EXPECT_EQ(server.Metric(R"(certiq_weights_quantized_total{bits="4",method="optq"})"), 24 * 48);
   EXPECT_EQ(server.Metric("certiq_activation_rows_total"), 200);
   EXPECT_EQ(server.Metric("certiq_activation_bytes_total"), 200 * 48 * 4);
@@ -123,7 +129,7 @@ TEST(MetricsTest, CountsRefusals) {
 }
 
 TEST(MetricsTest, CertificateOfAFallback) {
-  metrics::Metrics counters("v", "i");
+  metrics::Metrics counters({.version = "v", .isa = "i", .drain_limit = 30});
   engine::LayerCertificate certificate;
   certificate.outcome = engine::Outcome::kFellBackToNearest;
   certificate.spec.bits = 3;
@@ -133,12 +139,18 @@ TEST(MetricsTest, CertificateOfAFallback) {
   certificate.lambda_used = 200;
   certificate.damped_squared_error = 9;
   certificate.l2_bound = 6;
-  counters.JobFinished(engine::Method::kOptq, jobs::JobState::kSucceeded, &certificate);
+  counters.JobFinished(engine::Method::kOptq, jobs::JobState::kSucceeded, 0.75, &certificate);
   counters.StabilityFailed(engine::Method::kOptq, engine::StabilityCause::kCondition);
   counters.StabilityFailed(engine::Method::kOptq, engine::StabilityCause::kPivot);
+  counters.DrainStarted(1.5e9);
   const std::string text = counters.Text();
+  EXPECT_CONTAINS(text,
+                  "certiq_job_duration_seconds_sum{method=\"optq\",outcome=\"succeeded\"} 0.75\n");
+  EXPECT_CONTAINS(text, "certiq_drain_start_time_seconds 1500000000\n");
+  EXPECT_CONTAINS(text, "certiq_drain_limit_seconds 30\n");
   EXPECT_CONTAINS(text, "certiq_lambda_fallbacks_total{method=\"optq\"} 1\n");
-  EXPECT_CONTAINS(text, "certiq_lambda_ratio_sum 100\n");
+  // Nothing was quantized with that lambda.
+  EXPECT_CONTAINS(text, "certiq_lambda_ratio_count 0\n");
   EXPECT_CONTAINS(text, "certiq_bound_tightness_sum{bits=\"3\",method=\"optq\"} 0.5\n");
   EXPECT_CONTAINS(
       text, "certiq_lambda_stability_failures_total{cause=\"condition\",method=\"optq\"} 1\n");

@@ -68,7 +68,7 @@ class TestServer {
 
   std::vector<rpc::CallSummary> finished();
 
-  metrics::Metrics counters{"test", "test"};
+  metrics::Metrics counters{{.version = "test", .isa = "test"}};
   const std::unique_ptr<jobs::Backend> backend;
   jobs::ByteBudget& budget;
   jobs::WorkerPool& pool;
