@@ -35,7 +35,7 @@ clang_tidy() {
 buf_lint() { (cd proto && "../$bin/buf" lint); }
 buf_format() { (cd proto && "../$bin/buf" format --diff --exit-code); }
 
-python_files() { find tests client deploy -name '*.py' -not -path '*/.*' -print0; }
+python_files() { find tests client deploy -name '*.py' -not -path '*/.*' -not -name '*_pb2*' -print0; }
 ruff_check() { python_files | xargs -0 "$bin/ruff" check --quiet; }
 mypy_check() {
   bash tests/python_package.sh
