@@ -1,0 +1,546 @@
+"""Every call of the client, once, for the blocking and the asynchronous one."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from google.protobuf.duration_pb2 import Duration
+
+from certiq import _methods, tensors
+from certiq._collector import ResultCollector
+from certiq._frames import activation_frames, statistics_frames, weight_frames
+from certiq._methods import Method, Request, Response
+from certiq._proto import calibration_service_pb2 as c
+from certiq._proto import job_service_pb2 as j
+from certiq._proto import quantization_service_pb2 as q
+from certiq._proto.tensor_pb2 import DataType
+from certiq._sender import CHUNK_BYTES, StreamSender, row_bytes
+from certiq._transport import Answers, Frames, Transport
+from certiq._tries import Failed, Tries
+from certiq.errors import (
+    Error,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    broken,
+    from_status,
+    invalid,
+)
+from certiq.layer import Layer
+from certiq.progress import Event, ProgressLike, Reporter, Stage, Upload, phase_name
+from certiq.retry import Outcome, Retry
+from certiq.spec import SpecLike, spec_of
+from certiq.statistics import Statistics, StatisticsCollector, Sums
+from certiq.tensors import MAX_ROW_BYTES, Tensor, TensorLike, rows_in_chunk
+
+T = TypeVar("T")
+Frame = TypeVar("Frame", q.QuantizeResponse, j.ReadResultResponse)
+
+_STATES = {number: name for name, number in j.JobState.items()}
+
+
+def state_name(state: int) -> str:
+    """ "queued", "running", "succeeded", ..."""
+    return _STATES.get(state, "JOB_STATE_UNSPECIFIED").removeprefix("JOB_STATE_").lower()
+
+
+def state_of(name: str) -> j.JobState:
+    for number in _STATES:
+        if number != j.JOB_STATE_UNSPECIFIED and name.lower() == state_name(number):
+            return cast(j.JobState, number)
+    choices = ", ".join(state_name(number) for number in _STATES if number)
+    raise invalid("states", f"expected some of {choices}, got {name!r}")
+
+
+def is_final(job: j.Job) -> bool:
+    """Succeeded, failed, cancelled or expired: states that never change."""
+    return job.state >= j.JOB_STATE_SUCCEEDED
+
+
+def job_error(job: j.Job) -> Error | None:
+    """Why it failed, was cancelled or expired."""
+    if not is_final(job) or job.state == j.JOB_STATE_SUCCEEDED:
+        return None
+    error = from_status(job.error)
+    what = f'job {job.id} "{job.layer_name}"' if job.layer_name else f"job {job.id}"
+    error.add_note(f"{what} ended {state_name(job.state)}")
+    return error
+
+
+def duration(field: str, seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
+    try:
+        value = Duration()
+        value.FromNanoseconds(round(seconds * 1e9))
+    except (ValueError, OverflowError) as error:
+        raise invalid(field, f"expected seconds, got {seconds}: {error}") from None
+    return value
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """One layer of a Quantize call, checked."""
+
+    header: q.QuantizeHeader
+    weight: Tensor
+    x: Tensor | None
+    x_quantized: Tensor | None
+
+    def chunks(self, chunk_bytes: int) -> Iterator[tuple[bytes, int]]:
+        yield from weight_frames(q.QuantizeRequest, self.weight, chunk_bytes)
+        if self.x is not None:
+            yield from activation_frames(self.x, self.x_quantized, chunk_bytes)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.bytes for t in (self.weight, self.x, self.x_quantized) if t is not None)
+
+
+def layer_request(
+    weight: TensorLike,
+    activations: TensorLike | None,
+    spec: SpecLike,
+    *,
+    activations_quantized: TensorLike | None,
+    calibration_id: str,
+    held_out_fraction: float | None,
+    sequence_rows: int,
+    name: str,
+    request_id: str,
+) -> LayerRequest:
+    w = tensors.matrix("weight", weight, name)
+    tensors.check_weight(w)
+    x = xq = None
+    if activations is None:
+        if activations_quantized is not None:
+            raise invalid("x_quantized", "expected x beside it, got x_quantized alone")
+        if not calibration_id:
+            raise invalid("x", "expected activations or a calibration, got neither")
+    else:
+        x = tensors.matrix("x", activations)
+        if activations_quantized is not None:
+            xq = tensors.matrix("x_quantized", activations_quantized)
+        tensors.check_activations(x, xq)
+        if x.shape[1] != w.shape[1]:
+            raise invalid(
+                "x.shape",
+                f"expected [tokens, {w.shape[1]}] to match the features of weight {w}, got x {x}",
+            )
+    header = q.QuantizeHeader(
+        request_id=request_id,
+        layer_name=name,
+        spec=spec_of(spec),
+        weight=w.header(),
+        x=None if x is None else x.header(),
+        x_quantized=None if xq is None else xq.header(),
+        held_out_fraction=held_out_fraction,
+        sequence_rows=sequence_rows,
+        calibration_id=calibration_id,
+    )
+    return LayerRequest(header, w, x, xq)
+
+
+def calibration_request(
+    features: int,
+    *,
+    mismatched: bool,
+    held_out_fraction: float,
+    sequence_rows: int,
+    labels: Iterable[str],
+    ttl: float | None,
+    request_id: str | None,
+) -> c.CreateCalibrationRequest:
+    if isinstance(labels, str):
+        raise invalid("labels", f"expected a list of names, got {labels!r}")
+    kind = c.CALIBRATION_KIND_MISMATCHED if mismatched else c.CALIBRATION_KIND_MATCHED
+    return c.CreateCalibrationRequest(
+        request_id=request_id or new_request_id(),
+        features=features,
+        kind=kind,
+        held_out_fraction=held_out_fraction,
+        sequence_rows=sequence_rows,
+        labels=labels,
+        ttl=duration("ttl", ttl),
+    )
+
+
+def job_request(
+    weight: TensorLike,
+    calibration_id: str,
+    spec: SpecLike,
+    *,
+    name: str,
+    priority: int,
+    deadline: float | None,
+    ttl: float | None,
+    request_id: str | None,
+) -> tuple[j.CreateJobHeader, Tensor]:
+    w = tensors.matrix("weight", weight, name)
+    tensors.check_weight(w)
+    if not calibration_id:
+        raise invalid("calibration_id", "expected a finalized calibration or its id, got none")
+    header = j.CreateJobHeader(
+        request_id=request_id or new_request_id(),
+        layer_name=name,
+        spec=spec_of(spec),
+        weight=w.header(),
+        calibration_id=calibration_id,
+        priority=priority,
+        deadline=duration("deadline", deadline),
+        ttl=duration("ttl", ttl),
+    )
+    return header, w
+
+
+def new_request_id() -> str:
+    """For calls that make something, so that their tries make one."""
+    return str(uuid.uuid4())
+
+
+class Core:
+    def __init__(self, transport: Transport, retry: Retry, chunk_bytes: int) -> None:
+        self.transport = transport
+        self.retry = retry
+        self.chunk_bytes = chunk_bytes
+
+    def _tries(self, timeout: float | None, report: Callable[[Event], None] | None = None) -> Tries:
+        return Tries(self.retry, self.transport.sleep, timeout, report)
+
+    async def call(
+        self, method: Method[Request, Response], request: Request, timeout: float | None = None
+    ) -> Response:
+        """One message each way, repeated: for methods that may be."""
+        found: list[Response] = []
+
+        async def attempt(seconds: float | None) -> Outcome:
+            try:
+                found.append(await self.transport.unary(method, request, seconds))
+            except Failed as failed:
+                return Outcome(error=failed.error, reached_server=failed.reached_server)
+            return Outcome()
+
+        await self._tries(timeout).run(attempt)
+        return found[0]
+
+    async def pages(
+        self,
+        method: Method[Request, Response],
+        request: Any,
+        items: Callable[[Response], Any],
+        timeout: float | None,
+    ) -> AsyncIterator[Any]:
+        """All items of all pages; a page is asked for when the one before has been read."""
+        while True:
+            page: Any = await self.call(method, request, timeout)
+            for item in items(page):
+                yield item
+            if not page.next_page_token:
+                return
+            if page.next_page_token == request.page_token:
+                raise broken("next_page_token: expected another page")
+            request.page_token = page.next_page_token
+
+    # One layer.
+
+    async def quantize(
+        self, request: LayerRequest, progress: ProgressLike, timeout: float | None
+    ) -> Layer:
+        report = Reporter(progress, request.header.layer_name)
+        total = request.bytes
+        first = q.QuantizeRequest(header=request.header).SerializeToString()
+        collector = ResultCollector(*request.weight.shape)
+
+        async def attempt(seconds: float | None) -> Outcome:
+            frames = Frames(
+                first,
+                request.chunks(self.chunk_bytes),
+                lambda sent: report(Upload(sent, total)),
+            )
+            answers = self.transport.duplex(_methods.QUANTIZE, frames, seconds)
+
+            def add(frame: q.QuantizeResponse) -> None:
+                if frame.WhichOneof("payload") == "progress":
+                    phase = phase_name(frame.progress.phase)
+                    report(Stage(phase, frame.progress.fraction))
+                else:
+                    collector.add(frame)
+
+            outcome = await _read(answers, add)
+            outcome.result_started = collector.started
+            if outcome.error is None and not frames.exhausted and not collector.started:
+                outcome.error = broken("the call ended well before everything was sent")
+                outcome.local = True
+            return outcome
+
+        try:
+            await self._tries(timeout, report).run(attempt)
+        finally:
+            report.close()
+        return collector.finish(request.header.layer_name)
+
+    # Calibrations.
+
+    async def create_calibration(
+        self, request: c.CreateCalibrationRequest, timeout: float | None
+    ) -> c.Calibration:
+        return await self.call(_methods.CREATE_CALIBRATION, request, timeout)
+
+    async def find_calibration(self, id_or_label: str, timeout: float | None) -> c.Calibration:
+        """By its id or, where there is none, its label."""
+        if not id_or_label:
+            raise invalid("calibration_id", "expected an id or a label, got none")
+        try:
+            return await self.get_calibration(id_or_label, timeout)
+        except (NotFound, InvalidArgument):
+            # A label need not look like an id, which the server may say in either way.
+            labelled = [found.id async for found in self.list_calibrations(id_or_label, 0, timeout)]
+        if not labelled:
+            raise NotFound(f'no calibration has the id or the label "{id_or_label}"')
+        if len(labelled) > 1:
+            raise FailedPrecondition(
+                f'{len(labelled)} calibrations have the label "{id_or_label}": '
+                + ", ".join(labelled)
+            )
+        # Lists leave the streams out.
+        return await self.get_calibration(labelled[0], timeout)
+
+    async def get_calibration(self, calibration_id: str, timeout: float | None) -> c.Calibration:
+        request = c.GetCalibrationRequest(calibration_id=calibration_id)
+        return await self.call(_methods.GET_CALIBRATION, request, timeout)
+
+    def list_calibrations(
+        self, label: str, page_size: int, timeout: float | None
+    ) -> AsyncIterator[c.Calibration]:
+        request = c.ListCalibrationsRequest(label=label, page_size=page_size)
+        return self.pages(
+            _methods.LIST_CALIBRATIONS, request, lambda page: page.calibrations, timeout
+        )
+
+    async def finalize(
+        self,
+        calibration_id: str,
+        expected_tokens: int | None,
+        expected_streams: Iterable[str],
+        timeout: float | None,
+    ) -> c.Calibration:
+        request = c.FinalizeCalibrationRequest(
+            calibration_id=calibration_id,
+            expected_tokens=expected_tokens,
+            expected_stream_ids=expected_streams,
+        )
+        return await self.call(_methods.FINALIZE_CALIBRATION, request, timeout)
+
+    async def delete_calibration(self, calibration_id: str, timeout: float | None) -> None:
+        request = c.DeleteCalibrationRequest(calibration_id=calibration_id)
+        await self.call(_methods.DELETE_CALIBRATION, request, timeout)
+
+    def sender(
+        self,
+        calibration: c.Calibration,
+        stream_id: str,
+        x: DataType,
+        x_quantized: DataType,
+        chunk_rows: int,
+        window_bytes: int,
+        timeout: float | None,
+    ) -> StreamSender:
+        """Not open yet."""
+        size = row_bytes(calibration.features, x, x_quantized)
+        if size > MAX_ROW_BYTES:
+            raise invalid(
+                "x",
+                f"expected rows of 1 to {MAX_ROW_BYTES} bytes (a message carries whole rows), got "
+                f"{calibration.features} features",
+            )
+        if not 0 <= chunk_rows <= MAX_ROW_BYTES // size:
+            raise invalid(
+                "chunk_rows",
+                f"expected 0 to {MAX_ROW_BYTES // size}, what a message holds, got {chunk_rows}",
+            )
+        if window_bytes < 0:
+            raise invalid("window_bytes", f"expected at least 0, got {window_bytes}")
+        header = c.AccumulateHeader(
+            calibration_id=calibration.id, stream_id=stream_id, x=x, x_quantized=x_quantized
+        )
+        return StreamSender(
+            self.transport,
+            self._tries(timeout),
+            header,
+            calibration.features,
+            chunk_rows or rows_in_chunk(CHUNK_BYTES, size),
+            window_bytes,
+        )
+
+    async def import_statistics(
+        self, sums: Sums, progress: ProgressLike, timeout: float | None
+    ) -> c.ImportStatisticsResponse:
+        first = c.ImportStatisticsRequest(header=sums.header).SerializeToString()
+        return await self._upload(
+            _methods.IMPORT_STATISTICS,
+            lambda: statistics_frames(sums.tensors, self.chunk_bytes),
+            first,
+            sum(tensor.bytes for tensor in sums.tensors),
+            Reporter(progress, sums.header.stream_id),
+            timeout,
+        )
+
+    async def export_statistics(
+        self, calibration_id: str, portion: c.Portion, timeout: float | None
+    ) -> Statistics:
+        request = c.ExportStatisticsRequest(
+            calibration_id=calibration_id, portion=portion, layout=c.MATRIX_LAYOUT_UPPER
+        )
+        found: list[StatisticsCollector] = []
+
+        async def attempt(seconds: float | None) -> Outcome:
+            # A try that breaks begins anew.
+            found[:] = [StatisticsCollector(portion)]
+            answers = self.transport.download(_methods.EXPORT_STATISTICS, request, seconds)
+            return await _read(answers, found[0].add)
+
+        await self._tries(timeout).run(attempt)
+        return found[0].finish()
+
+    # Jobs.
+
+    async def submit(
+        self,
+        header: j.CreateJobHeader,
+        weight: Tensor,
+        progress: ProgressLike,
+        timeout: float | None,
+    ) -> j.Job:
+        job = await self._upload(
+            _methods.CREATE_JOB,
+            lambda: weight_frames(j.CreateJobRequest, weight, self.chunk_bytes),
+            j.CreateJobRequest(header=header).SerializeToString(),
+            weight.bytes,
+            Reporter(progress, header.layer_name),
+            timeout,
+        )
+        if not job.id:
+            raise broken("job.id: expected one")
+        return job
+
+    async def get_job(self, job_id: str, timeout: float | None) -> j.Job:
+        return await self.call(_methods.GET_JOB, j.GetJobRequest(job_id=job_id), timeout)
+
+    def list_jobs(
+        self, states: list[j.JobState], calibration_id: str, page_size: int, timeout: float | None
+    ) -> AsyncIterator[j.Job]:
+        request = j.ListJobsRequest(
+            states=states, calibration_id=calibration_id, page_size=page_size
+        )
+        return self.pages(_methods.LIST_JOBS, request, lambda page: page.jobs, timeout)
+
+    async def cancel_job(self, job_id: str, timeout: float | None) -> j.Job:
+        return await self.call(_methods.CANCEL_JOB, j.CancelJobRequest(job_id=job_id), timeout)
+
+    async def delete_job(self, job_id: str, timeout: float | None) -> None:
+        await self.call(_methods.DELETE_JOB, j.DeleteJobRequest(job_id=job_id), timeout)
+
+    async def watch(self, job_id: str, timeout: float | None) -> AsyncIterator[j.Job]:
+        """The job as it is, and whenever it changes, until a final state. A watch that breaks goes
+        on within Retry.resume_budget."""
+        tries = self._tries(timeout)
+        request = j.WatchJobRequest(job_id=job_id)
+        came_once = False
+        while True:
+            began = time.monotonic()
+            answers = self.transport.download(_methods.WATCH_JOB, request, tries.remaining())
+            outcome = Outcome()
+            try:
+                async for response in answers:
+                    outcome.progressed = came_once = True
+                    yield response.job
+                    if is_final(response.job):
+                        # Nothing follows; a server that hung now would not matter.
+                        return
+            except Failed as failed:
+                outcome.error = failed.error
+                outcome.reached_server = failed.reached_server or outcome.progressed
+            finally:
+                answers.cancel()
+            if outcome.error is None:
+                outcome.error = broken("the watch ended before the job did")
+                outcome.local = True
+            outcome.resumable = came_once
+            outcome.elapsed = time.monotonic() - began
+            await tries.next(outcome)
+
+    async def wait(self, job_id: str, timeout: float | None) -> j.Job:
+        last = j.Job()
+        async for job in self.watch(job_id, timeout):
+            last = job
+        return last
+
+    async def read_result(self, job_id: str, timeout: float | None) -> Layer:
+        """A stream that breaks goes on from the byte it came to."""
+        # The shape bounds the memory that the result may claim.
+        job = await self.get_job(job_id, timeout)
+        if min(job.rows, job.features) < 1:
+            raise broken(
+                f"job: expected rows and features of at least 1, got {job.rows} and {job.features}"
+            )
+        collector = ResultCollector(job.rows, job.features)
+
+        async def attempt(seconds: float | None) -> Outcome:
+            before = collector.received_bytes
+            collector.resume()
+            request = j.ReadResultRequest(job_id=job_id, byte_offset=before)
+            answers = self.transport.download(_methods.READ_RESULT, request, seconds)
+            outcome = await _read(answers, collector.add)
+            outcome.progressed = collector.received_bytes > before
+            outcome.resumable = collector.started
+            return outcome
+
+        await self._tries(timeout).run(attempt)
+        return collector.finish(job.layer_name)
+
+    async def _upload(
+        self,
+        method: Method[Request, Response],
+        chunks: Callable[[], Iterator[tuple[bytes, int]]],
+        first: bytes,
+        total: int,
+        report: Reporter,
+        timeout: float | None,
+    ) -> Response:
+        found: list[Response] = []
+
+        async def attempt(seconds: float | None) -> Outcome:
+            frames = Frames(first, chunks(), lambda sent: report(Upload(sent, total)))
+            try:
+                found.append(await self.transport.upload(method, frames, seconds))
+            except Failed as failed:
+                return Outcome(error=failed.error, reached_server=failed.reached_server)
+            return Outcome()
+
+        try:
+            await self._tries(timeout, report).run(attempt)
+        finally:
+            report.close()
+        return found[0]
+
+
+async def _read(answers: Answers[T], add: Callable[[T], None]) -> Outcome:
+    """All answers of a try; how it ended."""
+    came = False
+    try:
+        async for frame in answers:
+            came = True
+            add(frame)
+    except Failed as failed:
+        return Outcome(error=failed.error, reached_server=failed.reached_server or came)
+    except Internal as error:
+        # Found here, in what the server sent.
+        answers.cancel()
+        return Outcome(error=error, reached_server=True, local=True)
+    except BaseException:
+        answers.cancel()
+        raise
+    return Outcome(reached_server=True)

@@ -1,0 +1,214 @@
+"""One try of a call, as the core sees it, and the blocking way to make it.
+
+The core is written once, as coroutines. With gRPC's asyncio they wait in an event loop
+(_aio_transport.py). With the blocking gRPC of this file nothing in them ever suspends, so that
+run() takes them from beginning to end in the caller's thread; no event loop is involved.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from certiq._accumulate import AccumulateCall, BlockingAccumulateCall
+from certiq._methods import ACCUMULATE, Method, Request, Response, serialize
+from certiq._tries import Failed, failed
+
+T = TypeVar("T")
+Answer = TypeVar("Answer", covariant=True)
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The value of a coroutine that never suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    coroutine.close()
+    raise RuntimeError("a call of the blocking client waited for an event loop")
+
+
+def iterate(items: AsyncIterator[T]) -> Iterator[T]:
+    """The same for asynchronous generators."""
+    try:
+        while True:
+            try:
+                yield run(items.__anext__())  # type: ignore[arg-type]
+            except StopAsyncIteration:
+                return
+    finally:
+        close = getattr(items, "aclose", None)
+        if close is not None:
+            run(close())
+
+
+class Frames(Iterator[bytes]):
+    """Encoded messages of an upload; remembers how far it came."""
+
+    def __init__(
+        self, first: bytes, chunks: Iterator[tuple[bytes, int]], on_sent: Callable[[int], None]
+    ) -> None:
+        self._first: bytes | None = first
+        self._chunks = chunks
+        self._on_sent = on_sent
+        self._sent_bytes = 0
+        self._on_the_way = 0
+        self.taken = 0
+        self.exhausted = False
+        # Why the rows could not be read, such as a device that is out of memory.
+        self.error: BaseException | None = None
+
+    def __next__(self) -> bytes:
+        self.taken += 1
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        try:
+            # Another one is asked for when the one before has gone.
+            if self._on_the_way > 0:
+                self._sent_bytes += self._on_the_way
+                self._on_the_way = 0
+                self._on_sent(self._sent_bytes)
+            frame, self._on_the_way = next(self._chunks)
+        except StopIteration:
+            self.exhausted = True
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
+        return frame
+
+    @property
+    def wrote(self) -> bool:
+        """The first message went out."""
+        return self.taken > 1
+
+
+class Answers(Protocol[Answer]):
+    """Responses of a call. After cancel() nothing may be read."""
+
+    def __aiter__(self) -> AsyncIterator[Answer]: ...
+    def cancel(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Raises Failed where a try ends with an error."""
+
+    async def unary(
+        self, method: Method[Request, Response], request: Request, timeout: float | None
+    ) -> Response: ...
+
+    async def upload(
+        self, method: Method[Request, Response], frames: Frames, timeout: float | None
+    ) -> Response: ...
+
+    def download(
+        self, method: Method[Request, Response], request: Request, timeout: float | None
+    ) -> Answers[Response]: ...
+
+    def duplex(
+        self, method: Method[Request, Response], frames: Frames, timeout: float | None
+    ) -> Answers[Response]: ...
+
+    def accumulate(
+        self, header: bytes, stream_id: str, timeout: float | None
+    ) -> AccumulateCall: ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class BlockingAnswers(AsyncIterator[Response]):
+    def __init__(self, call: Any, frames: Frames | None) -> None:
+        self._call = call
+        self._frames = frames
+
+    async def __anext__(self) -> Response:
+        try:
+            response: Response = next(self._call)
+        except StopIteration:
+            raise StopAsyncIteration from None
+        except grpc.RpcError as error:
+            raise _failed(error, self._frames) from error
+        except BaseException:  # Ctrl-C, for example: the server need not go on.
+            self._call.cancel()
+            raise
+        return response
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+def _failed(error: grpc.RpcError, frames: Frames | None) -> BaseException:
+    if frames is not None and frames.error is not None:
+        return frames.error
+    return failed(error, frames is not None and frames.wrote)
+
+
+class BlockingTransport:
+    """gRPC's own threads send; the caller's thread waits."""
+
+    def __init__(self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._channel = channel
+        self._metadata = metadata
+
+    def _options(self, timeout: float | None) -> dict[str, Any]:
+        return {"timeout": timeout, "metadata": self._metadata}
+
+    async def unary(
+        self, method: Method[Request, Response], request: Request, timeout: float | None
+    ) -> Response:
+        call = self._channel.unary_unary(method.path, serialize, method.response.FromString)
+        response: Response = _wait(call.future(request, **self._options(timeout)), None)
+        return response
+
+    async def upload(
+        self, method: Method[Request, Response], frames: Frames, timeout: float | None
+    ) -> Response:
+        call = self._channel.stream_unary(method.path, serialize, method.response.FromString)
+        response: Response = _wait(call.future(frames, **self._options(timeout)), frames)
+        return response
+
+    def download(
+        self, method: Method[Request, Response], request: Request, timeout: float | None
+    ) -> BlockingAnswers[Response]:
+        call = self._channel.unary_stream(method.path, serialize, method.response.FromString)
+        return BlockingAnswers(call(request, **self._options(timeout)), None)
+
+    def duplex(
+        self, method: Method[Request, Response], frames: Frames, timeout: float | None
+    ) -> BlockingAnswers[Response]:
+        call = self._channel.stream_stream(method.path, serialize, method.response.FromString)
+        return BlockingAnswers(call(frames, **self._options(timeout)), frames)
+
+    def accumulate(
+        self, header: bytes, stream_id: str, timeout: float | None
+    ) -> BlockingAccumulateCall:
+        call = self._channel.stream_stream(
+            ACCUMULATE.path, serialize, ACCUMULATE.response.FromString
+        )
+        return BlockingAccumulateCall(
+            lambda frames: call(frames, **self._options(timeout)), header, stream_id
+        )
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def close(self) -> None:
+        self._channel.close()
+
+
+def _wait(future: Any, frames: Frames | None) -> Any:
+    try:
+        return future.result()
+    except grpc.RpcError as error:
+        raise _failed(error, frames) from error
+    except grpc.FutureCancelledError as error:
+        # By the other side of this client: close() in another thread.
+        raise Failed.cancelled() from error
+    except BaseException:
+        future.cancel()
+        raise

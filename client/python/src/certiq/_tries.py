@@ -1,0 +1,104 @@
+"""The tries of one call."""
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from certiq.errors import Cancelled, Error, from_rpc_error, invalid
+from certiq.progress import Retrying
+from certiq.retry import Backoff, Outcome, Retry
+
+
+class Failed(Exception):
+    """A try ended with an error of gRPC."""
+
+    def __init__(self, error: Error, reached_server: bool) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.reached_server = reached_server
+
+    @staticmethod
+    def cancelled() -> "Failed":
+        return Failed(Cancelled("the call was cancelled here"), True)
+
+
+def failed(error: Any, exchanged: bool) -> Failed:
+    """`exchanged`: a message was sent or came. A server that refuses before it reads anything
+    leaves metadata behind, unless it has none to say."""
+    reached = (
+        exchanged
+        or error.code() != grpc.StatusCode.UNAVAILABLE
+        or bool(error.initial_metadata())
+        or bool(error.trailing_metadata())
+    )
+    return Failed(from_rpc_error(error), reached)
+
+
+class Deadline:
+    """When all of something has to be over."""
+
+    def __init__(self, timeout: float | None) -> None:
+        if timeout is not None and not timeout > 0:
+            raise invalid("timeout", f"expected seconds above 0, got {timeout}")
+        self.at = math.inf if timeout is None else time.monotonic() + timeout
+
+    def remaining(self) -> float | None:
+        """Seconds; None: as many as it takes."""
+        # A call of no time at all still says that it was too late.
+        return None if self.at == math.inf else max(1e-3, self.at - time.monotonic())
+
+
+class Tries:
+    """Decides after each try that failed, and waits."""
+
+    def __init__(
+        self,
+        retry: Retry,
+        sleep: Callable[[float], Awaitable[None]],
+        timeout: float | None,
+        report: Callable[[Retrying], None] | None,
+    ) -> None:
+        self._sleep = sleep
+        self._report = report
+        self._deadline = Deadline(timeout)
+        self._backoff = Backoff(retry)
+
+    def remaining(self) -> float | None:
+        """Seconds for the next try."""
+        return self._deadline.remaining()
+
+    async def next(self, outcome: Outcome) -> None:
+        """Returns when it is time for another try; raises what the call ends with otherwise."""
+        error = outcome.error
+        assert error is not None
+        delay = self._backoff.next_delay(outcome)
+        attempts = self._backoff.attempts
+        if delay is None:
+            raise error if attempts == 1 else error.with_suffix(f" ({attempts} tries)")
+        if time.monotonic() + delay >= self._deadline.at:
+            raise error.with_suffix(
+                f" ({attempts} tries; the next one would come after the deadline)"
+            )
+        if self._report is not None:
+            self._report(Retrying(error, attempts, delay))
+        await self._sleep(delay)
+
+    async def run(self, attempt: Callable[[float | None], Awaitable[Outcome]]) -> None:
+        """Calls it with the seconds there are until it succeeds."""
+        while True:
+            outcome = await timed(attempt, self.remaining())
+            if outcome.error is None:
+                return
+            await self.next(outcome)
+
+
+async def timed(
+    attempt: Callable[[float | None], Awaitable[Outcome]], timeout: float | None
+) -> Outcome:
+    start = time.monotonic()
+    outcome = await attempt(timeout)
+    outcome.elapsed = time.monotonic() - start
+    return outcome
