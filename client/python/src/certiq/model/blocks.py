@@ -112,10 +112,13 @@ class BlockStack:
         return first[0]
 
     @torch.no_grad()
-    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """One block's output for hidden states whose ids `begin` has seen the shape of."""
+    def run(
+        self, index: int, hidden: torch.Tensor, block: nn.Module | None = None
+    ) -> torch.Tensor:
+        """One block's output for hidden states whose ids `begin` has seen the shape of; `block`
+        stands in for the stack's own."""
         call = self._calls[tuple(hidden.shape[:2])][index]
-        output = self.blocks[index](hidden, *call.positional, **call.keywords)
+        output = (block or self.blocks[index])(hidden, *call.positional, **call.keywords)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
