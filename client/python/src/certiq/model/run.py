@@ -16,7 +16,7 @@ from certiq.model.blocks import BlockStack
 from certiq.model.collect import Collector
 from certiq.model.errors import UsageError
 from certiq.model.evaluate import perplexity
-from certiq.model.experts import take_experts_apart
+from certiq.torch.experts import take_experts_apart
 from certiq.model.journal import Journal
 from certiq.model.levels import Level, levels_of
 from certiq.model.quantize import LevelQuantizer
