@@ -9,6 +9,7 @@
 certiq.aio has the same for asyncio.
 """
 
+from certiq import aio
 from certiq._channel import Tls
 from certiq._proto.certificate_pb2 import Certificate
 from certiq.calibration import ActivationStream, Calibration
@@ -69,4 +70,5 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "aio",
 ]

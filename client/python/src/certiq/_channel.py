@@ -30,17 +30,15 @@ class Tls:
 
 
 @dataclass(frozen=True)
-class Target:
-    """All that a channel of either kind is made of."""
+class Connection:
+    """A channel, and what goes with every call on it."""
 
-    address: str
-    credentials: grpc.ChannelCredentials | None
-    options: tuple[tuple[str, int | str], ...]
+    channel: grpc.Channel
     metadata: tuple[tuple[str, str], ...]
     chunk_bytes: int
 
 
-def target(
+def connect(
     address: str,
     tls: Tls | None,
     token: str | None,
@@ -48,9 +46,9 @@ def target(
     allow_cleartext: bool,
     connect_timeout: float,
     chunk_bytes: int,
-) -> Target:
-    """InvalidArgument where something makes no sense; FailedPrecondition for a token that would
-    travel in clear text to another machine."""
+) -> Connection:
+    """Does not reach out yet. InvalidArgument where something makes no sense; FailedPrecondition
+    for a token that would travel in clear text to another machine."""
     host = _host_of(address)
     if not 1 <= chunk_bytes <= MAX_ROW_BYTES:
         raise invalid("chunk_bytes", f"expected 1 to {MAX_ROW_BYTES}, got {chunk_bytes}")
@@ -63,13 +61,13 @@ def target(
                 f"token: it would travel to {address} in clear text, for everyone on the way to "
                 "read; use tls, or allow_cleartext"
             )
-    return Target(
-        address=address,
-        credentials=None if tls is None else _credentials(tls),
-        options=_options(host, tls, connect_timeout),
-        metadata=() if token is None else (("authorization", f"Bearer {token}"),),
-        chunk_bytes=chunk_bytes,
-    )
+    options = _options(host, tls, connect_timeout)
+    if tls is None:
+        channel = grpc.insecure_channel(address, options)
+    else:
+        channel = grpc.secure_channel(address, _credentials(tls), options)
+    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    return Connection(channel, metadata, chunk_bytes)
 
 
 def _host_of(address: str) -> str:

@@ -1,7 +1,7 @@
 """One try of a call, as the core sees it, and the blocking way to make it.
 
-The core is written once, as coroutines. With gRPC's asyncio they wait in an event loop
-(_aio_transport.py). With the blocking gRPC of this file nothing in them ever suspends, so that
+The core is written once, as coroutines. In asyncio they wait in an event loop
+(_aio_transport.py). With the transport of this file nothing in them ever suspends, so that
 run() takes them from beginning to end in the caller's thread; no event loop is involved.
 """
 
@@ -158,18 +158,30 @@ class BlockingTransport:
     def _options(self, timeout: float | None) -> dict[str, Any]:
         return {"timeout": timeout, "metadata": self._metadata}
 
+    def start_unary(
+        self, method: Method[Request, Response], request: Request, timeout: float | None
+    ) -> Any:
+        """A future of gRPC."""
+        call = self._channel.unary_unary(method.path, serialize, method.response.FromString)
+        return call.future(request, **self._options(timeout))
+
+    def start_upload(
+        self, method: Method[Request, Response], frames: Frames, timeout: float | None
+    ) -> Any:
+        """A future of gRPC."""
+        call = self._channel.stream_unary(method.path, serialize, method.response.FromString)
+        return call.future(frames, **self._options(timeout))
+
     async def unary(
         self, method: Method[Request, Response], request: Request, timeout: float | None
     ) -> Response:
-        call = self._channel.unary_unary(method.path, serialize, method.response.FromString)
-        response: Response = _wait(call.future(request, **self._options(timeout)), None)
+        response: Response = settle(self.start_unary(method, request, timeout), None)
         return response
 
     async def upload(
         self, method: Method[Request, Response], frames: Frames, timeout: float | None
     ) -> Response:
-        call = self._channel.stream_unary(method.path, serialize, method.response.FromString)
-        response: Response = _wait(call.future(frames, **self._options(timeout)), frames)
+        response: Response = settle(self.start_upload(method, frames, timeout), frames)
         return response
 
     def download(
@@ -201,7 +213,8 @@ class BlockingTransport:
         self._channel.close()
 
 
-def _wait(future: Any, frames: Frames | None) -> Any:
+def settle(future: Any, frames: Frames | None) -> Any:
+    """Waits for a future of gRPC; Failed with the status, or why the rows could not be read."""
     try:
         return future.result()
     except grpc.RpcError as error:

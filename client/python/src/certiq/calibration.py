@@ -59,6 +59,12 @@ class CalibrationInfo:
         return f"<{type(self).__name__} {self.id}: {state}, {self.tokens} x {self.features}>"
 
 
+def calibration_id(calibration: CalibrationInfo | str | None) -> str:
+    if calibration is None:
+        return ""
+    return calibration if isinstance(calibration, str) else calibration.id
+
+
 class ActivationStream:
     """A resumable writer; what it sends counts once, whatever breaks meanwhile.
 

@@ -4,13 +4,10 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
-import grpc
-
-from certiq import _channel
-from certiq._channel import Tls
+from certiq._channel import Tls, connect
 from certiq._core import Core, calibration_request, job_request, layer_request, state_of
 from certiq._transport import BlockingTransport, iterate, run
-from certiq.calibration import Calibration, CalibrationInfo
+from certiq.calibration import Calibration, CalibrationInfo, calibration_id
 from certiq.jobs import Job
 from certiq.layer import Layer
 from certiq.progress import ProgressLike
@@ -19,12 +16,6 @@ from certiq.spec import SpecLike
 from certiq.tensors import TensorLike
 
 CHUNK_BYTES = 2 << 20
-
-
-def calibration_id(calibration: CalibrationInfo | str | None) -> str:
-    if calibration is None:
-        return ""
-    return calibration if isinstance(calibration, str) else calibration.id
 
 
 class Client:
@@ -53,7 +44,7 @@ class Client:
         """`address` is HOST:PORT. Without `tls` the connection is in clear text, and a token goes
         to this machine only, unless `allow_cleartext`. `connect_timeout` is for one attempt;
         `chunk_bytes` are those of tensors in a message, a row that is larger travels alone."""
-        target = _channel.target(
+        connection = connect(
             address,
             tls,
             token,
@@ -61,12 +52,8 @@ class Client:
             connect_timeout=connect_timeout,
             chunk_bytes=chunk_bytes,
         )
-        if target.credentials is None:
-            channel = grpc.insecure_channel(address, target.options)
-        else:
-            channel = grpc.secure_channel(address, target.credentials, target.options)
-        transport = BlockingTransport(channel, target.metadata)
-        self._core = Core(transport, retry or Retry(), target.chunk_bytes)
+        transport = BlockingTransport(connection.channel, connection.metadata)
+        self._core = Core(transport, retry or Retry(), connection.chunk_bytes)
 
     def close(self) -> None:
         """Ends the calls that still run with Cancelled."""
