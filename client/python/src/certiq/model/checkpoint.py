@@ -34,8 +34,7 @@ def output_dtype(settings: RunSettings, source: ModelSource) -> str:
         return DENSE_DTYPES[settings.spec.format]
     if source.is_gguf:
         return "float16"
-    own = str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch.")
-    return own if own in DTYPES else "float32"
+    return source.stored_dtype if source.stored_dtype in DTYPES else "float32"
 
 
 def scale_dtype(settings: RunSettings, source: ModelSource) -> str | None:

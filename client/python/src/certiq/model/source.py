@@ -49,6 +49,9 @@ class ModelSource:
         self.config = AutoConfig.from_pretrained(str(folder), **arguments)
         if getattr(self.config, "quantization_config", None) is not None:
             raise UsageError(f"{path}: is quantized already")
+        # Of the checkpoint; building the model sets it to `dtype`.
+        own = str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
+        self.stored_dtype = own
         self.dtype = dtype
         self.device = device
         with init_empty_weights(include_buffers=False):
