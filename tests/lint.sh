@@ -37,6 +37,10 @@ buf_format() { (cd proto && "../$bin/buf" format --diff --exit-code); }
 
 python_files() { find tests client -name '*.py' -not -path '*/.*' -print0; }
 ruff_check() { python_files | xargs -0 "$bin/ruff" check --quiet; }
+mypy_check() {
+  bash tests/python_package.sh
+  (cd client/python && ../../build/venv-python/bin/mypy --no-incremental)
+}
 ruff_format() { python_files | xargs -0 "$bin/ruff" format --check --quiet --diff; }
 
 shell_check() {
@@ -70,6 +74,7 @@ check "buf format" buf_format
 check "clang-format" clang_format
 check "ruff check" ruff_check
 check "ruff format" ruff_format
+check "mypy" mypy_check
 check "shellcheck" shell_check
 check "clang-tidy" clang_tidy
 

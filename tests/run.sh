@@ -6,6 +6,7 @@
 #   tsan     engine and jobs under ThreadSanitizer               build/tsan
 #   fuzz     libFuzzer targets, a bounded number of inputs       build/fuzz
 #   e2e      the two programs from outside, and the include arrows
+#   python   the Python client against a server
 #
 #   bash tests/run.sh [STAGE...]     all of them unless named
 #
@@ -20,11 +21,11 @@ results="$root/build/results"
 stages="$results/stages.tsv"
 
 if [[ $# -eq 0 ]]; then
-  set -- lint release asan tsan fuzz e2e
+  set -- lint release asan tsan fuzz e2e python
 fi
 for name in "$@"; do
-  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e)$ ]]; then
-    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e" >&2
+  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|python)$ ]]; then
+    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, python" >&2
     exit 2
   fi
 done
@@ -161,6 +162,21 @@ stage_e2e() {
   "$python" -m pytest -p no:cacheprovider --quiet --color=no -ra \
     --junitxml="$results/e2e.xml" tests/arrows_test.py tests/bench/bench_scripts_test.py tests/e2e || status=$?
   record "e2e: pytest" "$status" "$results/e2e.xml"
+}
+
+stage_python() {
+  local status=0
+  if ! build release "certiq-server" -DCMAKE_BUILD_TYPE=Release; then
+    return
+  fi
+  bash tests/python_package.sh || status=$?
+  if [[ $status -ne 0 ]]; then
+    record "python: package" "$status" -
+    return
+  fi
+  build/venv-python/bin/python -m pytest -p no:cacheprovider --quiet --color=no -ra \
+    --junitxml="$results/python.xml" tests/client/python || status=$?
+  record "python: pytest" "$status" "$results/python.xml"
 }
 
 for name in "$@"; do

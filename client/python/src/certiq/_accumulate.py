@@ -69,7 +69,7 @@ class AccumulateCall(Protocol):
 
 def outcome_of(error: Failed | Internal | None, positions: Positions) -> Outcome:
     if isinstance(error, Failed):
-        return Outcome(error=error.error, reached_server=error.reached_server or positions.came)
+        return error.outcome(came=positions.came)
     return Outcome(error=error, reached_server=True, local=error is not None)
 
 

@@ -217,10 +217,7 @@ class Core:
         found: list[Response] = []
 
         async def attempt(seconds: float | None) -> Outcome:
-            try:
-                found.append(await self.transport.unary(method, request, seconds))
-            except Failed as failed:
-                return Outcome(error=failed.error, reached_server=failed.reached_server)
+            found.append(await self.transport.unary(method, request, seconds))
             return Outcome()
 
         await self._tries(timeout).run(attempt)
@@ -451,9 +448,10 @@ class Core:
         came_once = False
         while True:
             began = time.monotonic()
-            answers = self.transport.download(_methods.WATCH_JOB, request, tries.remaining())
+            answers = None
             outcome = Outcome()
             try:
+                answers = self.transport.download(_methods.WATCH_JOB, request, tries.remaining())
                 async for response in answers:
                     outcome.progressed = came_once = True
                     yield response.job
@@ -464,7 +462,8 @@ class Core:
                 outcome.error = failed.error
                 outcome.reached_server = failed.reached_server or outcome.progressed
             finally:
-                answers.cancel()
+                if answers is not None:
+                    answers.cancel()
             if outcome.error is None:
                 outcome.error = broken("the watch ended before the job did")
                 outcome.local = True
@@ -514,10 +513,7 @@ class Core:
 
         async def attempt(seconds: float | None) -> Outcome:
             frames = Frames(first, chunks(), lambda sent: report(Upload(sent, total)))
-            try:
-                found.append(await self.transport.upload(method, frames, seconds))
-            except Failed as failed:
-                return Outcome(error=failed.error, reached_server=failed.reached_server)
+            found.append(await self.transport.upload(method, frames, seconds))
             return Outcome()
 
         try:
@@ -535,7 +531,7 @@ async def _read(answers: Answers[T], add: Callable[[T], None]) -> Outcome:
             came = True
             add(frame)
     except Failed as failed:
-        return Outcome(error=failed.error, reached_server=failed.reached_server or came)
+        return failed.outcome(came=came)
     except Internal as error:
         # Found here, in what the server sent.
         answers.cancel()

@@ -86,7 +86,7 @@ class RowStream:
             quantized: DataType = DATA_TYPE_UNSPECIFIED
             if self.mismatched:
                 quantized = _OTHERWISE if x_quantized is None else x_quantized.dtype
-            sender = self._core.sender(
+            self._sender = self._core.sender(
                 self._calibration,
                 self.stream_id,
                 kind,
@@ -95,6 +95,6 @@ class RowStream:
                 self._window_bytes,
                 self._timeout,
             )
-            await sender.open()
-            self._sender = sender
+            # Whatever keeps it from opening ends the stream.
+            await self._sender.open()
         return self._sender

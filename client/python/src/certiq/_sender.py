@@ -13,7 +13,7 @@ from certiq._proto.calibration_service_pb2 import (
 )
 from certiq._proto.tensor_pb2 import DATA_TYPE_UNSPECIFIED, DataType
 from certiq._transport import Transport
-from certiq._tries import Tries
+from certiq._tries import Failed, Tries
 from certiq.errors import DataLoss, Error, FailedPrecondition, broken, invalid
 from certiq.tensors import NUMPY, Tensor, check_activations, dtype_name
 
@@ -204,7 +204,10 @@ class StreamSender:
         while self._call is None:
             stream_id = self._header.stream_id
             self._began = time.monotonic()
-            self._call = self._transport.accumulate(header, stream_id, self._tries.remaining())
+            try:
+                self._call = self._transport.accumulate(header, stream_id, self._tries.remaining())
+            except Failed as failed:  # The client was closed.
+                raise failed.error from failed
             first = await self._call.wait_for_first()
             if first is None:
                 await self._recover(everything_sent=False)

@@ -14,6 +14,7 @@ import grpc
 from certiq._accumulate import AccumulateCall, BlockingAccumulateCall
 from certiq._methods import ACCUMULATE, Method, Request, Response, serialize
 from certiq._tries import Failed, failed
+from certiq.errors import Cancelled
 
 T = TypeVar("T")
 Answer = TypeVar("Answer", covariant=True)
@@ -58,7 +59,7 @@ class Frames(Iterator[bytes]):
         self.taken = 0
         self.exhausted = False
         # Why the rows could not be read, such as a device that is out of memory.
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
 
     def __next__(self) -> bytes:
         self.taken += 1
@@ -75,10 +76,16 @@ class Frames(Iterator[bytes]):
         except StopIteration:
             self.exhausted = True
             raise
-        except BaseException as error:
+        except Exception as error:
+            # gRPC would say that something went wrong; this ends the call, and fails() says what.
             self.error = error
-            raise
+            raise StopIteration from None
         return frame
+
+    def fails(self) -> None:
+        """Raises why the rows could not be read, if they could not."""
+        if self.error is not None:
+            raise self.error
 
     @property
     def wrote(self) -> bool:
@@ -130,6 +137,8 @@ class BlockingAnswers(AsyncIterator[Response]):
         try:
             response: Response = next(self._call)
         except StopIteration:
+            if self._frames is not None:
+                self._frames.fails()
             raise StopAsyncIteration from None
         except grpc.RpcError as error:
             raise _failed(error, self._frames) from error
@@ -142,10 +151,10 @@ class BlockingAnswers(AsyncIterator[Response]):
         self._call.cancel()
 
 
-def _failed(error: grpc.RpcError, frames: Frames | None) -> BaseException:
-    if frames is not None and frames.error is not None:
-        return frames.error
-    return failed(error, frames is not None and frames.wrote)
+def _failed(error: grpc.RpcError, frames: Frames | None) -> Exception:
+    if frames is None:
+        return failed(error, False)
+    return frames.error or failed(error, frames.wrote)
 
 
 class BlockingTransport:
@@ -155,22 +164,26 @@ class BlockingTransport:
         self._channel = channel
         self._metadata = metadata
 
-    def _options(self, timeout: float | None) -> dict[str, Any]:
-        return {"timeout": timeout, "metadata": self._metadata}
+    def _start(self, call: Any, request: object, timeout: float | None) -> Any:
+        try:
+            return call(request, timeout=timeout, metadata=self._metadata)
+        except ValueError as error:
+            # gRPC's word for a channel that was closed.
+            raise Failed(Cancelled("the client was closed"), reached_server=True) from error
 
     def start_unary(
         self, method: Method[Request, Response], request: Request, timeout: float | None
     ) -> Any:
         """A future of gRPC."""
         call = self._channel.unary_unary(method.path, serialize, method.response.FromString)
-        return call.future(request, **self._options(timeout))
+        return self._start(call.future, request, timeout)
 
     def start_upload(
         self, method: Method[Request, Response], frames: Frames, timeout: float | None
     ) -> Any:
         """A future of gRPC."""
         call = self._channel.stream_unary(method.path, serialize, method.response.FromString)
-        return call.future(frames, **self._options(timeout))
+        return self._start(call.future, frames, timeout)
 
     async def unary(
         self, method: Method[Request, Response], request: Request, timeout: float | None
@@ -188,13 +201,13 @@ class BlockingTransport:
         self, method: Method[Request, Response], request: Request, timeout: float | None
     ) -> BlockingAnswers[Response]:
         call = self._channel.unary_stream(method.path, serialize, method.response.FromString)
-        return BlockingAnswers(call(request, **self._options(timeout)), None)
+        return BlockingAnswers(self._start(call, request, timeout), None)
 
     def duplex(
         self, method: Method[Request, Response], frames: Frames, timeout: float | None
     ) -> BlockingAnswers[Response]:
         call = self._channel.stream_stream(method.path, serialize, method.response.FromString)
-        return BlockingAnswers(call(frames, **self._options(timeout)), frames)
+        return BlockingAnswers(self._start(call, frames, timeout), frames)
 
     def accumulate(
         self, header: bytes, stream_id: str, timeout: float | None
@@ -203,7 +216,7 @@ class BlockingTransport:
             ACCUMULATE.path, serialize, ACCUMULATE.response.FromString
         )
         return BlockingAccumulateCall(
-            lambda frames: call(frames, **self._options(timeout)), header, stream_id
+            lambda frames: self._start(call, frames, timeout), header, stream_id
         )
 
     async def sleep(self, seconds: float) -> None:
@@ -216,12 +229,15 @@ class BlockingTransport:
 def settle(future: Any, frames: Frames | None) -> Any:
     """Waits for a future of gRPC; Failed with the status, or why the rows could not be read."""
     try:
-        return future.result()
+        response = future.result()
     except grpc.RpcError as error:
         raise _failed(error, frames) from error
     except grpc.FutureCancelledError as error:
-        # By the other side of this client: close() in another thread.
-        raise Failed.cancelled() from error
+        # By close() in another thread.
+        raise Failed(Cancelled("the client was closed"), reached_server=True) from error
     except BaseException:
         future.cancel()
         raise
+    if frames is not None:
+        frames.fails()
+    return response

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from certiq.errors import Cancelled, Error, from_rpc_error, invalid
+from certiq.errors import Error, from_rpc_error, invalid
 from certiq.progress import Retrying
 from certiq.retry import Backoff, Outcome, Retry
 
@@ -20,9 +20,9 @@ class Failed(Exception):
         self.error = error
         self.reached_server = reached_server
 
-    @staticmethod
-    def cancelled() -> "Failed":
-        return Failed(Cancelled("the call was cancelled here"), True)
+    def outcome(self, *, came: bool = False) -> Outcome:
+        """`came`: something did."""
+        return Outcome(error=self.error, reached_server=self.reached_server or came)
 
 
 def failed(error: Any, exchanged: bool) -> Failed:
@@ -87,18 +87,21 @@ class Tries:
         await self._sleep(delay)
 
     async def run(self, attempt: Callable[[float | None], Awaitable[Outcome]]) -> None:
-        """Calls it with the seconds there are until it succeeds."""
+        """Calls it with the seconds there are until it succeeds; it may raise Failed as well."""
         while True:
-            outcome = await timed(attempt, self.remaining())
+            outcome = await _timed(attempt, self.remaining())
             if outcome.error is None:
                 return
             await self.next(outcome)
 
 
-async def timed(
+async def _timed(
     attempt: Callable[[float | None], Awaitable[Outcome]], timeout: float | None
 ) -> Outcome:
     start = time.monotonic()
-    outcome = await attempt(timeout)
+    try:
+        outcome = await attempt(timeout)
+    except Failed as failed:
+        outcome = failed.outcome()
     outcome.elapsed = time.monotonic() - start
     return outcome
