@@ -113,12 +113,10 @@ struct FitFactor {
 absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
                                    double lambda, FitUse use, const RunContext& context,
                                    int64_t& made) {
-  // A factor that is kept may end in a certificate.
-  const Condition condition =
-      use.certified || layer.factors != nullptr ? Condition::kEstimate : Condition::kCheck;
+  const FactorUse factor_use = use.certified ? FactorUse::kCertify : FactorUse::kJudge;
   const auto make = [&]() -> absl::StatusOr<DampedFactor> {
     absl::StatusOr<DampedFactor> damped =
-        FactorWithDamping(spec, lambda, layer.statistics().gram, layer.dead, condition, context);
+        FactorWithDamping(spec, lambda, layer.statistics().gram, layer.dead, factor_use, context);
     if (damped.ok()) made += static_cast<int64_t>(damped->attempts.size());
     return damped;
   };
@@ -127,6 +125,7 @@ absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer&
     absl::StatusOr<SharedFactor> shared = layer.factors->Get({.order = spec.order,
                                                               .with_held_out = layer.with_held_out,
                                                               .lambda = lambda,
+                                                              .use = factor_use,
                                                               .max_attempts = spec.max_attempts,
                                                               .growth = spec.damping_factor},
                                                              make);
@@ -141,18 +140,23 @@ absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer&
   return factor;
 }
 
-}  // namespace
-
-absl::Status NeedInitialError(Phase phase, const RunContext& context, WorkingLayer& layer) {
+// Computes layer.initial where the method needs it and it is not there. Fails only by cancellation.
+absl::Status NeedInitialError(Method method, const RunContext& context, WorkingLayer& layer) {
   if (!layer.statistics().mismatch.has_value() || layer.initial.has_value()) {
     return absl::OkStatus();
   }
+  if (method == Method::kQronos &&
+      !QronosNeedsInitialError(layer.reference.rows(), layer.reference.features())) {
+    return absl::OkStatus();
+  }
   absl::StatusOr<InitialError> initial = ComputeInitialError(
-      layer.statistics(), Widen(layer.reference, *context.executor), phase, context);
+      layer.statistics(), Widen(layer.reference, *context.executor), Phase::kRound, context);
   if (!initial.ok()) return initial.status();
   layer.initial = *std::move(initial);
   return absl::OkStatus();
 }
+
+}  // namespace
 
 absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda, FitUse use,
                            const RunContext& context, EngineSeconds& seconds) {
@@ -181,9 +185,8 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
 
   const Stopwatch watch(seconds.round);
   context.Report(Phase::kRound, 0);
-  if (absl::Status status = NeedInitialError(Phase::kRound, context, layer); !status.ok()) {
-    return status;
-  }
+  const Method method = factored ? spec.method : Method::kNearest;
+  if (absl::Status status = NeedInitialError(method, context, layer); !status.ok()) return status;
   const StripMatrix& weights = layer.weights();
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
   FillSteps(spec, weights, context, fit.grid);
@@ -207,9 +210,9 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
     input.spare_weights = &layer.reference;
   }
   const auto run = [&]() -> absl::StatusOr<MethodOutput> {
-    if (!factored) return Nearest(input, fit.grid, context);
+    if (method == Method::kNearest) return Nearest(input, fit.grid, context);
     const Factor& factor = *fit.damping->factor;
-    if (spec.method == Method::kOptq) {
+    if (method == Method::kOptq) {
       return Optq(input, factor, fit.damping->lambda_used, fit.grid, context);
     }
     return Qronos(input, factor, fit.damping->lambda_used, fit.grid, context);

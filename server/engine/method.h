@@ -30,7 +30,7 @@ struct MethodInput {
   const StripMatrix& reference;
   // W with zeros at dead features.
   const StripMatrix& weights;
-  // Of `reference`; null where inputs are matched.
+  // Of `reference`; null where inputs are matched, or the method needs none.
   InitialError* initial;
   // Where the time goes; rounding is the caller's.
   EngineSeconds& seconds;
