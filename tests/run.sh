@@ -7,6 +7,7 @@
 #   fuzz     libFuzzer targets, a bounded number of inputs       build/fuzz
 #   e2e      the two programs from outside, and the include arrows
 #   python   the Python client against a server
+#   models   models of torch through the Python client (torch is a download of 3.3 GB)
 #
 #   bash tests/run.sh [STAGE...]     all of them unless named
 #
@@ -21,11 +22,11 @@ results="$root/build/results"
 stages="$results/stages.tsv"
 
 if [[ $# -eq 0 ]]; then
-  set -- lint release asan tsan fuzz e2e python
+  set -- lint release asan tsan fuzz e2e python models
 fi
 for name in "$@"; do
-  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|python)$ ]]; then
-    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, python" >&2
+  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|python|models)$ ]]; then
+    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, python, models" >&2
     exit 2
   fi
 done
@@ -181,6 +182,21 @@ stage_python() {
   build/venv-python/bin/python -m pytest -p no:cacheprovider --quiet --color=no -ra \
     --junitxml="$results/python.xml" tests/client/python || status=$?
   record "python: pytest" "$status" "$results/python.xml"
+}
+
+stage_models() {
+  local status=0
+  if ! build release "certiq-server" -DCMAKE_BUILD_TYPE=Release; then
+    return
+  fi
+  bash tests/torch_packages.sh || status=$?
+  if [[ $status -ne 0 ]]; then
+    record "models: packages" "$status" -
+    return
+  fi
+  build/venv-torch/bin/python -m pytest -p no:cacheprovider --quiet --color=no -ra \
+    --junitxml="$results/models.xml" tests/client/models || status=$?
+  record "models: pytest" "$status" "$results/models.xml"
 }
 
 for name in "$@"; do

@@ -108,10 +108,10 @@ def test_encoder_decoders_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.manual_seed(0)
-    config = transformers.BartConfig(
-        vocab_size=models.VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
-    )  # fmt: skip
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    sizes |= dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    config = transformers.BartConfig(vocab_size=models.VOCABULARY, **sizes)
     source = models.save(transformers.BartModel(config), tokenizer, tmp_path / "source")
     assert run(server, source, text, tmp_path / "output") == 2
     assert "several lists of layers" in capsys.readouterr().err

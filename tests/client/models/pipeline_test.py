@@ -134,9 +134,7 @@ def test_gptq_holds_the_quantized_model(
     assert config["desc_act"] == ("dynamic" in flags)
     tensors = unpack.tensors_of(output)
     version = 1 if format == "gptq" else 2
-    weights = {
-        name: unpack.gptq(tensors, name, bits, version=version) for name in names_of(report)
-    }
+    weights = {name: unpack.gptq(tensors, name, bits, version=version) for name in names_of(report)}
     model = with_weights(models.make("llama"), weights)
     # The report's perplexity, block by block, is that of the whole models.
     ids = [int(word[1:]) for word in text.read_text().split()[:1024]]
@@ -171,9 +169,7 @@ def test_every_kind_of_model(name: str, format: str, quantize: Quantize) -> None
         weights = {own: unpack.compressed(tensors, own, 4) for own in linears}
         loaded = kind.from_pretrained(output)
         found = logits(loaded)
-        assert torch.allclose(
-            found, logits(with_weights(models.make(name), weights)), atol=2e-5
-        )
+        assert torch.allclose(found, logits(with_weights(models.make(name), weights)), atol=2e-5)
     else:
         found = logits(kind.from_pretrained(output))
     original = logits(models.make(name))
@@ -245,7 +241,8 @@ def test_report_speaks_of_every_linear(quantize: Quantize) -> None:
         assert linear["lambda_used"] > 0
     worst = max(report["linears"], key=lambda linear: linear["relative_error"])
     assert totals["worst"][0] == worst["name"]
-    assert not list(output.glob(".*")) and not (output / "unfinished").exists()
+    assert not list(output.glob(".*"))
+    assert not (output / "unfinished").exists()
     transformers.AutoModelForCausalLM.from_pretrained(output)
 
 

@@ -80,9 +80,7 @@ def assert_sums(calibration: certiq.Calibration, X: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_linears_that_read_one_tensor_share_a_calibration(
-    name: str, client: certiq.Client
-) -> None:
+def test_linears_that_read_one_tensor_share_a_calibration(name: str, client: certiq.Client) -> None:
     stack, expected = GROUPS[name]
     model = models.make(name)
     ids = [token_ids(seed=1), token_ids(batch=2, seed=2)]
@@ -149,9 +147,7 @@ def test_client_sums_are_the_sums_of_the_rows(client: certiq.Client) -> None:
         for ours, theirs in zip(exported["client"][name], portions, strict=True):
             assert ours.tokens == theirs.tokens > 0
             diagonal = np.sqrt(np.diag(theirs.gram))
-            assert np.all(
-                np.abs(ours.gram - theirs.gram) <= 2e-6 * np.outer(diagonal, diagonal)
-            )
+            assert np.all(np.abs(ours.gram - theirs.gram) <= 2e-6 * np.outer(diagonal, diagonal))
 
 
 def test_padding_is_not_calibrated_on(client: certiq.Client) -> None:
@@ -204,7 +200,9 @@ def test_experts_see_the_tokens_that_are_routed_to_them(client: certiq.Client) -
     ]
     # Two experts for each of the tokens.
     assert sum(group.tokens for group in gates) == 2 * ids.numel()
-    assert all(set(group.members) == {group.name, group.name.replace("gate", "up")} for group in gates)
+    assert all(
+        set(group.members) == {group.name, group.name.replace("gate", "up")} for group in gates
+    )
     recording.delete()
 
 
@@ -269,9 +267,7 @@ def test_values_that_are_not_finite_are_refused(client: certiq.Client) -> None:
 
 def test_sums_of_half_precision_rows_are_exact_enough() -> None:
     x = torch.randn(1000, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
-    sums = GramAccumulator(
-        24, x.device, stream_id="s", held_out_fraction=0.0, block_rows=256
-    )
+    sums = GramAccumulator(24, x.device, stream_id="s", held_out_fraction=0.0, block_rows=256)
     for piece in x.split(77):
         sums.add(piece)
     H = (x.double().T @ x.double()).numpy()

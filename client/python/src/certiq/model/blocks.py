@@ -8,7 +8,7 @@ output. Each model's own forward stays in charge of embeddings, masks, norms and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,8 @@ class BlockStack:
             hidden.append((positional, keywords))
             raise _CapturedError
 
-        with self._forwards(lambda index: capture):
-            try:
-                self._forward(ids)
-            except _CapturedError:
-                pass
+        with self._forwards(lambda index: capture), suppress(_CapturedError):
+            self._forward(ids)
         positional, keywords = hidden[0]
         self._wraps = isinstance(self.blocks[0](*positional, **keywords), tuple)
 
@@ -112,9 +109,7 @@ class BlockStack:
         return first[0]
 
     @torch.no_grad()
-    def run(
-        self, index: int, hidden: torch.Tensor, block: nn.Module | None = None
-    ) -> torch.Tensor:
+    def run(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None) -> torch.Tensor:
         """One block's output for hidden states whose ids `begin` has seen the shape of; `block`
         stands in for the stack's own."""
         call = self._calls[tuple(hidden.shape[:2])][index]

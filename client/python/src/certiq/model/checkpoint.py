@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +19,11 @@ from certiq.torch.linears import is_conv1d
 
 SHARD_BYTES = 4 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SCALE_DTYPES: dict[str, Literal["f16", "bf16", "f32"]] = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+}
 DENSE_DTYPES = {
     "dense_f32": "float32",
     "dense_f16": "float16",
@@ -37,11 +42,11 @@ def output_dtype(settings: RunSettings, source: ModelSource) -> str:
     return source.stored_dtype if source.stored_dtype in DTYPES else "float32"
 
 
-def scale_dtype(settings: RunSettings, source: ModelSource) -> str | None:
+def scale_dtype(settings: RunSettings, source: ModelSource) -> Literal["f16", "bf16", "f32"] | None:
     """compressed-tensors computes in the scales' type, which is to be the model's."""
     if settings.spec.format != "compressed_tensors":
         return settings.spec.scale_dtype
-    return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[output_dtype(settings, source)]
+    return SCALE_DTYPES[output_dtype(settings, source)]
 
 
 def check_loadable(settings: RunSettings, source: ModelSource, linears: Sequence[str]) -> None:

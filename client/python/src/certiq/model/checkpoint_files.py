@@ -75,8 +75,8 @@ class TorchFiles:
 class GgufFiles:
     """A GGUF file, each tensor dequantized to float32 when it is read, under transformers' names.
 
-    Names and layouts (the rotary permutation of Llama's q and k, for one) are transformers' business:
-    its map and its processors are used, tensor by tensor.
+    Names and layouts (the rotary permutation of Llama's q and k, for one) are transformers'
+    business: its map and its processors are used, tensor by tensor.
     """
 
     def __init__(self, path: Path, model: Any) -> None:

@@ -68,9 +68,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--evaluation", type=Path, help="text for perplexity before and after")
     text.add_argument("--evaluation-tokens", type=int, default=16384)
     text.add_argument("--evaluation-window", type=int, default=512)
-    text.add_argument(
-        "--no-float-evaluation", action="store_true", help="only perplexity after"
-    )
+    text.add_argument("--no-float-evaluation", action="store_true", help="only perplexity after")
     text.add_argument("--ignore", action="append", default=[], metavar="REGEX")
     text.add_argument("--layers", type=int, help="only the first so many decoder layers")
     text.add_argument("--batch-size", type=int, default=8)
@@ -161,9 +159,7 @@ def quantize_model(
     )
     settings.output.mkdir(parents=True, exist_ok=True)
     if (settings.output / "report.json").exists() and not restart:
-        raise UsageError(
-            f"{settings.output} holds a finished run: another --output, or --restart"
-        )
+        raise UsageError(f"{settings.output} holds a finished run: another --output, or --restart")
     journal = Journal(settings.output)
     run = ModelRun(client, settings, source, journal)
     check_loadable(settings, source, run.linears)

@@ -48,9 +48,9 @@ class _Filling:
 class Collector:
     """Fills calibrations with what the linears of one level read.
 
-    `block` is the block as quantized so far, `float_block` the original one where Qronos needs both.
-    Routing differs between the two, so experts are calibrated on what they see in the quantized
-    model alone.
+    `block` is the block as quantized so far, `float_block` the original one where Qronos needs
+    both. Routing differs between the two, so experts are calibrated on what they see in the
+    quantized model alone.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """In which order the linears of a block are quantized.
 
-Linears that do not depend on each other form a level: q, k and v; o; gate and up; down. Of experts, the
-first projections of all of them are one level and the last ones the next.
+Linears that do not depend on each other form a level: q, k and v; o; gate and up; down. Of
+experts, the first projections of all of them are one level and the last ones the next.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def levels_of(
         if any(own & known for known, _ in patterns):
             continue
         patterns.append((own, any("*" in pattern for pattern in own)))
-    levels = [
-        Level(_matching(linears, known), repeated) for known, repeated in patterns
-    ]
+    levels = [Level(_matching(linears, known), repeated) for known, repeated in patterns]
     placed = {name for level in levels for name in level.linears}
     rest = tuple(name for name in linears if name not in placed)
     return levels + ([Level(rest, repeated=True)] if rest else [])

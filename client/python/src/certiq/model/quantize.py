@@ -20,8 +20,8 @@ from certiq.model.report import linear_report
 from certiq.spec import Spec
 from certiq.torch.linears import weight_of
 
-# An expert that saw fewer tokens than it has features gets this damping: its sums say nothing about most
-# directions, and there is too little to hold out and choose by.
+# An expert that saw fewer tokens than it has features gets this damping: its sums say nothing about
+# most directions, and there is too little to hold out and choose by.
 FEW_TOKENS_DAMPING = 0.1
 
 
@@ -40,7 +40,7 @@ def spec_for(spec: Spec, collected: Collected) -> tuple[Spec, list[str]]:
         return plain, [
             "no token reached it: plain rounding; its errors are those of the weights themselves"
         ]
-    notes = []
+    notes: list[str] = []
     changes: dict[str, object] = {}
     if not is_expert(collected.name):
         return spec, notes
@@ -122,7 +122,9 @@ class LevelQuantizer:
         self, block_name: str, member: str, group: Collected, notes: list[str], layer: Layer
     ) -> None:
         certificate = MessageToDict(
-            layer.certificate, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+            layer.certificate,
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
         )
         # Rows' errors and bounds are long; the service's own report has them.
         for name in ("row_error", "row_bound"):
@@ -149,4 +151,3 @@ def _cancel(job: Job) -> None:
         job.cancel()
     except Exception:
         return
-

@@ -76,7 +76,9 @@ def totals(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_relative_error": _geometric_mean(errors),
         "mean_held_out_relative_error": _geometric_mean(unseen),
         "largest_relative_error": max(errors, default=None),
-        "linears_with_stability_failures": sum(bool(item["stability_failures"]) for item in linears),
+        "linears_with_stability_failures": sum(
+            bool(item["stability_failures"]) for item in linears
+        ),
         "stability_failures": sum(len(item["stability_failures"]) for item in linears),
         "fell_back_to_nearest": [
             item["name"] for item in linears if str(item["outcome"]).endswith("NEAREST")

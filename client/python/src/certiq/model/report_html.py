@@ -40,8 +40,8 @@ def render(report: Mapping[str, Any], title: str) -> str:
         _cards(report),
         _left_float(report["left_float"]),
         "<h2>Error against bound</h2>",
-        "<p class=key>Blue: relative output error ‖XWᵀ − X̃Qᵀ‖/‖XWᵀ‖ on the calibration tokens. "
-        "Orange: on held-out tokens. Red: the bound of the certificate, which no error can pass.</p>",
+        "<p class=key>Blue: relative output error |X W^T - X~ Q^T| / |X W^T| on the calibration "
+        "tokens. Orange: on held-out tokens. Red: the certificate's bound, which no error passes.</p>",
         f"<div class=scroll>{_bars(linears)}</div>",
         "<h2>Worst linears</h2>",
         _worst(linears, report["totals"]["worst"]),
@@ -56,7 +56,7 @@ def render(report: Mapping[str, Any], title: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
+    return "-" if value is None else f"{value:.{digits}g}"
 
 
 def _cards(report: Mapping[str, Any]) -> str:
@@ -162,7 +162,7 @@ def _worst(linears: Sequence[Mapping[str, Any]], worst: Sequence[str]) -> str:
         for name in worst
     ]
     head = [("linear", False), ("error", True), ("held out", True), ("bound", True)]
-    return _table(head + [("error / bound", True), ("clipped", True), ("tokens", True)], rows)
+    return _table([*head, ("error / bound", True), ("clipped", True), ("tokens", True)], rows)
 
 
 def _damping(linears: Sequence[Mapping[str, Any]]) -> str:

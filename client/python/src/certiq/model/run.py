@@ -16,13 +16,13 @@ from certiq.model.blocks import BlockStack
 from certiq.model.collect import Collector
 from certiq.model.errors import UsageError
 from certiq.model.evaluate import perplexity
-from certiq.torch.experts import take_experts_apart
 from certiq.model.journal import Journal
 from certiq.model.levels import Level, levels_of
 from certiq.model.quantize import LevelQuantizer
 from certiq.model.settings import RunSettings
 from certiq.model.source import ModelSource
 from certiq.model.text import calibration_sequences, evaluation_windows, read_token_ids
+from certiq.torch.experts import take_experts_apart
 from certiq.torch.linears import find_linears, set_weight
 
 # Names of what runs through the model. "quantized" and "float" are calibration sequences.

@@ -63,8 +63,8 @@ class RunSettings:
             )
         if spec.format == "gptq" and spec.symmetric is False:
             raise UsageError(
-                "format gptq stores zero points minus one, which a zero point of 0 does not survive: "
-                "asymmetric grids need gptq_v2"
+                "format gptq stores zero points minus one, which a zero point of 0 does not "
+                "survive: asymmetric grids need gptq_v2"
             )
         if (
             spec.format == "compressed_tensors"

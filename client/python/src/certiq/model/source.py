@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,9 @@ from certiq.model.errors import UsageError
 class ModelSource:
     """A checkpoint folder of transformers, or a GGUF file.
 
-    `model` has its parameters on the meta device; `load` fills those that are asked for. Old names and
-    fused tensors are converted by transformers' own rules; `names_of` tells what the
-    checkpoint calls a parameter of the model.
+    `model` has its parameters on the meta device; `load` fills those that are asked for. Old names
+    and fused tensors are converted by transformers' own rules; `names_of` tells what the checkpoint
+    calls a parameter of the model.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -57,9 +56,7 @@ class ModelSource:
         with init_empty_weights(include_buffers=False):
             self.model = _model_class(self.config)._from_config(self.config, dtype=dtype)
         self.model.eval().requires_grad_(False)
-        self.files: TensorFiles = (
-            GgufFiles(path, self.model) if self.is_gguf else open_folder(path)
-        )
+        self.files: TensorFiles = GgufFiles(path, self.model) if self.is_gguf else open_folder(path)
         self._mapping = get_model_conversion_mapping(self.model)
         # Parameter of the model: what it is made of, and by which converter if by one.
         self._sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
@@ -111,15 +108,15 @@ class ModelSource:
         block.requires_grad_(False)
 
     def names_of(self, parameter: str) -> list[tuple[str, str | None]]:
-        """What the checkpoint calls a parameter: one name, or several that a converter (whose source
-        pattern stands beside each) fuses."""
+        """What the checkpoint calls a parameter: one name, or several that a converter (whose
+        source pattern stands beside each) fuses."""
         return self._sources.get(parameter, [])
 
     def identity(self) -> str:
         """A digest of the files' names, sizes and times: whether it is the same model as before."""
         digest = hashlib.sha256()
         for file in self.files.files():
-            status = os.stat(file)
+            status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 

@@ -1,9 +1,9 @@
 """Models of torch: recording calibrations, writing quantized weights back.
 
-    with certiq.torch.record(model, client) as recording:
-        for batch in batches:
-            model(**batch)
-    recording.apply(recording.quantize(certiq.Spec(bits=4)))
+with certiq.torch.record(model, client) as recording:
+    for batch in batches:
+        model(**batch)
+recording.apply(recording.quantize(certiq.Spec(bits=4)))
 """
 
 from certiq.torch.experts import take_experts_apart

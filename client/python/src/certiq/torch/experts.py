@@ -1,8 +1,8 @@
 """Experts that transformers keeps as one tensor, taken apart into linears.
 
-transformers 5 holds all experts of a layer in two parameters, gate_up_proj [E, 2 I, H] and down_proj
-[E, H, I], though checkpoints have a matrix for each. Quantization needs the matrices: what each one reads
-differs, for an expert sees only the tokens that are routed to it.
+transformers 5 holds all experts of a layer in two parameters, gate_up_proj [E, 2 I, H] and
+down_proj [E, H, I], though checkpoints have a matrix for each. Quantization needs the matrices:
+what each one reads differs, for an expert sees only the tokens that are routed to it.
 """
 
 from __future__ import annotations

@@ -59,5 +59,3 @@ def _parameter(module: nn.Module) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         raise TypeError(f"{type(module).__name__} has no two-dimensional weight")
     return weight
-
-

@@ -84,14 +84,15 @@ def record(
 
     Linears that read the same tensor (q, k and v; gate and up) share a calibration. `select(name,
     module)` picks the linears; all of them unless given. sums="server" streams the rows;
-    sums="client" adds up X^T X on the tensors' own device and imports it, which sends N^2 numbers instead
-    of tokens x N. `held_out_fraction` of the rows, in blocks of 256 or `sequence_rows`, are kept apart: the
-    same rows either way. Rows of padding (a two-dimensional `attention_mask` given by name to the
-    model) are left out. `label` stands in front of the groups' names in the calibrations' labels.
+    sums="client" adds up X^T X on the tensors' own device and imports it, which sends N^2 numbers
+    instead of tokens x N. `held_out_fraction` of the rows, in blocks of 256 or `sequence_rows`, are
+    kept apart: the same rows either way. Rows of padding (a two-dimensional `attention_mask` given
+    by name to the model) are left out. `label` stands in front of the groups' names in the
+    calibrations' labels.
 
-    Under torch.distributed every rank enters, runs its share of the data and leaves: all of them fill the
-    same calibrations, rank r as stream "rank-r", and each token counts once. Leaving is a collective call;
-    it finalizes the calibrations, or raises on every rank if one failed.
+    Under torch.distributed every rank enters, runs its share of the data and leaves: all of them
+    fill the same calibrations, rank r as stream "rank-r", and each token counts once. Leaving is a
+    collective call; it finalizes the calibrations, or raises on every rank if one failed.
 
     Experts that transformers 5 keeps as one tensor are no linears: certiq.torch.take_experts_apart.
     """
@@ -310,12 +311,14 @@ class Recording:
         if group is None:
             local = self._local.get(name)
             calibration = local.calibration if local else self._calibration(name, own.features)
-            self.groups[name] = RecordedGroup(name, own.features, own.members, calibration, own.tokens)
+            self.groups[name] = RecordedGroup(
+                name, own.features, own.members, calibration, own.tokens
+            )
             return
         if set(group.members) != set(own.members):
             raise RecordingError(
-                f"{name} shares its input with {group.members} on one rank and with {own.members} on "
-                "another: record with share_inputs=False"
+                f"{name} shares its input with {group.members} on one rank and with "
+                f"{own.members} on another: record with share_inputs=False"
             )
         group.tokens += own.tokens
 
