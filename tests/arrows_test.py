@@ -1,12 +1,16 @@
 """The include arrows: main -> rpc -> jobs -> engine, metrics -> jobs' observer, client -> proto.
 
+Those of the Python package, too: what of it may import what.
+
 Debian puts every library's headers into /usr/include, so an include that points the wrong way
 compiles. This test reads the #include lines of every room and compares them with the table
 below; the last part plants violations and expects to find them.
 """
 
+import ast
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +160,37 @@ ROOMS = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class PythonRoom:
+    """Modules that share the right to import: the standard library, `allowed`, and of certiq
+    itself everything but `never`."""
+
+    name: str
+    folder: str
+    allowed: frozenset[str]
+    never: tuple[str, ...] = ()
+    recursive: bool = True
+
+
+PYTHON = "client/python"
+PACKAGE = f"{PYTHON}/src/certiq"
+PYTHON_ROOMS = (
+    # google has protobuf and google.rpc; torch is imported for those who bring its tensors, tqdm
+    # for those who ask for a bar.
+    PythonRoom(
+        "python client",
+        PACKAGE,
+        frozenset({"google", "grpc", "ml_dtypes", "numpy", "torch", "tqdm"}),
+        never=("certiq.torch", "certiq.model", "certiq.experiments"),
+        recursive=False,
+    ),
+    PythonRoom("python contract", f"{PACKAGE}/_proto", frozenset({"google"}), never=("certiq",)),
+    PythonRoom(
+        "python build", PYTHON, frozenset({"grpc_tools", "hatchling"}), ("certiq",), recursive=False
+    ),
+)
+
 INCLUDE = re.compile(r"^[ \t]*#[ \t]*(?:include|include_next|import)\b[ \t]*(.*)$", re.MULTILINE)
 TARGET = re.compile(r'(?:<([^>]+)>|"([^"]+)")')
 
@@ -201,6 +236,52 @@ def wrong_includes(root: Path, room: Room) -> list[str]:
     return wrong
 
 
+def python_sources(root: Path, room: PythonRoom) -> Iterator[Path]:
+    """What is written by hand."""
+    for path in sorted((root / room.folder).glob("**/*.py" if room.recursive else "*.py")):
+        if not path.name.endswith("_pb2.py"):
+            yield path
+
+
+def imports(text: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, those within functions too."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def may_import(room: PythonRoom, target: str) -> bool:
+    if any(target == name or target.startswith(f"{name}.") for name in room.never):
+        return False
+    first = target.split(".")[0]
+    return first in {"certiq", *sys.stdlib_module_names, *room.allowed}
+
+
+def wrong_imports(root: Path, room: PythonRoom) -> list[str]:
+    return [
+        f"{path.relative_to(root)}:{line}: {room.name} imports {target}"
+        for path in python_sources(root, room)
+        for line, target in imports(path.read_text(encoding="utf-8"))
+        if not may_import(room, target)
+    ]
+
+
+def unassigned_python(root: Path) -> list[str]:
+    """Modules of client/python that no room of the table speaks of."""
+    known = {path for room in PYTHON_ROOMS for path in python_sources(root, room)}
+    everything = PythonRoom("everything", PYTHON, frozenset())
+    return [
+        str(path.relative_to(root))
+        for path in python_sources(root, everything)
+        if path not in known
+    ]
+
+
 def unassigned_sources(root: Path) -> list[str]:
     """Files of server/ and client/cpp/ that no room of the table speaks of."""
     known = {path for room in ROOMS for path in sources(root, room)}
@@ -240,6 +321,16 @@ def test_room_includes_only_what_it_may(room: Room) -> None:
 
 def test_every_source_belongs_to_a_room() -> None:
     assert unassigned_sources(ROOT) == []
+
+
+@pytest.mark.parametrize("room", PYTHON_ROOMS, ids=lambda room: room.name.replace(" ", "_"))
+def test_python_room_imports_only_what_it_may(room: PythonRoom) -> None:
+    assert list(python_sources(ROOT, room)), f"{room.name}: no modules in {room.folder}"
+    assert wrong_imports(ROOT, room) == []
+
+
+def test_every_python_module_belongs_to_a_room() -> None:
+    assert unassigned_python(ROOT) == []
 
 
 def test_nothing_defines_the_contract_beside_proto() -> None:
@@ -333,6 +424,48 @@ def plant(root: Path, file: str, line: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
+
+
+PLANTED_PYTHON = (
+    (f"{PACKAGE}/client.py", "import requests"),
+    (f"{PACKAGE}/client.py", "from transformers import AutoModel"),
+    (f"{PACKAGE}/client.py", "import certiq.torch.record"),
+    (f"{PACKAGE}/client.py", "from certiq import torch"),
+    (f"{PACKAGE}/client.py", "def f():\n    from certiq.model.run import main"),
+    (f"{PACKAGE}/client.py", "from . import spec"),
+    (f"{PACKAGE}/client.py", "from grpc_tools import protoc"),
+    (f"{PACKAGE}/_proto/__init__.py", "import numpy"),
+    (f"{PACKAGE}/_proto/__init__.py", "from certiq import client"),
+    (f"{PYTHON}/hatch_build.py", "import numpy"),
+)
+CLEAN_PYTHON = (
+    (f"{PACKAGE}/client.py", "import grpc.aio, numpy as np"),
+    (f"{PACKAGE}/client.py", "from google.rpc import status_pb2"),
+    (f"{PACKAGE}/client.py", "from certiq import aio, tensors"),
+    (f"{PACKAGE}/client.py", "def f():\n    import torch\n    from tqdm.auto import tqdm"),
+    (f"{PACKAGE}/client.py", "# import requests"),
+    (f"{PACKAGE}/_proto/spec_pb2.py", "from certiq._proto import tensor_pb2"),
+    (f"{PYTHON}/hatch_build.py", "import re, hatchling"),
+)
+
+
+@pytest.mark.parametrize(("file", "line"), PLANTED_PYTHON)
+def test_checker_finds_a_planted_import(tmp_path: Path, file: str, line: str) -> None:
+    for clean_file, clean_line in CLEAN_PYTHON:
+        plant(tmp_path, clean_file, clean_line)
+    plant(tmp_path, file, line)
+    found = [message for room in PYTHON_ROOMS for message in wrong_imports(tmp_path, room)]
+    assert len(found) == 1
+    assert found[0].startswith(f"{file}:")
+
+
+def test_checker_accepts_a_clean_package(tmp_path: Path) -> None:
+    for file, line in CLEAN_PYTHON:
+        plant(tmp_path, file, line)
+    assert [message for room in PYTHON_ROOMS for message in wrong_imports(tmp_path, room)] == []
+    assert unassigned_python(tmp_path) == []
+    plant(tmp_path, f"{PACKAGE}/plots/bars.py", "import numpy")
+    assert unassigned_python(tmp_path) == [f"{PACKAGE}/plots/bars.py"]
 
 
 @pytest.mark.parametrize(("file", "line"), PLANTED)

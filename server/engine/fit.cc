@@ -190,6 +190,7 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
   const StripMatrix& weights = layer.weights();
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
   FillSteps(spec, weights, context, fit.grid);
+  if (context.cancelled()) return context.CancellationStatus();
   if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
   MethodInput input{spec,
                     layer.statistics(),

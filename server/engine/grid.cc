@@ -141,6 +141,8 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
 
   const int64_t width = StripMatrix::StripRows();
   context.executor->ParallelFor(weights.strips(), [&](int64_t s) {
+    // A shrink search takes as long as 80 roundings; the caller asks whether it ended.
+    if (context.cancelled()) return;
     std::vector<float> row(static_cast<size_t>(features));
     std::vector<float> grouped(row.size());
     for (int64_t r = s * width; r < std::min((s + 1) * width, grid.rows); ++r) {

@@ -60,7 +60,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_needs_no_compiler(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    listed = zipfile.ZipFile(wheel).namelist()
+    names = set(listed)
+    assert len(names) == len(listed)
     for name in ("py.typed", "_proto/spec_pb2.py", "_proto/spec_pb2.pyi", "aio.py"):
         assert f"certiq/{name}" in names
     assert not [name for name in names if name.startswith("google/") or name.endswith(".md")]
