@@ -1,7 +1,7 @@
 """Packed tensors of whole checkpoints against compressed-tensors' packer.
 
-The bytes of GPTQModel's packer are in tests/e2e/packing_test.py. At 2, 4 and 8 bits both layouts hold
-the same words, transposed.
+The bytes of GPTQModel's packer are in tests/e2e/packing_test.py. At 2, 4 and 8 bits both layouts
+hold the same words, transposed.
 """
 
 from pathlib import Path

@@ -41,7 +41,7 @@ def render(report: Mapping[str, Any], title: str) -> str:
         _left_float(report["left_float"]),
         "<h2>Error against bound</h2>",
         "<p class=key>Blue: relative output error |X W^T - X~ Q^T| / |X W^T| on the calibration "
-        "tokens. Orange: on held-out tokens. Red: the certificate's bound, which no error passes.</p>",
+        "tokens. Orange: on held-out tokens. Red: the certificate's bound, never passed.</p>",
         f"<div class=scroll>{_bars(linears)}</div>",
         "<h2>Worst linears</h2>",
         _worst(linears, report["totals"]["worst"]),
