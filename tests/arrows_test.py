@@ -185,6 +185,28 @@ PYTHON_ROOMS = (
         never=("certiq.torch", "certiq.model", "certiq.experiments"),
         recursive=False,
     ),
+    PythonRoom(
+        "python torch",
+        f"{PACKAGE}/torch",
+        # google.protobuf's messages come from certiq itself; transformers is not needed.
+        frozenset({"numpy", "torch"}),
+        never=("certiq.model", "certiq.experiments"),
+    ),
+    PythonRoom(
+        "python model",
+        f"{PACKAGE}/model",
+        frozenset(
+            {"accelerate", "gguf", "google", "numpy", "safetensors", "torch", "tqdm"}
+            | {"transformers"}
+        ),
+        never=("certiq.experiments",),
+    ),
+    PythonRoom(
+        "python experiments",
+        f"{PACKAGE}/experiments",
+        frozenset({"matplotlib", "ml_dtypes", "numpy", "safetensors"}),
+        never=("certiq.torch", "certiq.model"),
+    ),
     PythonRoom("python contract", f"{PACKAGE}/_proto", frozenset({"google"}), never=("certiq",)),
     PythonRoom(
         "python build", PYTHON, frozenset({"grpc_tools", "hatchling"}), ("certiq",), recursive=False

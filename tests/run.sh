@@ -8,8 +8,9 @@
 #   e2e      the two programs from outside, and the include arrows
 #   python   the Python client against a server
 #   deploy   the image, the chart, the rules and dashboards, with the tools they are for
+#   models   models of torch through the Python client; only where named (a download of 3.3 GB)
 #
-#   bash tests/run.sh [STAGE...]     all of them unless named
+#   bash tests/run.sh [STAGE...]     all of them but models unless named
 #
 # A stage that fails does not keep the others from running. The last line is the
 # sum over all of them; the exit status is 0 only if nothing failed.
@@ -25,8 +26,8 @@ if [[ $# -eq 0 ]]; then
   set -- lint release asan tsan fuzz e2e python deploy
 fi
 for name in "$@"; do
-  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|python|deploy)$ ]]; then
-    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, python, deploy" >&2
+  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|python|deploy|models)$ ]]; then
+    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, python, deploy, models" >&2
     exit 2
   fi
 done
@@ -198,6 +199,21 @@ stage_deploy() {
   build/venv-deploy/bin/python -m pytest -p no:cacheprovider --quiet --color=no -ra --durations=15 \
     --junitxml="$results/deploy.xml" tests/deploy || status=$?
   record "deploy: pytest" "$status" "$results/deploy.xml"
+}
+
+stage_models() {
+  local status=0
+  if ! build release "certiq-server" -DCMAKE_BUILD_TYPE=Release; then
+    return
+  fi
+  bash tests/torch_packages.sh || status=$?
+  if [[ $status -ne 0 ]]; then
+    record "models: packages" "$status" -
+    return
+  fi
+  build/venv-torch/bin/python -m pytest -p no:cacheprovider --quiet --color=no -ra \
+    --junitxml="$results/models.xml" tests/client/models || status=$?
+  record "models: pytest" "$status" "$results/models.xml"
 }
 
 for name in "$@"; do

@@ -1,0 +1,235 @@
+"""certiq-quantize-model: from a model on disk to a quantized checkpoint, through a server."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from certiq import Client, Error, Spec, Tls
+from certiq.model.errors import UsageError
+from certiq.model.settings import DENSE, PACKED, RunSettings
+
+DEFAULT_FORMAT = "compressed_tensors"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="certiq-quantize-model",
+        description="Quantizes a model of transformers, one decoder layer in memory at a time.",
+        epilog="An interrupted run goes on where it stopped when it is started again.",
+    )
+    where = p.add_argument_group("what and where")
+    where.add_argument("--model", type=Path, required=True, help="a checkpoint folder or a .gguf")
+    where.add_argument("--calibration", type=Path, required=True, help="text, UTF-8")
+    where.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
+    where.add_argument("--server", required=True, metavar="HOST:PORT")
+    where.add_argument("--tls-ca", type=Path, help="PEM; speak TLS and trust these authorities")
+    where.add_argument("--tls-cert", type=Path, help="PEM; client certificate")
+    where.add_argument("--tls-key", type=Path, help="PEM; its key")
+    where.add_argument("--token-file", type=Path, help="or the variable CERTIQ_TOKEN")
+    where.add_argument("--restart", action="store_true", help="forget an unfinished run")
+
+    spec = p.add_argument_group("how (unset: the server's defaults)")
+    spec.add_argument("--method", choices=("optq", "qronos", "nearest"))
+    spec.add_argument("--bits", type=int, default=4)
+    spec.add_argument("--group-size", type=int, default=0, help="0: one scale a row")
+    spec.add_argument("--asymmetric", action="store_true", help="grids with zero points")
+    spec.add_argument("--scale", choices=("absmax", "mse", "piso", "compensated"))
+    spec.add_argument("--scale-trials", type=int)
+    spec.add_argument("--polish", type=int)
+    spec.add_argument("--group-scales", choices=("static", "dynamic"))
+    spec.add_argument("--order", choices=("natural", "decreasing_norm"))
+    spec.add_argument("--damping", help="held_out, relative_trace:0.01, ...")
+    spec.add_argument("--on-failure", choices=("fail", "nearest"))
+    spec.add_argument("--quality", choices=("fast", "balanced", "best"))
+    spec.add_argument("--rounding", choices=("nearest", "stochastic"))
+    spec.add_argument("--seed", type=int)
+    names = [name.replace("_", "-") for name in PACKED + DENSE]
+    spec.add_argument(
+        "--format", default=DEFAULT_FORMAT.replace("_", "-"), choices=[*names, "gptq_v2"]
+    )
+    spec.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the rest")
+
+    text = p.add_argument_group("calibration and evaluation")
+    text.add_argument("--sequences", type=int, default=128)
+    text.add_argument("--sequence-length", type=int, default=512)
+    text.add_argument("--held-out-fraction", type=float)
+    text.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="all linears of a layer see it in float, instead of what was quantized before them",
+    )
+    text.add_argument("--evaluation", type=Path, help="text for perplexity before and after")
+    text.add_argument("--evaluation-tokens", type=int, default=16384)
+    text.add_argument("--evaluation-window", type=int, default=512)
+    text.add_argument("--no-float-evaluation", action="store_true", help="only perplexity after")
+    text.add_argument("--ignore", action="append", default=[], metavar="REGEX")
+    text.add_argument("--layers", type=int, help="only the first so many decoder layers")
+    text.add_argument("--batch-size", type=int, default=8)
+    text.add_argument("--device", default="cpu")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    return p
+
+
+def settings_from(arguments: argparse.Namespace) -> RunSettings:
+    spec = Spec(
+        method=arguments.method,
+        bits=arguments.bits,
+        symmetric=not arguments.asymmetric,
+        group_size=arguments.group_size,
+        group_scales=arguments.group_scales,
+        scale=arguments.scale,
+        scale_trials=arguments.scale_trials,
+        polish=arguments.polish,
+        rounding=arguments.rounding,
+        seed=arguments.seed,
+        order=arguments.order,
+        damping=arguments.damping,
+        on_failure=arguments.on_failure,
+        quality=arguments.quality,
+        format=arguments.format.replace("-", "_"),
+        compare_nearest=None,
+    )
+    return RunSettings(
+        model=arguments.model,
+        output=arguments.output,
+        calibration=arguments.calibration,
+        spec=spec,
+        sequences=arguments.sequences,
+        sequence_length=arguments.sequence_length,
+        sequential=not arguments.one_pass,
+        held_out_fraction=arguments.held_out_fraction,
+        evaluation=arguments.evaluation,
+        evaluation_tokens=arguments.evaluation_tokens,
+        evaluation_window=arguments.evaluation_window,
+        evaluate_float=not arguments.no_float_evaluation,
+        ignore=tuple(arguments.ignore),
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        blocks=arguments.layers,
+    )
+
+
+def client_from(arguments: argparse.Namespace) -> Client:
+    tls = None
+    if arguments.tls_ca or arguments.tls_cert:
+        tls = Tls(ca=arguments.tls_ca, cert=arguments.tls_cert, key=arguments.tls_key)
+    token = os.environ.get("CERTIQ_TOKEN")
+    if arguments.token_file is not None:
+        token = arguments.token_file.read_text(encoding="utf-8").strip()
+    return Client(arguments.server, tls=tls, token=token)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("certiq", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "from sources"
+    return found
+
+
+def quantize_model(
+    client: Client, settings: RunSettings, *, restart: bool = False, bar: bool = True
+) -> dict[str, object]:
+    """Runs to the end, or goes on with what an earlier run left; returns report.json's content."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from certiq.model.checkpoint import CheckpointWriter, check_loadable, scale_dtype
+    from certiq.model.journal import Journal, write_text
+    from certiq.model.naming import linear_names
+    from certiq.model.report import model_report
+    from certiq.model.report_html import render
+    from certiq.model.run import ModelRun
+    from certiq.model.source import ModelSource
+
+    settings.check()
+    source = ModelSource(settings.model, torch.float32, torch.device(settings.device))
+    settings = dataclasses.replace(
+        settings, spec=dataclasses.replace(settings.spec, scale_dtype=scale_dtype(settings, source))
+    )
+    settings.output.mkdir(parents=True, exist_ok=True)
+    if (settings.output / "report.json").exists() and not restart:
+        raise UsageError(f"{settings.output} holds a finished run: another --output, or --restart")
+    journal = Journal(settings.output)
+    run = ModelRun(client, settings, source, journal)
+    check_loadable(settings, source, run.linears)
+    names = linear_names(source, run.linears)
+    resumed = journal.open(settings.fingerprint(source.identity()), restart=restart)
+    done = run.done()
+    if resumed and bar:
+        print(f"goes on: {len(done)} of {len(run.linears)} linears are done", file=sys.stderr)
+    with tqdm(
+        total=len(run.linears), initial=len(done), unit="linear", disable=not bar
+    ) as progress:
+
+        def step(name: str, error: float) -> None:
+            progress.update()
+            progress.set_postfix_str(f"{name} {error:.3g}")
+
+        run.run(step)
+    quality = run.perplexity()
+    writer = CheckpointWriter(settings, source, journal, names)
+    writer.write()
+    report = model_report(
+        settings.described(),
+        [journal.read_report(name) for name in run.linears],
+        left_float=writer.left_float(),
+        perplexity=quality,
+        seconds=run.seconds(),
+        versions=versions(),
+    )
+    write_text(settings.output / "report.html", render(report, f"{settings.model.name}, quantized"))
+    write_text(settings.output / "report.json", json.dumps(report, indent=1) + "\n")
+    journal.remove()
+    return report
+
+
+def summary(report: dict[str, object]) -> str:
+    totals = report["totals"]
+    assert isinstance(totals, dict)
+    lines = [
+        f"{totals['linears']} linears, {totals['bits_per_weight']:.3f} bits a weight, "
+        f"mean relative error {totals['mean_relative_error'] or 0.0:.4f}",
+    ]
+    quality = report["perplexity"]
+    if isinstance(quality, dict):
+        before = quality["float"]
+        lines.append(
+            f"perplexity {'' if before is None else f'{before:.2f} -> '}{quality['quantized']:.2f}"
+        )
+    if totals["fell_back_to_nearest"]:
+        lines.append(f"fell back to plain rounding: {', '.join(totals['fell_back_to_nearest'])}")
+    if totals["with_notes"]:
+        lines.append(f"see the report's notes on: {', '.join(totals['with_notes'])}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        settings = settings_from(arguments)
+        with client_from(arguments) as client:
+            report = quantize_model(
+                client, settings, restart=arguments.restart, bar=not arguments.quiet
+            )
+    except (UsageError, OSError) as error:
+        print(f"certiq-quantize-model: {error}", file=sys.stderr)
+        return 2
+    except Error as error:
+        print(f"certiq-quantize-model: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ncertiq-quantize-model: interrupted; start it again to go on", file=sys.stderr)
+        return 130
+    print(summary(report))
+    return 0

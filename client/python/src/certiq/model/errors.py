@@ -1,0 +1,5 @@
+"""What the tools on models say to their users."""
+
+
+class UsageError(Exception):
+    """Something asked for cannot be done; the message says what was expected and what came."""

@@ -1,0 +1,153 @@
+"""One level of a block through the service."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from google.protobuf.json_format import MessageToDict
+from torch import nn
+
+from certiq.calibration import Calibration
+from certiq.client import Client
+from certiq.jobs import Job
+from certiq.layer import Layer
+from certiq.model.collect import Collected
+from certiq.model.journal import DoneLinear, Journal
+from certiq.model.levels import is_expert
+from certiq.model.report import linear_report
+from certiq.spec import Spec
+from certiq.torch.linears import weight_of
+
+# An expert that saw fewer tokens than it has features gets this damping: its sums say nothing about
+# most directions, and there is too little to hold out and choose by.
+FEW_TOKENS_DAMPING = 0.1
+
+
+def spec_for(spec: Spec, collected: Collected) -> tuple[Spec, list[str]]:
+    """The spec for one group, and what differs from the one asked for."""
+    if collected.calibration is None:
+        plain = Spec(
+            method="nearest",
+            bits=spec.bits,
+            symmetric=spec.symmetric,
+            group_size=spec.group_size,
+            scale_dtype=spec.scale_dtype,
+            scale="absmax" if spec.scale == "absmax" else "mse",
+            format=spec.format,
+        )
+        return plain, [
+            "no token reached it: plain rounding; its errors are those of the weights themselves"
+        ]
+    notes: list[str] = []
+    changes: dict[str, object] = {}
+    if not is_expert(collected.name):
+        return spec, notes
+    if spec.method == "qronos":
+        changes["method"] = "optq"
+        notes.append(
+            "expert: routing differs between the float and the quantized model, so OPTQ on what it "
+            "sees in the quantized one"
+        )
+    if collected.tokens < collected.features:
+        changes["damping"] = f"relative_trace:{FEW_TOKENS_DAMPING}"
+        notes.append(
+            f"saw {collected.tokens} tokens for {collected.features} features: damping "
+            f"{FEW_TOKENS_DAMPING} trace/N"
+        )
+    return dataclasses.replace(spec, **changes), notes  # type: ignore[arg-type]
+
+
+class LevelQuantizer:
+    """Submits the linears of a level, waits for them and writes them to the journal."""
+
+    def __init__(
+        self, client: Client, spec: Spec, journal: Journal, done: Callable[[str, float], None]
+    ) -> None:
+        self._client = client
+        self._spec = spec
+        self._journal = journal
+        self._done = done
+
+    def quantize(
+        self,
+        block_name: str,
+        collected: Sequence[Collected],
+        linears: dict[str, nn.Module],
+        pending: frozenset[str],
+    ) -> None:
+        """`linears` still have their float weights; `pending` are those not done yet."""
+        identities: list[Calibration] = []
+        running: list[tuple[str, Collected, list[str], Job]] = []
+        try:
+            for group in collected:
+                spec, notes = spec_for(self._spec, group)
+                for member in group.members:
+                    if member not in pending:
+                        continue
+                    calibration = group.calibration
+                    if calibration is None:
+                        calibration = self._identity(group)
+                        identities.append(calibration)
+                    job = self._client.submit(
+                        weight_of(linears[member]),
+                        calibration=calibration,
+                        spec=spec,
+                        name=f"{block_name}.{member}"[:256],
+                    )
+                    running.append((member, group, notes, job))
+            for member, group, notes, job in running:
+                layer = job.result()
+                self._write(block_name, member, group, notes, layer)
+                job.delete()
+            for calibration in identities:
+                calibration.delete()
+        except BaseException:
+            for *_, job in running:
+                _cancel(job)
+            raise
+
+    def _identity(self, group: Collected) -> Calibration:
+        """A stand-in for tokens that never came: every direction counts alike."""
+        calibration = self._client.calibration(group.features, labels=[f"{group.name}: identity"])
+        calibration.import_statistics(
+            stream_id="identity",
+            gram=torch.eye(group.features, dtype=torch.float32),
+            tokens=group.features,
+        )
+        return calibration.finalize()
+
+    def _write(
+        self, block_name: str, member: str, group: Collected, notes: list[str], layer: Layer
+    ) -> None:
+        certificate = MessageToDict(
+            layer.certificate,
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
+        )
+        # Rows' errors and bounds are long; the service's own report has them.
+        for name in ("row_error", "row_bound"):
+            certificate.pop(name, None)
+        name = f"{block_name}.{member}"
+        phases = certificate.get("phase_seconds", {})
+        seconds = sum(float(value) for phase, value in phases.items() if phase != "queue")
+        report = linear_report(
+            name,
+            block_name,
+            [f"{block_name}.{other}" for other in group.members],
+            certificate,
+            notes,
+            seconds,
+        )
+        dequantized = torch.from_numpy(layer.dequantized())
+        self._journal.write(name, DoneLinear(layer.torch(), dequantized, report))
+        self._done(name, float(report["relative_error"]))
+
+
+def _cancel(job: Job) -> None:
+    """As well as it goes: the error that brought us here is what counts."""
+    try:
+        job.cancel()
+    except Exception:
+        return

@@ -1,0 +1,115 @@
+"""What a run is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from certiq.model.errors import UsageError
+from certiq.spec import Spec
+
+PACKED = ("gptq", "gptq_v2", "compressed_tensors")
+DENSE = ("dense_f32", "dense_f16", "dense_bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    model: Path
+    output: Path
+    calibration: Path
+    spec: Spec
+    sequences: int = 128
+    sequence_length: int = 512
+    # Quantize what reads the same tensor, then let the rest of the block see that.
+    sequential: bool = True
+    held_out_fraction: float | None = None
+    evaluation: Path | None = None
+    evaluation_tokens: int = 16384
+    evaluation_window: int = 512
+    # Also measure the float model.
+    evaluate_float: bool = True
+    # Regular expressions on names of linears that stay float.
+    ignore: tuple[str, ...] = ()
+    # Of the tensors that stay as they are: None: as the checkpoint has them.
+    dtype: str | None = None
+    batch_size: int = 8
+    device: str = "cpu"
+    # Blocks that are quantized, from the first on; the rest stays float.
+    blocks: int | None = None
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether the float model's inputs are needed beside the quantized one's."""
+        return self.spec.method == "qronos"
+
+    @property
+    def effective_held_out_fraction(self) -> float:
+        """1/8 where the spec judges by held-out tokens, as the certiq command does."""
+        if self.held_out_fraction is not None:
+            return self.held_out_fraction
+        damping = self.spec.damping
+        chooses = damping is not None and damping.startswith("held_out")
+        by_default = damping is None and self.spec.method == "qronos"
+        return 0.125 if chooses or by_default or self.spec.quality is not None else 0.0
+
+    def check(self) -> None:
+        """Raises UsageError for what no server and no loader could do."""
+        spec = self.spec
+        if spec.format not in PACKED + DENSE:
+            raise UsageError(
+                f"format: expected one of {', '.join(PACKED + DENSE)}, got {spec.format}"
+            )
+        if spec.format == "gptq" and spec.symmetric is False:
+            raise UsageError(
+                "format gptq stores zero points minus one, which a zero point of 0 does not "
+                "survive: asymmetric grids need gptq_v2"
+            )
+        if (
+            spec.format == "compressed_tensors"
+            and spec.group_size
+            and spec.group_scales == "dynamic"
+            and spec.order == "decreasing_norm"
+        ):
+            raise UsageError(
+                "compressed-tensors 0.20 and later do not read groups in another order "
+                "(weight_g_idx): use group_scales static, order natural, or format gptq"
+            )
+        for name in ("sequences", "sequence_length", "batch_size", "evaluation_window"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def described(self) -> dict[str, Any]:
+        """For reports: everything, as plain values."""
+        spec = {key: value for key, value in asdict(self.spec).items() if value is not None}
+        own = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in ("spec", "model", "output", "calibration", "evaluation")
+        }
+        return {
+            "model": self.model.name,
+            "calibration": self.calibration.name,
+            "evaluation": self.evaluation.name if self.evaluation else None,
+            "held_out_fraction": self.effective_held_out_fraction,
+            "spec": spec,
+        } | {key: value for key, value in own.items() if key != "held_out_fraction"}
+
+    def fingerprint(self, model_identity: str) -> dict[str, Any]:
+        """What must not change between the sessions of one run."""
+        described = self.described()
+        for name in ("batch_size", "device"):
+            del described[name]
+        described["model_files"] = model_identity
+        described["calibration_sha256"] = _digest(self.calibration)
+        if self.evaluation:
+            described["evaluation_sha256"] = _digest(self.evaluation)
+        return described
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
