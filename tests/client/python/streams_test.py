@@ -273,7 +273,7 @@ def test_sums_that_are_imported(
     def laid_out(part: Array) -> Array:
         return (part[np.triu_indices(N)] if layout == "upper" else part).astype(kind)
 
-    with client.calibration(N, mismatched=True) as calibration:
+    with client.calibration(N, mismatched=True, held_out_fraction=0.25) as calibration:
         for name, found, held_out in (("gpu-0", fit, False), ("gpu-1", kept, True)):
             for again in (False, True):
                 assert again is not calibration.import_statistics(

@@ -40,6 +40,8 @@ from certiq.retry import Retry
 from certiq.spec import Grid, Spec
 from certiq.statistics import Statistics
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Aborted",
     "ActivationStream",
