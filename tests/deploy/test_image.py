@@ -89,7 +89,7 @@ class Contained:
             'mount --bind "$1" "$1" && mount --bind "$2" "$1/var/lib/certiq" && '
             'mount -o remount,bind,ro "$1" && mount -t proc proc "$1/proc" && '
             'mount --rbind /dev "$1/dev" && '
-            f'root="$1" && shift 2 && exec chroot --userspec={USER}:{USER} "$root" "$@"'
+            f'root="$1" && shift 2 && exec /usr/sbin/chroot --userspec={USER}:{USER} "$root" "$@"'
         )
         self.program = folder / "certiq-server"
         command = f"""#!/bin/bash
