@@ -197,6 +197,8 @@ def test_rows_that_cannot_be_read(client: certiq.Client, monkeypatch: pytest.Mon
 
 
 INTERRUPTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent does
 import sys, certiq, numpy as np
 from work import submit_big
 client = certiq.Client(sys.argv[1])
