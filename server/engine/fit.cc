@@ -14,6 +14,7 @@
 #include "engine/spectrum.h"
 #include "engine/status.h"
 #include "engine/stopwatch.h"
+#include "engine/sweep_method.h"
 
 namespace certiq::engine {
 namespace {
@@ -109,6 +110,21 @@ struct FitFactor {
   std::shared_ptr<DampedFactor> own;
 };
 
+// The metric of (S5): D, or where there is no feedback the diagonal of X~^T X~.
+absl::StatusOr<std::vector<double>> ScaleMetric(const WorkingLayer& layer,
+                                                const DampedFactor& damped) {
+  if (damped.factor.has_value()) return LiveD(*damped.factor, layer.dead);
+  const UpperPanels<double>& gram = layer.statistics().gram;
+  std::vector<double> diagonal(static_cast<size_t>(gram.size()));
+  for (int64_t j = 0; j < gram.size(); ++j) diagonal[static_cast<size_t>(j)] = gram.at(j, j);
+  for (const double value : diagonal) {
+    if (!std::isfinite(value)) {
+      return InvalidField("x", "expected activations whose sums are finite");
+    }
+  }
+  return diagonal;
+}
+
 // From the cache where there is one. `made` counts what was factored here.
 absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
                                    double lambda, FitUse use, const RunContext& context,
@@ -186,7 +202,16 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
   }
   const StripMatrix& weights = layer.weights();
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
-  FillSteps(spec, weights, context, fit.grid);
+  StepRules rules;
+  if (spec.scale == ScaleRule::kCompensated) {
+    absl::StatusOr<std::vector<double>> metric = ScaleMetric(layer, *fit.damping);
+    if (!metric.ok()) return metric.status();
+    rules.metric = *std::move(metric);
+  }
+  // The sweep finds the others; Qronos needs the first before it starts.
+  if (factored && spec.group_scales == GroupScales::kDynamic) rules.searched_groups = 1;
+  FillSteps(spec, weights, context, fit.grid, rules);
+  if (context.cancelled()) return context.CancellationStatus();
   if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
   MethodInput input{spec,
                     layer.statistics(),

@@ -7,6 +7,7 @@
 
 #include "engine/code_strip.h"
 #include "engine/feedback_kernel.h"
+#include "engine/scale_search.h"
 #include "engine/simd.h"
 
 namespace certiq::engine {
@@ -25,11 +26,14 @@ static_assert(kTileRows % kStripRows == 0);
 class StripSweep {
  public:
   StripSweep(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
-             const std::vector<double>& d, const Grid& grid, int64_t first_row, float* w)
+             const std::vector<double>& d, const DiagonalMetric& metric, const Grid& grid,
+             int64_t first_row, float* w)
       : spec_(spec),
         rules_(rules),
         u_(u),
         d_(d),
+        metric_(metric),
+        search_(spec),
         group_of_(grid.group_of),
         first_row_(first_row),
         steps_(grid, first_row),
@@ -153,7 +157,10 @@ class StripSweep {
         updated[static_cast<size_t>(j)] =
             w_[(start + j) * kStripRows + c] + moved[static_cast<size_t>(j * kStripRows + c)];
       }
-      steps_.Set(group, c, FitStep(spec_, updated.data(), end - start));
+      steps_.Set(group, c,
+                 spec_.scale == ScaleRule::kCompensated
+                     ? search_.Find(updated.data(), end - start, metric_, start)
+                     : FitStep(spec_, updated.data(), end - start));
     }
   }
 
@@ -161,6 +168,8 @@ class StripSweep {
   const SweepRules& rules_;
   const FeedbackColumns& u_;
   const std::vector<double>& d_;
+  const DiagonalMetric& metric_;
+  ScaleSearch search_;
   const std::vector<int32_t>& group_of_;
   int64_t first_row_;
   StripGrid steps_;
@@ -240,6 +249,8 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
   }
   result.clipped.resize(static_cast<size_t>(rows));
   const bool dynamic = rules.first_dynamic_group < grid.groups;
+  const DiagonalMetric metric =
+      dynamic && spec.scale == ScaleRule::kCompensated ? DiagonalMetric(bound_d) : DiagonalMetric();
 
   const int64_t tile_strips =
       std::clamp<int64_t>(targets.strips() / kWantedTiles, 1, kTileRows / kStripRows);
@@ -253,7 +264,7 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
     std::vector<StripSweep> sweeps;
     sweeps.reserve(static_cast<size_t>(strips));
     for (int64_t s = first; s < first + strips; ++s) {
-      sweeps.emplace_back(spec, rules, u, bound_d, grid, s * kStripRows, targets.strip(s));
+      sweeps.emplace_back(spec, rules, u, bound_d, metric, grid, s * kStripRows, targets.strip(s));
     }
     for (int64_t b = 0; b < u.blocks(); ++b) {
       if (context.cancelled()) return;

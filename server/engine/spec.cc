@@ -23,7 +23,6 @@ absl::Status NotBuilt(absl::string_view field, absl::string_view value) {
 absl::Status CheckOffered(const QuantizationSpec& spec) {
   const ScaleRule scale = spec.scale.value_or(ScaleRule::kAbsmax);
   if (scale == ScaleRule::kPiso) return NotBuilt("spec.scale", "SCALE_RULE_PISO");
-  if (scale == ScaleRule::kCompensated) return NotBuilt("spec.scale", "SCALE_RULE_COMPENSATED");
   if (spec.scale_trials.has_value()) return NotBuilt("spec.scale_trials", "a scale trial");
   if (spec.polish.value_or(0) != 0) return NotBuilt("spec.polish", "polish above 0");
   if (spec.quality.has_value()) return NotBuilt("spec.quality", "a quality preset");
@@ -101,6 +100,11 @@ absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   }
   resolved.group_scales = spec.group_scales.value_or(GroupScales::kStatic);
   resolved.scale = spec.scale.value_or(ScaleRule::kAbsmax);
+  if (resolved.scale == ScaleRule::kCompensated && resolved.method == Method::kNearest) {
+    return InvalidField("spec.scale",
+                        "SCALE_RULE_COMPENSATED suits error feedback, of which METHOD_NEAREST has "
+                        "none: expected another rule, such as SCALE_RULE_PISO");
+  }
   if (!spec.grid.has_value()) return absl::OkStatus();
 
   const ExplicitGrid& grid = *spec.grid;

@@ -21,7 +21,7 @@ MakeLayer = Callable[[Tensor, Tensor], Layer]
 # A value that is built leaves this list, and no other.
 NOT_YET_OFFERED = [
     (["--scale", "piso"], "spec.scale"),
-    (["--scale", "compensated"], "spec.scale"),
+    (["--scale", "piso"], "spec.scale"),
     (["--scale_trials", "3"], "spec.scale_trials"),
     (["--polish", "2"], "spec.polish"),
     (["--quality", "best"], "spec.quality"),
