@@ -157,18 +157,23 @@ absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer&
   return factor;
 }
 
-}  // namespace
-
-absl::Status NeedInitialError(Phase phase, const RunContext& context, WorkingLayer& layer) {
+// Computes layer.initial where the method needs it and it is not there. Fails only by cancellation.
+absl::Status NeedInitialError(Method method, const RunContext& context, WorkingLayer& layer) {
   if (!layer.statistics().mismatch.has_value() || layer.initial.has_value()) {
     return absl::OkStatus();
   }
+  if (method == Method::kQronos &&
+      !QronosNeedsInitialError(layer.reference.rows(), layer.reference.features())) {
+    return absl::OkStatus();
+  }
   absl::StatusOr<InitialError> initial = ComputeInitialError(
-      layer.statistics(), Widen(layer.reference, *context.executor), phase, context);
+      layer.statistics(), Widen(layer.reference, *context.executor), Phase::kRound, context);
   if (!initial.ok()) return initial.status();
   layer.initial = *std::move(initial);
   return absl::OkStatus();
 }
+
+}  // namespace
 
 absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double lambda, FitUse use,
                            const RunContext& context, EngineSeconds& seconds) {
@@ -197,9 +202,8 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
 
   const Stopwatch watch(seconds.round);
   context.Report(Phase::kRound, 0);
-  if (absl::Status status = NeedInitialError(Phase::kRound, context, layer); !status.ok()) {
-    return status;
-  }
+  const Method method = factored ? spec.method : Method::kNearest;
+  if (absl::Status status = NeedInitialError(method, context, layer); !status.ok()) return status;
   const StripMatrix& weights = layer.weights();
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
   StepRules rules;
@@ -222,6 +226,7 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
                     layer.initial.has_value() ? &*layer.initial : nullptr,
                     seconds,
                     use.certified};
+  input.steps = &rules;
   if (use.consume_factor && own != nullptr && factored) input.spare_factor = &*own->factor;
   if (use.consume_weights && layer.zeroed.rows() > 0) {
     input.spare_weights = &layer.zeroed;
@@ -232,9 +237,9 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
     input.spare_weights = &layer.reference;
   }
   const auto run = [&]() -> absl::StatusOr<MethodOutput> {
-    if (!factored) return Nearest(input, fit.grid, context);
+    if (method == Method::kNearest) return Nearest(input, fit.grid, context);
     const Factor& factor = *fit.damping->factor;
-    if (spec.method == Method::kOptq) {
+    if (method == Method::kOptq) {
       return Optq(input, factor, fit.damping->lambda_used, fit.grid, context);
     }
     return Qronos(input, factor, fit.damping->lambda_used, fit.grid, context);

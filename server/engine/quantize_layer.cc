@@ -95,9 +95,7 @@ absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer&
     if (!initial.ok()) return initial.status();
     unseen.initial = *std::move(initial);
   }
-  const auto energies = ReferenceEnergies(*unseen.sums, layer.reference,
-                                          unseen.initial.has_value() ? &*unseen.initial : nullptr,
-                                          Phase::kCertify, context);
+  const auto energies = ReferenceEnergies(*unseen.sums, layer.reference, Phase::kCertify, context);
   if (!energies.ok()) return energies.status();
   unseen.energy = Sum(*energies);
   return unseen;
@@ -208,16 +206,12 @@ void RestoreOrder(const std::vector<int64_t>& order, Executor& executor, Grid& g
 }
 
 // What W itself gives, before the fit takes it.
-absl::Status CertifyReference(const RunContext& context, WorkingLayer& layer,
+absl::Status CertifyReference(const RunContext& context, const WorkingLayer& layer,
                               LayerCertificate& certificate) {
   const Stopwatch watch(certificate.seconds.reference);
   context.Report(Phase::kReference, 0);
-  if (absl::Status status = NeedInitialError(Phase::kReference, context, layer); !status.ok()) {
-    return status;
-  }
-  const auto energies = ReferenceEnergies(layer.statistics(), layer.reference,
-                                          layer.initial.has_value() ? &*layer.initial : nullptr,
-                                          Phase::kReference, context);
+  const auto energies =
+      ReferenceEnergies(layer.statistics(), layer.reference, Phase::kReference, context);
   if (!energies.ok()) return energies.status();
   certificate.reference_energy = Sum(*energies);
   return absl::OkStatus();

@@ -20,9 +20,9 @@ constexpr int64_t kTileRows = 128;
 constexpr int64_t kWantedTiles = 16;
 static_assert(kTileRows % kStripRows == 0);
 
-// The sweep over one strip of rows. `w` is the strip of targets, which turns
-// into targets minus levels from the left; `v` [kPanelRows][kStripRows] is
-// the block being rounded, targets plus the feedback heard so far.
+// The sweep over one strip of rows. `w` is the strip of weights, which turns
+// into weights minus levels from the left; `v` [kPanelRows][kStripRows] is
+// the block being rounded, weights and offsets plus the feedback heard so far.
 class StripSweep {
  public:
   StripSweep(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
@@ -38,14 +38,18 @@ class StripSweep {
         first_row_(first_row),
         steps_(grid, first_row),
         w_(w),
+        offsets_(rules.offsets == nullptr ? nullptr : rules.offsets->strip(first_row / kStripRows)),
         v_(static_cast<size_t>(kPanelRows * kStripRows)),
         codes_(static_cast<size_t>(kPanelRows * kStripRows)) {}
 
-  // Loads the targets of block b.
+  // Loads what block b starts from.
   void Begin(int64_t b) {
     begin_ = b * kPanelRows;
-    const int64_t columns = std::min(kPanelRows, u_.features() - begin_);
-    std::copy_n(w_ + begin_ * kStripRows, columns * kStripRows, v_.data());
+    const int64_t values = std::min(kPanelRows, u_.features() - begin_) * kStripRows;
+    std::copy_n(w_ + begin_ * kStripRows, values, v_.data());
+    if (offsets_ == nullptr) return;
+    const float* offsets = offsets_ + begin_ * kStripRows;
+    for (int64_t i = 0; i < values; ++i) v_[static_cast<size_t>(i)] += offsets[i];
   }
 
   // Adds the feedback of columns [k0, k1), all before the block, to the whole block.
@@ -102,12 +106,15 @@ class StripSweep {
            (column == 0 || group_of_[static_cast<size_t>(column - 1)] != group);
   }
 
-  // P of (S5), sum_{k < start} (t_k - q_k) U_kj, for the columns j of group g of `block`, which is
-  // the one at hand or a later one.
+  // P of (S5), o_j + sum_{k < start} (w_k - q_k) U_kj, for the columns j of group g of `block`,
+  // which is the one at hand or a later one.
   void FeedbackBefore(int64_t start, int64_t block, int64_t g, float* p) const {
     const int64_t first = block * kPanelRows + g * kMicroRows;
     if (block * kPanelRows != begin_) {
-      std::fill_n(p, kMicroRows * kStripRows, 0.0f);
+      for (int64_t i = 0; i < kMicroRows * kStripRows; ++i) {
+        const bool there = offsets_ != nullptr && first + i / kStripRows < u_.features();
+        p[i] = there ? offsets_[first * kStripRows + i] : 0.0f;
+      }
       HearGroup(u_, block, g, 0, start, w_, p);
       return;
     }
@@ -121,7 +128,7 @@ class StripSweep {
   }
 
   // The step of the group that starts at column s0 of the block, from the
-  // updated weights v* = t + P U_gg^-1.
+  // updated weights v* = w + P U_gg^-1.
   void FitGroup(int64_t s0) {
     const int64_t start = begin_ + s0;
     const int32_t group = group_of_[static_cast<size_t>(start)];
@@ -174,6 +181,8 @@ class StripSweep {
   int64_t first_row_;
   StripGrid steps_;
   float* w_;
+  // Null: none.
+  const float* offsets_;
   AlignedVector<float> v_;
   AlignedVector<uint8_t> codes_;
   StripSums sums_;
@@ -238,9 +247,9 @@ void Collect(const StripSweep& sweep, int64_t first_row, int64_t live, bool dyna
 
 absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
                                       const FeedbackColumns& u, const std::vector<double>& bound_d,
-                                      Grid& grid, StripMatrix& targets, const RunContext& context) {
-  const int64_t rows = targets.rows();
-  const int64_t features = targets.features();
+                                      Grid& grid, StripMatrix& weights, const RunContext& context) {
+  const int64_t rows = weights.rows();
+  const int64_t features = weights.features();
   Rounded result;
   result.codes.resize(static_cast<size_t>(rows * features));
   for (std::vector<double>* sums :
@@ -250,21 +259,21 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
   result.clipped.resize(static_cast<size_t>(rows));
   const bool dynamic = rules.first_dynamic_group < grid.groups;
   const DiagonalMetric metric =
-      dynamic && spec.scale == ScaleRule::kCompensated ? DiagonalMetric(bound_d) : DiagonalMetric();
+      dynamic && rules.steps != nullptr ? DiagonalMetric(rules.steps->metric) : DiagonalMetric();
 
   const int64_t tile_strips =
-      std::clamp<int64_t>(targets.strips() / kWantedTiles, 1, kTileRows / kStripRows);
-  const int64_t tiles = (targets.strips() + tile_strips - 1) / tile_strips;
+      std::clamp<int64_t>(weights.strips() / kWantedTiles, 1, kTileRows / kStripRows);
+  const int64_t tiles = (weights.strips() + tile_strips - 1) / tile_strips;
   std::mutex mutex;
   int64_t blocks_done = 0;
 
   context.executor->ParallelFor(tiles, [&](int64_t tile) {
     const int64_t first = tile * tile_strips;
-    const int64_t strips = std::min(tile_strips, targets.strips() - first);
+    const int64_t strips = std::min(tile_strips, weights.strips() - first);
     std::vector<StripSweep> sweeps;
     sweeps.reserve(static_cast<size_t>(strips));
     for (int64_t s = first; s < first + strips; ++s) {
-      sweeps.emplace_back(spec, rules, u, bound_d, metric, grid, s * kStripRows, targets.strip(s));
+      sweeps.emplace_back(spec, rules, u, bound_d, metric, grid, s * kStripRows, weights.strip(s));
     }
     for (int64_t b = 0; b < u.blocks(); ++b) {
       if (context.cancelled()) return;

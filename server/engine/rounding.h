@@ -36,23 +36,26 @@ struct Rounded {
   double worst_overshoot = 0;
 };
 
-// How the sweep treats targets.
+// How the sweep treats weights.
 struct SweepRules {
   // Working order: feature i is original feature order[i]; empty: natural.
   const std::vector<int64_t>* order = nullptr;
   // Groups from this one on take their step from the updated weights when
   // the sweep reaches them (dynamic scales); past the last group: none do.
   int64_t first_dynamic_group = 0;
+  // What is added to every target beside the feedback, o below; null: nothing.
+  const StripMatrix* offsets = nullptr;
+  // What dynamic steps are found by; needed where the rule looks at more than the weights.
+  const StepRules* steps = nullptr;
 };
 
-// (M2) for every row: v_j = t_j + sum_{k<j} (t_k - q_k) U_kj, q_j = Q(v_j), e_j = v_j - q_j, in
-// float32, where t is the row of `targets`: W for OPTQ, (M6)'s start for Qronos. On return
-// `targets` holds t - q. Q rounds to the nearest level (ties to the even code), or up or down with
-// the probability that makes it unbiased, from a random number keyed by seed, row and original
-// column.
+// (M2) for every row: v_j = w_j + o_j + sum_{k<j} (w_k - q_k) U_kj, q_j = Q(v_j), e_j = v_j - q_j,
+// in float32, with o = 0 for OPTQ; Qronos has offsets (see qronos.h). On return `weights` holds
+// w - q. Q rounds to the nearest level (ties to the even code), or up or down with the probability
+// that makes it unbiased, from a random number keyed by seed, row and original column.
 //
-// Dynamic groups: with the columns of group g next and P = sum_{k before g} (t_k - q_k) U_k,g the
-// updated weights are v* = t_g + P U_gg^-1 (a column's own group still moves it); their step is
+// Dynamic groups: with the columns of group g next and P = o_g + sum_{k before g} (w_k - q_k) U_k,g
+// the updated weights are v* = w_g + P U_gg^-1 (a column's own group still moves it); their step is
 // chosen by the spec's rule and written to `grid`.
 //
 // `bound_d` is D with zeros for dead features, which take no part in the sums.
@@ -61,7 +64,7 @@ struct SweepRules {
 // the executor. Fails only by cancellation.
 absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
                                       const FeedbackColumns& u, const std::vector<double>& bound_d,
-                                      Grid& grid, StripMatrix& targets, const RunContext& context);
+                                      Grid& grid, StripMatrix& weights, const RunContext& context);
 
 }  // namespace certiq::engine
 

@@ -9,23 +9,6 @@
 
 namespace certiq::engine {
 
-namespace {
-
-// Puts values, one a row, into feature 0 and returns what was there; nothing for no values.
-std::vector<double> ExchangeFirst(const std::vector<double>& values, StripMatrix& rows) {
-  const int64_t width = StripMatrix::StripRows();
-  std::vector<double> before;
-  for (size_t r = 0; r < values.size(); ++r) {
-    const auto at = static_cast<int64_t>(r);
-    float& first = rows.strip(at / width)[at % width];
-    before.push_back(first);
-    first = static_cast<float>(values[r]);
-  }
-  return before;
-}
-
-}  // namespace
-
 std::vector<double> Roots(const std::vector<double>& squares) {
   std::vector<double> roots = squares;
   for (double& root : roots) root = std::sqrt(root);
@@ -58,33 +41,43 @@ std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead) {
 }
 
 absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& factor,
-                                   int64_t first_dynamic_group,
-                                   const std::vector<double>& first_targets, Grid& grid,
-                                   StripMatrix targets, const RunContext& context) {
-  const std::vector<double> d = LiveD(factor, input.dead);
+                                   int64_t first_dynamic_group, const StripMatrix* offsets,
+                                   Grid& grid, const RunContext& context) {
+  StripMatrix weights = input.spare_weights != nullptr
+                            ? StripMatrix(std::move(*input.spare_weights))
+                            : StripMatrix(input.weights);
+  std::vector<double> d = LiveD(factor, input.dead);
+  if (offsets != nullptr) d[0] = 0;
   const FeedbackColumns u(factor, input.spare_factor, *context.executor);
   const bool dynamic = first_dynamic_group < grid.groups;
   MethodOutput output;
-  // Dynamic steps are known after the sweep only, and its start is gone then.
-  StripMatrix start = dynamic && input.certified ? targets : StripMatrix();
+  // Dynamic steps are known after the sweep only, and what it starts from is gone then.
+  StripMatrix start;
   std::vector<double> moves;
   if (input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
     auto sums = InverseColumnSums(input.spec, grid, u, input.dead, context);
     if (!sums.ok()) return sums.status();
     moves = *std::move(sums);
-    StripMatrix& aims = dynamic ? start : targets;
-    const std::vector<double> levels = ExchangeFirst(first_targets, aims);
+    if (dynamic || offsets != nullptr) start = weights;
+    if (offsets != nullptr) {
+      if (absl::Status added = AddLeastSquares(u, *offsets, start, context); !added.ok()) {
+        return added;
+      }
+    }
     if (!dynamic) {
-      output.bits_needed = BitsNeeded(input.spec, grid, moves, aims, context);
-      ExchangeFirst(levels, aims);
+      output.bits_needed =
+          BitsNeeded(input.spec, grid, moves, offsets != nullptr ? start : weights, context);
+      start = StripMatrix();
     }
   }
 
   SweepRules rules;
   rules.order = &input.order;
   rules.first_dynamic_group = first_dynamic_group;
-  absl::StatusOr<Rounded> rounded = FeedbackSweep(input.spec, rules, u, d, grid, targets, context);
+  rules.offsets = offsets;
+  rules.steps = input.steps;
+  absl::StatusOr<Rounded> rounded = FeedbackSweep(input.spec, rules, u, d, grid, weights, context);
   if (!rounded.ok()) return rounded.status();
   if (dynamic && input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
@@ -92,7 +85,7 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
   }
 
   output.codes = std::move(rounded->codes);
-  output.change = std::move(targets);
+  output.change = std::move(weights);
   output.rounding = std::move(rounded->damped);
   output.bound = std::move(rounded->bound);
   output.clipped = std::move(rounded->clipped);
