@@ -7,6 +7,7 @@
 
 #include "engine/code_strip.h"
 #include "engine/feedback_kernel.h"
+#include "engine/piso.h"
 #include "engine/scale_search.h"
 #include "engine/simd.h"
 
@@ -34,6 +35,7 @@ class StripSweep {
         d_(d),
         metric_(metric),
         search_(spec),
+        piso_(spec),
         group_of_(grid.group_of),
         first_row_(first_row),
         steps_(grid, first_row),
@@ -159,15 +161,22 @@ class StripSweep {
       }
     }
     std::vector<float> updated(static_cast<size_t>(end - start));
+    std::vector<double> wide;
     for (int64_t c = 0; c < kStripRows; ++c) {
       for (int64_t j = 0; j < end - start; ++j) {
         updated[static_cast<size_t>(j)] =
             w_[(start + j) * kStripRows + c] + moved[static_cast<size_t>(j * kStripRows + c)];
       }
-      steps_.Set(group, c,
-                 spec_.scale == ScaleRule::kCompensated
-                     ? search_.Find(updated.data(), end - start, metric_, start)
-                     : FitStep(spec_, updated.data(), end - start));
+      if (!HasMetric(spec_.scale)) {
+        steps_.Set(group, c, FitStep(spec_, updated.data(), end - start));
+        continue;
+      }
+      Step step = search_.Find(updated.data(), end - start, metric_, start);
+      if (rules_.steps->full_metric != nullptr) {
+        wide.assign(updated.begin(), updated.end());
+        step = PisoStep(piso_, *rules_.steps->full_metric, group, end - start, wide.data(), step);
+      }
+      steps_.Set(group, c, step);
     }
   }
 
@@ -177,6 +186,7 @@ class StripSweep {
   const std::vector<double>& d_;
   const DiagonalMetric& metric_;
   ScaleSearch search_;
+  PisoSearch piso_;
   const std::vector<int32_t>& group_of_;
   int64_t first_row_;
   StripGrid steps_;
@@ -259,7 +269,7 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
   result.clipped.resize(static_cast<size_t>(rows));
   const bool dynamic = rules.first_dynamic_group < grid.groups;
   const DiagonalMetric metric =
-      dynamic && rules.steps != nullptr ? DiagonalMetric(rules.steps->metric) : DiagonalMetric();
+      dynamic && HasMetric(spec.scale) ? DiagonalMetric(rules.steps->metric) : DiagonalMetric();
 
   const int64_t tile_strips =
       std::clamp<int64_t>(weights.strips() / kWantedTiles, 1, kTileRows / kStripRows);

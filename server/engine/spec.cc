@@ -12,6 +12,7 @@ namespace {
 
 // Each step of the ladder is a run of its own.
 constexpr size_t kMaxLadder = 32;
+constexpr int32_t kMaxPasses = 64;
 
 absl::Status NotBuilt(absl::string_view field, absl::string_view value) {
   return FieldError(
@@ -21,8 +22,6 @@ absl::Status NotBuilt(absl::string_view field, absl::string_view value) {
 
 // (S3)-(S7) are not built yet.
 absl::Status CheckOffered(const QuantizationSpec& spec) {
-  const ScaleRule scale = spec.scale.value_or(ScaleRule::kAbsmax);
-  if (scale == ScaleRule::kPiso) return NotBuilt("spec.scale", "SCALE_RULE_PISO");
   if (spec.scale_trials.has_value()) return NotBuilt("spec.scale_trials", "a scale trial");
   if (spec.polish.value_or(0) != 0) return NotBuilt("spec.polish", "polish above 0");
   if (spec.quality.has_value()) return NotBuilt("spec.quality", "a quality preset");
@@ -89,6 +88,46 @@ absl::Status ResolveDamping(const QuantizationSpec& spec, ResolvedSpec& resolved
   return absl::OkStatus();
 }
 
+// What only SCALE_RULE_PISO has.
+absl::Status ResolvePiso(const QuantizationSpec& spec, ResolvedSpec& resolved) {
+  if (resolved.scale != ScaleRule::kPiso) {
+    if (spec.scale_objective.has_value()) {
+      return InvalidField("spec.scale_objective", "expected SCALE_RULE_PISO with an objective");
+    }
+    if (spec.scale_passes.has_value()) {
+      return InvalidField("spec.scale_passes", "expected SCALE_RULE_PISO with passes");
+    }
+    return absl::OkStatus();
+  }
+  const bool nearest = resolved.method == Method::kNearest;
+  resolved.scale_objective = spec.scale_objective.value_or(
+      resolved.method == Method::kOptq ? ScaleObjective::kQuantizedInputs : ScaleObjective::kMixed);
+  resolved.scale_passes = spec.scale_passes.value_or(nearest && resolved.group_size != 0 ? 3 : 0);
+  if (resolved.scale_passes < 0 || resolved.scale_passes > kMaxPasses) {
+    return InvalidField("spec.scale_passes", absl::StrCat("expected 0 to ", kMaxPasses, ", got ",
+                                                          resolved.scale_passes));
+  }
+  if (resolved.scale_passes == 0) return absl::OkStatus();
+  if (resolved.group_size == 0) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 without groups, where one search is exact, got ",
+                                     resolved.scale_passes));
+  }
+  if (resolved.scale_objective == ScaleObjective::kDataFree) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 with SCALE_OBJECTIVE_DATA_FREE, where groups do "
+                                     "not meet, got ",
+                                     resolved.scale_passes));
+  }
+  if (resolved.group_scales == GroupScales::kDynamic && !nearest) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 with GROUP_SCALES_DYNAMIC, whose groups the sweep "
+                                     "meets once, got ",
+                                     resolved.scale_passes));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   resolved.format = spec.format.value_or(Format::kDenseF32);
   resolved.scale_dtype =
@@ -105,6 +144,7 @@ absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
                         "SCALE_RULE_COMPENSATED suits error feedback, of which METHOD_NEAREST has "
                         "none: expected another rule, such as SCALE_RULE_PISO");
   }
+  if (absl::Status status = ResolvePiso(spec, resolved); !status.ok()) return status;
   if (!spec.grid.has_value()) return absl::OkStatus();
 
   const ExplicitGrid& grid = *spec.grid;

@@ -58,6 +58,10 @@ void FillSpec(const engine::ResolvedSpec& spec, v1::QuantizationSpec* to) {
   to->set_scale_dtype(ToProto(spec.scale_dtype));
   to->set_group_scales(Enum<v1::GroupScales>(spec.group_scales));
   to->set_scale(Enum<v1::ScaleRule>(spec.scale));
+  if (spec.scale_objective.has_value()) {
+    to->set_scale_objective(Enum<v1::ScaleObjective>(*spec.scale_objective));
+    to->set_scale_passes(spec.scale_passes);
+  }
   to->set_rounding(Enum<v1::Rounding>(spec.rounding));
   to->set_seed(spec.seed);
   to->set_order(Enum<v1::Order>(spec.order));
