@@ -65,6 +65,14 @@ Step AbsmaxStep(const ResolvedSpec& spec, float low, float high);
 // sum |w - q|^2.4 (as in the GPTQ authors' code).
 Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count);
 
+// A step times `multiplier`, rounded to spec.scale_dtype, with the same zero point; the step itself
+// where that type cannot hold it.
+Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier);
+
+// What the scale trials multiply steps by: 1, and n - 1 more around it, a factor apart. Empty for
+// n <= 1.
+std::vector<float> TrialMultipliers(int32_t n);
+
 // An empty grid for this layer in natural order, or in `order` (feature i
 // worked on is original feature order[i]): static groups belong to the
 // original columns, dynamic ones to runs of group_size in the order.

@@ -176,7 +176,14 @@ absl::StatusOr<QronosStart> StartQronos(const MethodInput& input, const Factor& 
     y1[at] = y.strip(r / kWidth)[r % kWidth];
     v1[at] = first_weight[at] + y1[at] / h11;
   }
-  const std::vector<float> q1 = FirstLevels(input.spec, grid, input.order, v1);
+  std::vector<float> q1;
+  if (input.codes == nullptr) {
+    q1 = FirstLevels(input.spec, grid, input.order, v1);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      q1.push_back(grid.Level(r, 0, (*input.codes)[static_cast<size_t>(r * n)]));
+    }
+  }
 
   start.targets = StripMatrix(rows, n);
   start.first_error.resize(first_weight.size());

@@ -63,30 +63,36 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
                                    StripMatrix targets, const RunContext& context) {
   const std::vector<double> d = LiveD(factor, input.dead);
   const FeedbackColumns u(factor, input.spare_factor, *context.executor);
-  const bool dynamic = first_dynamic_group < grid.groups;
+  SweepRules rules;
+  rules.order = &input.order;
+  rules.first_dynamic_group = grid.groups;
+  rules.codes = input.codes;
+  if (input.codes == nullptr) {
+    rules.first_dynamic_group = first_dynamic_group;
+    rules.multipliers = TrialMultipliers(input.spec.scale_trials);
+  }
+  // Whether steps are known after the sweep only; its start is gone then.
+  const bool new_steps =
+      rules.first_dynamic_group < grid.groups || !rules.multipliers.empty();
   MethodOutput output;
-  // Dynamic steps are known after the sweep only, and its start is gone then.
-  StripMatrix start = dynamic && input.certified ? targets : StripMatrix();
+  StripMatrix start = new_steps && input.certified ? targets : StripMatrix();
   std::vector<double> moves;
   if (input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
     auto sums = InverseColumnSums(input.spec, grid, u, input.dead, context);
     if (!sums.ok()) return sums.status();
     moves = *std::move(sums);
-    StripMatrix& aims = dynamic ? start : targets;
+    StripMatrix& aims = new_steps ? start : targets;
     const std::vector<double> levels = ExchangeFirst(first_targets, aims);
-    if (!dynamic) {
+    if (!new_steps) {
       output.bits_needed = BitsNeeded(input.spec, grid, moves, aims, context);
       ExchangeFirst(levels, aims);
     }
   }
 
-  SweepRules rules;
-  rules.order = &input.order;
-  rules.first_dynamic_group = first_dynamic_group;
   absl::StatusOr<Rounded> rounded = FeedbackSweep(input.spec, rules, u, d, grid, targets, context);
   if (!rounded.ok()) return rounded.status();
-  if (dynamic && input.certified) {
+  if (new_steps && input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
     output.bits_needed = BitsNeeded(input.spec, grid, moves, start, context);
   }

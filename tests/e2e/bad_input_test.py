@@ -22,9 +22,6 @@ MakeLayer = Callable[[Tensor, Tensor], Layer]
 NOT_YET_OFFERED = [
     (["--scale", "piso"], "spec.scale"),
     (["--scale", "compensated"], "spec.scale"),
-    (["--scale_trials", "3"], "spec.scale_trials"),
-    (["--polish", "2"], "spec.polish"),
-    (["--quality", "best"], "spec.quality"),
 ]
 
 
@@ -66,6 +63,26 @@ def test_what_is_not_built_says_so(
     assert status == REFUSED
     assert "UNIMPLEMENTED" in errors
     assert field in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "expected"),
+    [
+        (["--scale_trials", "0"], "spec.scale_trials", "1 to 32"),
+        (["--scale_trials", "3", "--method", "nearest"], "spec.scale_trials", "METHOD_NEAREST"),
+        (["--polish", "-1"], "spec.polish", "0 to 64"),
+        (["--polish", "2", "--rounding", "stochastic"], "spec.polish", "unbiased"),
+    ],
+    ids=lambda v: str(v).replace(" ", ""),
+)
+def test_searches_that_cannot_be(
+    server: Server, layer: Layer, tmp_path: Path, flags: list[str], field: str, expected: str
+) -> None:
+    status, errors = quantize(server, layer, tmp_path, *flags)
+    assert status == REFUSED
+    assert "INVALID_ARGUMENT" in errors
+    assert field in errors
+    assert expected in errors
 
 
 @pytest.mark.parametrize("bits", ["1", "9", "0", "-4"])
