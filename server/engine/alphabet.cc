@@ -17,44 +17,19 @@ constexpr double kTie = 1e-5;
 // Rows of U^-1 that a task computes: they share each slice of U.
 constexpr int64_t kTileRows = 128;
 
-// Rows of X = U^-1 side by side, lane c holding row `row[c]`, -1 for none. From X U = I,
-//   x_j = [j is the row] - sum_{k < j} x_k U_kj,
-// the same products that the sweep makes.
+// Rows of U^-1 side by side, lane c holding row `rows[c]`.
 class InverseRows {
  public:
   InverseRows(const FeedbackColumns& u, const int64_t* rows, int64_t live)
-      : u_(u),
-        x_(static_cast<size_t>(u.features() * kStripRows)),
-        v_(static_cast<size_t>(kPanelRows * kStripRows)) {
+      : x_(static_cast<size_t>(u.features() * kStripRows)),
+        first_block_(*std::min_element(rows, rows + live) / kPanelRows) {
     std::fill_n(row_, kStripRows, int64_t{-1});
     std::copy_n(rows, live, row_);
-    first_block_ = *std::min_element(rows, rows + live) / kPanelRows;
+    for (int64_t c = 0; c < live; ++c) x_[static_cast<size_t>(rows[c] * kStripRows + c)] = 1;
   }
 
   int64_t first_block() const { return first_block_; }
-  void Begin() { std::fill(v_.begin(), v_.end(), 0.0f); }
-  void Hear(int64_t b, int64_t k0, int64_t k1) {
-    HearBlock(u_, b, std::max(k0, first_block_ * kPanelRows), k1, x_.data(), v_.data());
-  }
-  // The columns of the block, from what they heard.
-  void Solve(int64_t b) {
-    const int64_t begin = b * kPanelRows;
-    for (int64_t g = 0; begin + g * kMicroRows < u_.end(b); ++g) {
-      const int64_t first = begin + g * kMicroRows;
-      float* v = v_.data() + g * kMicroRows * kStripRows;
-      if (g > 0) HearSlice(u_, b, g, begin, first, x_.data(), v);
-      for (int64_t i = 0; i < std::min<int64_t>(kMicroRows, u_.end(b) - first); ++i) {
-        float* x = x_.data() + (first + i) * kStripRows;
-        for (int64_t c = 0; c < kStripRows; ++c) {
-          x[c] = (row_[c] == first + i ? 1.0f : 0.0f) - v[i * kStripRows + c];
-        }
-        const float* feedback = FeedbackRow(u_, b, g, first + i);
-        for (int64_t k = i + 1; k < kMicroRows; ++k) {
-          for (int64_t c = 0; c < kStripRows; ++c) v[k * kStripRows + c] += feedback[k] * x[c];
-        }
-      }
-    }
-  }
+  float* data() { return x_.data(); }
 
   // Sum over lanes [from, to) of |x_j| or x_j^2, the diagonal left out.
   double SumOver(int64_t j, int64_t from, int64_t to, bool squares) const {
@@ -72,11 +47,9 @@ class InverseRows {
   }
 
  private:
-  const FeedbackColumns& u_;
-  int64_t row_[kStripRows];
-  int64_t first_block_ = 0;
   AlignedVector<float> x_;
-  AlignedVector<float> v_;
+  int64_t row_[kStripRows];
+  int64_t first_block_;
 };
 
 }  // namespace
@@ -111,22 +84,12 @@ absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, 
     const int64_t end = std::min(rows, begin + kTileRows);
     std::vector<InverseRows> strips;
     strips.reserve(static_cast<size_t>(kTileRows / kStripRows));
+    std::vector<RowsOverU> solves;
     for (int64_t at = begin; at < end; at += kStripRows) {
       strips.emplace_back(u, order.data() + at, std::min(kStripRows, end - at));
+      solves.emplace_back(u, strips.back().data(), strips.back().first_block());
     }
-    for (int64_t b = 0; b < u.blocks(); ++b) {
-      if (context.cancelled()) return;
-      for (InverseRows& strip : strips) strip.Begin();
-      for (int64_t k0 = 0; k0 < b * kPanelRows; k0 += kSliceRows) {
-        const int64_t k1 = std::min(k0 + kSliceRows, b * kPanelRows);
-        for (InverseRows& strip : strips) {
-          if (k1 > strip.first_block() * kPanelRows) strip.Hear(b, k0, k1);
-        }
-      }
-      for (InverseRows& strip : strips) {
-        if (b >= strip.first_block()) strip.Solve(b);
-      }
-    }
+    if (!SolveTile(u, solves, context)) return;
     Shared& first = shared[static_cast<size_t>(2 * tile)];
     Shared& last = shared[static_cast<size_t>(2 * tile + 1)];
     first.group = group_of(order[static_cast<size_t>(begin)]);
@@ -159,6 +122,25 @@ absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, 
     }
   }
   return sums;
+}
+
+absl::Status AddLeastSquares(const FeedbackColumns& u, const StripMatrix& offsets,
+                             StripMatrix& weights, const RunContext& context) {
+  constexpr int64_t kTileStrips = kTileRows / kStripRows;
+  const int64_t values = weights.features() * kStripRows;
+  const int64_t tiles = (weights.strips() + kTileStrips - 1) / kTileStrips;
+  context.executor->ParallelFor(tiles, [&](int64_t tile) {
+    const int64_t first = tile * kTileStrips;
+    const int64_t strips = std::min(kTileStrips, weights.strips() - first);
+    AlignedVector<float> z(static_cast<size_t>(strips * values));
+    std::copy_n(offsets.strip(first), strips * values, z.data());
+    std::vector<RowsOverU> solves;
+    for (int64_t s = 0; s < strips; ++s) solves.emplace_back(u, z.data() + s * values, 0);
+    if (!SolveTile(u, solves, context)) return;
+    float* to = weights.strip(first);
+    for (int64_t i = 0; i < strips * values; ++i) to[i] += z[static_cast<size_t>(i)];
+  });
+  return context.cancelled() ? context.CancellationStatus() : absl::OkStatus();
 }
 
 std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,

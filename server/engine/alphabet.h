@@ -25,13 +25,20 @@ absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, 
                                                       const std::vector<bool>& dead,
                                                       const RunContext& context);
 
+// w + z for every row of `weights`, z U = o the row of `offsets` (see SweepRules): from
+// v_j = w_j + o_j + sum_{k<j} (w_k - q_k) U_kj follows v - (w + z) = -e U^-1 off its diagonal, for
+// the least-squares weights w + z what (B6) says of W. Float32, R N^2 flops. Fails only by
+// cancellation.
+absl::Status AddLeastSquares(const FeedbackColumns& u, const StripMatrix& offsets,
+                             StripMatrix& weights, const RunContext& context);
+
 // The bits at which no weight would clip with the grid's steps (with the best whole zero points
 // where the grid is asymmetric): targets stay within start +- m,
 //   nearest     m_j = sum_k (delta_k / 2) |(U^-1)_kj|, always;
 //   stochastic  m_j = sqrt(2 ln(2 R N / eps) sum_k delta_k^2 (U^-1)_kj^2 / 4), with probability
 //               1 - eps, eps the spec's failure probability, for all weights at once.
-// `start` is W, or the targets Qronos starts from; empty `sums`: no feedback, m = 0. Empty where
-// the number passes 31. Costs R N groups multiply-adds.
+// `start` is what targets are without any e: W, or for Qronos AddLeastSquares' result; empty
+// `sums`: no feedback, m = 0. Empty where the number passes 31. Costs R N groups multiply-adds.
 std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
                                   const std::vector<double>& sums, const StripMatrix& start,
                                   const RunContext& context);

@@ -6,8 +6,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
+#include "engine/aligned.h"
 #include "engine/feedback_columns.h"
+#include "engine/run_context.h"
 #include "engine/simd.h"
 #include "engine/upper_panels.h"
 
@@ -76,6 +79,67 @@ inline void HearBlock(const FeedbackColumns& u, int64_t b, int64_t k0, int64_t k
   for (int64_t g = 0; g < kGroups; ++g) {
     HearSlice(u, b, g, k0, k1, w, v + g * kMicroRows * kStrip<float>);
   }
+}
+
+// A strip of rows x of X U = B, B given in place: x_j = b_j - sum_{k < j} x_k U_kj, the same
+// products that the sweep makes. Blocks pass in order; of each: Begin, Hear what is before it,
+// slice by slice, Solve.
+class RowsOverU {
+ public:
+  // `x` [features][kStrip] outlives the object. Nothing before `first_block` differs from zero.
+  RowsOverU(const FeedbackColumns& u, float* x, int64_t first_block)
+      : u_(u),
+        x_(x),
+        first_block_(first_block),
+        v_(static_cast<size_t>(kPanelRows * kStrip<float>)) {}
+
+  int64_t first_block() const { return first_block_; }
+  void Begin() { std::fill(v_.begin(), v_.end(), 0.0f); }
+  void Hear(int64_t b, int64_t k0, int64_t k1) {
+    k0 = std::max(k0, first_block_ * kPanelRows);
+    if (k0 < k1) HearBlock(u_, b, k0, k1, x_, v_.data());
+  }
+  // The columns of the block, from what they heard.
+  void Solve(int64_t b) {
+    if (b < first_block_) return;
+    const int64_t begin = b * kPanelRows;
+    for (int64_t g = 0; begin + g * kMicroRows < u_.end(b); ++g) {
+      const int64_t first = begin + g * kMicroRows;
+      float* v = v_.data() + g * kMicroRows * kStrip<float>;
+      if (g > 0) HearSlice(u_, b, g, begin, first, x_, v);
+      for (int64_t i = 0; i < std::min<int64_t>(kMicroRows, u_.end(b) - first); ++i) {
+        float* x = x_ + (first + i) * kStrip<float>;
+        for (int64_t c = 0; c < kStrip<float>; ++c) x[c] -= v[i * kStrip<float> + c];
+        const float* feedback = FeedbackRow(u_, b, g, first + i);
+        for (int64_t k = i + 1; k < kMicroRows; ++k) {
+          for (int64_t c = 0; c < kStrip<float>; ++c) {
+            v[k * kStrip<float> + c] += feedback[k] * x[c];
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  const FeedbackColumns& u_;
+  float* x_;
+  int64_t first_block_;
+  AlignedVector<float> v_;
+};
+
+// Solves all strips of a tile, which share each slice of U. False once cancelled.
+inline bool SolveTile(const FeedbackColumns& u, std::vector<RowsOverU>& strips,
+                      const RunContext& context) {
+  for (int64_t b = 0; b < u.blocks(); ++b) {
+    if (context.cancelled()) return false;
+    for (RowsOverU& strip : strips) strip.Begin();
+    for (int64_t k0 = 0; k0 < b * kPanelRows; k0 += kSliceRows) {
+      const int64_t k1 = std::min(k0 + kSliceRows, b * kPanelRows);
+      for (RowsOverU& strip : strips) strip.Hear(b, k0, k1);
+    }
+    for (RowsOverU& strip : strips) strip.Solve(b);
+  }
+  return true;
 }
 
 }  // namespace certiq::engine

@@ -15,6 +15,7 @@
 #include "engine/spectrum.h"
 #include "engine/status.h"
 #include "engine/stopwatch.h"
+#include "engine/sweep_method.h"
 
 namespace certiq::engine {
 namespace {
@@ -110,6 +111,21 @@ struct FitFactor {
   std::shared_ptr<DampedFactor> own;
 };
 
+// The metric of (S5): D, or where there is no feedback the diagonal of X~^T X~.
+absl::StatusOr<std::vector<double>> ScaleMetric(const WorkingLayer& layer,
+                                                const DampedFactor& damped) {
+  if (damped.factor.has_value()) return LiveD(*damped.factor, layer.dead);
+  const UpperPanels<double>& gram = layer.statistics().gram;
+  std::vector<double> diagonal(static_cast<size_t>(gram.size()));
+  for (int64_t j = 0; j < gram.size(); ++j) diagonal[static_cast<size_t>(j)] = gram.at(j, j);
+  for (const double value : diagonal) {
+    if (!std::isfinite(value)) {
+      return InvalidField("x", "expected activations whose sums are finite");
+    }
+  }
+  return diagonal;
+}
+
 // From the cache where there is one. `made` counts what was factored here.
 absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
                                    double lambda, FitUse use, const RunContext& context,
@@ -142,20 +158,23 @@ absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer&
   return factor;
 }
 
-}  // namespace
-
-absl::Status NeedInitialError(Phase phase, const RunContext& context, WorkingLayer& layer) {
+// Computes layer.initial where the method, or polish, needs it and it is not there. Fails only by
+// cancellation.
+absl::Status NeedInitialError(const ResolvedSpec& spec, Method method, const RunContext& context,
+                              WorkingLayer& layer) {
   if (!layer.statistics().mismatch.has_value() || layer.initial.has_value()) {
     return absl::OkStatus();
   }
+  if (method == Method::kQronos && spec.polish == 0 &&
+      !QronosNeedsInitialError(layer.reference.rows(), layer.reference.features())) {
+    return absl::OkStatus();
+  }
   absl::StatusOr<InitialError> initial = ComputeInitialError(
-      layer.statistics(), Widen(layer.reference, *context.executor), phase, context);
+      layer.statistics(), Widen(layer.reference, *context.executor), Phase::kRound, context);
   if (!initial.ok()) return initial.status();
   layer.initial = *std::move(initial);
   return absl::OkStatus();
 }
-
-namespace {
 
 absl::StatusOr<MethodOutput> RunMethod(const MethodInput& input, Fit& fit,
                                        const RunContext& context) {
@@ -249,12 +268,22 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
 
   const Stopwatch watch(seconds.round);
   context.Report(Phase::kRound, 0);
-  if (absl::Status status = NeedInitialError(Phase::kRound, context, layer); !status.ok()) {
+  const Method method = factored ? spec.method : Method::kNearest;
+  if (absl::Status status = NeedInitialError(spec, method, context, layer); !status.ok()) {
     return status;
   }
   const StripMatrix& weights = layer.weights();
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
-  FillSteps(spec, weights, context, fit.grid);
+  StepRules rules;
+  if (spec.scale == ScaleRule::kCompensated) {
+    absl::StatusOr<std::vector<double>> metric = ScaleMetric(layer, *fit.damping);
+    if (!metric.ok()) return metric.status();
+    rules.metric = *std::move(metric);
+  }
+  // The sweep finds the others; Qronos needs the first before it starts.
+  if (factored && spec.group_scales == GroupScales::kDynamic) rules.searched_groups = 1;
+  FillSteps(spec, weights, context, fit.grid, rules);
+  if (context.cancelled()) return context.CancellationStatus();
   if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
   MethodInput input{spec,
                     layer.statistics(),
@@ -265,6 +294,7 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
                     layer.initial.has_value() ? &*layer.initial : nullptr,
                     seconds,
                     use.certified};
+  input.steps = &rules;
   if (spec.polish > 0 && fit.outcome == Outcome::kQuantized) {
     absl::StatusOr<MethodOutput> output = RunPolished(input, fit, context);
     if (!output.ok()) return output.status();

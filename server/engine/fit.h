@@ -29,7 +29,7 @@ struct WorkingLayer {
   // W as it came, and with zeros at dead features (empty where there are none: use reference).
   StripMatrix reference;
   StripMatrix zeroed;
-  // Where inputs are mismatched: of `reference`, once somebody has needed it.
+  // Where inputs are mismatched: of `reference`, once a method has needed it.
   std::optional<InitialError> initial;
 
   const Statistics& statistics() const { return *sums; }
@@ -61,10 +61,6 @@ struct FitUse {
   bool consume_factor = false;
   bool consume_weights = false;
 };
-
-// Computes layer.initial where inputs are mismatched and it is not there. Fails only by
-// cancellation.
-absl::Status NeedInitialError(Phase phase, const RunContext& context, WorkingLayer& layer);
 
 // Damps and factors, fills the grid, runs the spec's method. When every
 // damping attempt failed: NEAREST where the spec says so, else FAILED_PRECONDITION of type

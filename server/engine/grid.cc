@@ -4,8 +4,10 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/scale_search.h"
 #include "engine/status.h"
 
 namespace certiq::engine {
@@ -146,7 +148,7 @@ Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
 }
 
 void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
-               Grid& grid) {
+               Grid& grid, const StepRules& rules) {
   if (spec.grid != nullptr) {
     grid.scale = spec.grid->scales;
     if (!spec.symmetric) grid.zero = spec.grid->zero_points;
@@ -159,8 +161,23 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
   for (const int32_t g : grid.group_of) ++first[static_cast<size_t>(g) + 1];
   for (size_t g = 1; g < first.size(); ++g) first[g] += first[g - 1];
 
+  // In the order of `grouped` below.
+  DiagonalMetric metric;
+  if (spec.scale == ScaleRule::kCompensated) {
+    std::vector<double> sorted(rules.metric.size());
+    std::vector<int64_t> next = first;
+    for (size_t j = 0; j < sorted.size(); ++j) {
+      sorted[static_cast<size_t>(next[static_cast<size_t>(grid.group_of[j])]++)] = rules.metric[j];
+    }
+    metric = DiagonalMetric(std::move(sorted));
+  }
+  ResolvedSpec absmax = spec;
+  absmax.scale = ScaleRule::kAbsmax;
+
   const int64_t width = StripMatrix::StripRows();
   context.executor->ParallelFor(weights.strips(), [&](int64_t s) {
+    if (context.cancelled()) return;
+    ScaleSearch search(spec);
     std::vector<float> row(static_cast<size_t>(features));
     std::vector<float> grouped(row.size());
     for (int64_t r = s * width; r < std::min((s + 1) * width, grid.rows); ++r) {
@@ -171,8 +188,12 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
       }
       for (int64_t g = 0; g < grid.groups; ++g) {
         const auto begin = first[static_cast<size_t>(g)];
-        const Step step =
-            FitStep(spec, grouped.data() + begin, first[static_cast<size_t>(g) + 1] - begin);
+        const float* values = grouped.data() + begin;
+        const int64_t count = first[static_cast<size_t>(g) + 1] - begin;
+        const bool searched = g < rules.searched_groups;
+        const Step step = searched && spec.scale == ScaleRule::kCompensated
+                              ? search.Find(values, count, metric, begin)
+                              : FitStep(searched ? spec : absmax, values, count);
         const auto at = static_cast<size_t>(r * grid.groups + g);
         grid.scale[at] = step.scale;
         grid.zero[at] = step.zero;

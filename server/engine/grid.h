@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -60,7 +61,7 @@ inline float FreeCode(float value, float scale, float zero) {
 // infinite, which CheckScales refuses.
 Step AbsmaxStep(const ResolvedSpec& spec, float low, float high);
 
-// The step for these values by the spec's rule: (S1), or (S2), the shrink
+// The step for these values by a rule that looks at nothing else: (S1), or (S2), the shrink
 // search: of the steps that span p [low, high], p = 1, 0.99 ... 0.21, the first that minimises
 // sum |w - q|^2.4 (as in the GPTQ authors' code).
 Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count);
@@ -79,10 +80,18 @@ std::vector<float> TrialMultipliers(int32_t n);
 Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
               const std::vector<int64_t>& order);
 
+// What steps are found by, besides the weights.
+struct StepRules {
+  // M_jj of (S3), one a feature in working order; only where spec.scale is kCompensated.
+  std::vector<double> metric;
+  // Groups from this one on get the step of (S1), for the sweep to replace.
+  int64_t searched_groups = std::numeric_limits<int64_t>::max();
+};
+
 // Fills the steps from `weights` (in working order) by the spec's rule, or
 // from the spec's explicit grid. Dynamic groups are filled too, from the original weights.
 void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
-               Grid& grid);
+               Grid& grid, const StepRules& rules = {});
 
 // INVALID_ARGUMENT naming the row and group of a scale that its type cannot hold.
 absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid);

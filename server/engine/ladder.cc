@@ -190,9 +190,7 @@ absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer&
     if (!initial.ok()) return initial.status();
     unseen.initial = *std::move(initial);
   }
-  const auto energies = ReferenceEnergies(*unseen.sums, layer.reference,
-                                          unseen.initial.has_value() ? &*unseen.initial : nullptr,
-                                          Phase::kCertify, context);
+  const auto energies = ReferenceEnergies(*unseen.sums, layer.reference, Phase::kCertify, context);
   if (!energies.ok()) return energies.status();
   unseen.energy = Sum(*energies);
   return unseen;

@@ -30,7 +30,7 @@ struct MethodInput {
   const StripMatrix& reference;
   // W with zeros at dead features.
   const StripMatrix& weights;
-  // Of `reference`; null where inputs are matched.
+  // Of `reference`; null where inputs are matched, or the method needs none.
   InitialError* initial;
   // Where the time goes; rounding is the caller's.
   EngineSeconds& seconds;
@@ -44,6 +44,8 @@ struct MethodInput {
   StripMatrix* spare_weights = nullptr;
   Factor* spare_factor = nullptr;
   bool spare_initial = false;
+  // For dynamic groups; null where steps depend on the weights alone.
+  const StepRules* steps = nullptr;
 };
 
 // Damped squared norms of what error is there before anything is rounded, summed over rows (B3,

@@ -11,11 +11,8 @@ namespace certiq::engine {
 absl::StatusOr<MethodOutput> Optq(const MethodInput& input, const Factor& factor, double lambda,
                                   Grid& grid, const RunContext& context) {
   const int64_t first_dynamic = input.spec.group_scales == GroupScales::kDynamic ? 0 : grid.groups;
-  StripMatrix targets = input.spare_weights != nullptr
-                            ? StripMatrix(std::move(*input.spare_weights))
-                            : StripMatrix(input.weights);
   absl::StatusOr<MethodOutput> output =
-      Sweep(input, factor, first_dynamic, {}, grid, std::move(targets), context);
+      Sweep(input, factor, first_dynamic, nullptr, nullptr, grid, context);
   if (!output.ok()) return output;
   for (double& bound : output->bound) bound = std::sqrt(bound);
   if (!input.statistics.mismatch.has_value()) {

@@ -9,12 +9,69 @@
 namespace certiq::engine {
 namespace {
 
+// Where a form's S comes from: rows of its upper triangle.
+class FormSource {
+ public:
+  virtual ~FormSource() = default;
+  virtual double Diagonal(int64_t i) const = 0;
+  // Elements [k0, k0 + columns) of rows [0, rows) of panel p, counted from the panel's first
+  // column, to row i of `to`, kSlice apart.
+  virtual void Rows(int64_t p, int64_t k0, int64_t columns, double* to) const = 0;
+};
+
+constexpr int64_t kSlice = PackedBlock<double>::kSlice;
+
+// One triangle as it is stored.
+class Triangle final : public FormSource {
+ public:
+  explicit Triangle(const UpperPanels<double>& s) : s_(s) {}
+  double Diagonal(int64_t i) const override { return s_.at(i, i); }
+  void Rows(int64_t p, int64_t k0, int64_t columns, double* to) const override {
+    for (int64_t i = 0; i < s_.rows(p); ++i) {
+      std::copy_n(s_.panel(p) + i * s_.stride(p) + k0, columns, to + i * kSlice);
+    }
+  }
+
+ private:
+  const UpperPanels<double>& s_;
+};
+
+// X^T X = P^T P + P^T X~ + X~^T P + X~^T X~.
+class FloatInputs final : public FormSource {
+ public:
+  explicit FloatInputs(const Statistics& statistics) : sums_(statistics) {}
+  double Diagonal(int64_t i) const override {
+    return sums_.gram.at(i, i) + sums_.mismatch->residual.at(i, i) + 2 * Cross(i)[i];
+  }
+  void Rows(int64_t p, int64_t k0, int64_t columns, double* to) const override {
+    const UpperPanels<double>& gram = sums_.gram;
+    const int64_t stride = gram.stride(p);
+    const int64_t first = gram.begin(p) + k0;
+    for (int64_t i = 0; i < gram.rows(p); ++i) {
+      const double* a = gram.panel(p) + i * stride + k0;
+      const double* b = sums_.mismatch->residual.panel(p) + i * stride + k0;
+      const double* c = Cross(gram.begin(p) + i) + first;
+      for (int64_t k = 0; k < columns; ++k) to[i * kSlice + k] = a[k] + b[k] + c[k];
+    }
+    for (int64_t k = 0; k < columns; ++k) {
+      const double* d = Cross(first + k) + gram.begin(p);
+      for (int64_t i = 0; i < gram.rows(p); ++i) to[i * kSlice + k] += d[i];
+    }
+  }
+
+ private:
+  const double* Cross(int64_t i) const {
+    return sums_.mismatch->cross.data() + i * sums_.features();
+  }
+  const Statistics& sums_;
+};
+
 // The exponent that brings the largest diagonal entry, and with it by Cauchy-
 // Schwarz every entry, to at most one. 0 where there is none: sums that are not finite have forms
 // that are not.
-int Exponent(const UpperPanels<double>& s) {
+int Exponent(const FormSource& s, int64_t size) {
   double largest = 0;
-  for (int64_t i = 0; i < s.size(); ++i) largest = std::max(largest, std::abs(s.at(i, i)));
+  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(s.Diagonal(i)));
   return largest > 0 && std::isfinite(largest) ? std::ilogb(largest) + 1 : 0;
 }
 
@@ -22,19 +79,17 @@ int Exponent(const UpperPanels<double>& s) {
 // what is below it and beyond the last row zero, so that the full form is sum over panels of
 // x_p^T (panel) x.
 template <typename T>
-void ConvertSlice(const UpperPanels<double>& s, int64_t p, int64_t k0, int64_t columns,
+void ConvertSlice(const FormSource& s, int64_t p, int64_t rows, int64_t k0, int64_t columns,
                   int exponent, T* to) {
   const double once = std::ldexp(1.0, -exponent);
+  alignas(kVectorBytes) double values[kPanelRows * kSlice];
+  s.Rows(p, k0, columns, values);
   for (int64_t i = 0; i < kPanelRows; ++i) {
     T* out = to + i / kMicroRows * columns * kMicroRows + i % kMicroRows;
-    if (i >= s.rows(p)) {
-      for (int64_t k = 0; k < columns; ++k) out[k * kMicroRows] = 0;
-      continue;
-    }
-    const double* from = s.panel(p) + i * s.stride(p) + k0;
+    const double* from = values + i * kSlice;
     for (int64_t k = 0; k < columns; ++k) {
       const double times = k0 + k > i ? 2 * once : once;
-      out[k * kMicroRows] = k0 + k < i ? T{0} : static_cast<T>(times * from[k]);
+      out[k * kMicroRows] = i >= rows || k0 + k < i ? T{0} : static_cast<T>(times * from[k]);
     }
   }
 }
@@ -44,20 +99,19 @@ void ClampAtZero(std::vector<double>& forms) {
   for (double& form : forms) form = std::max(0.0, form);
 }
 
-}  // namespace
-
+// x^T S x for every row; `s` has the shape of S.
 template <typename T>
-absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
-                                                   const BasicStripMatrix<T>& rows, Phase phase,
-                                                   const RunContext& context) {
+absl::StatusOr<std::vector<double>> Forms(const FormSource& source, const UpperPanels<double>& s,
+                                          const BasicStripMatrix<T>& rows, Phase phase,
+                                          const RunContext& context) {
   constexpr int64_t kWidth = kStrip<T>;
   std::vector<double> forms(static_cast<size_t>(rows.strips() * kWidth), 0.0);
   PackedBlock<T> panel(s.size());
-  const int exponent = Exponent(s);
+  const int exponent = Exponent(source, s.size());
   for (int64_t p = 0; p < s.panels(); ++p) {
     if (context.cancelled()) return context.CancellationStatus();
     panel.Pack(s.stride(p), *context.executor, [&](int64_t k0, int64_t columns, T* to) {
-      ConvertSlice(s, p, k0, columns, exponent, to);
+      ConvertSlice(source, p, s.rows(p), k0, columns, exponent, to);
     });
     ForTiles(rows.strips(), *context.executor, [&](int64_t first, int64_t last) {
       AlignedVector<T> products(static_cast<size_t>((last - first) * kPanelRows * kWidth));
@@ -82,6 +136,15 @@ absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
   for (double& form : forms) form = std::ldexp(form, exponent);
   ClampAtZero(forms);
   return forms;
+}
+
+}  // namespace
+
+template <typename T>
+absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
+                                                   const BasicStripMatrix<T>& rows, Phase phase,
+                                                   const RunContext& context) {
+  return Forms(Triangle(s), s, rows, phase, context);
 }
 
 template absl::StatusOr<std::vector<double>> QuadraticForms(const UpperPanels<double>& s,
@@ -192,15 +255,12 @@ absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
 }
 
 absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statistics,
-                                                      const StripMatrix& weights,
-                                                      const InitialError* initial, Phase phase,
+                                                      const StripMatrix& weights, Phase phase,
                                                       const RunContext& context) {
-  // X w = P w + X~ w: the error of changing W to zero.
-  absl::StatusOr<std::vector<double>> forms =
-      QuadraticForms(statistics.gram, weights, phase, context);
-  if (!forms.ok() || !statistics.mismatch.has_value()) return forms;
-  const BasicStripMatrix<double> wide = Widen(weights, *context.executor);
-  return AddInitial(*std::move(forms), statistics, wide, wide, initial, phase, context);
+  if (!statistics.mismatch.has_value()) {
+    return QuadraticForms(statistics.gram, weights, phase, context);
+  }
+  return Forms(FloatInputs(statistics), statistics.gram, weights, phase, context);
 }
 
 absl::StatusOr<std::vector<double>> ExactSquaredErrors(const Statistics& statistics,

@@ -57,10 +57,9 @@ absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
                                                   const InitialError* initial, Phase phase,
                                                   const RunContext& context);
 
-// |X w_r|^2 for every row: as above with W for W - Q, the last term in float32.
+// |X w_r|^2 for every row, in float32: one form of X^T X, which is put together from the sums.
 absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statistics,
-                                                      const StripMatrix& weights,
-                                                      const InitialError* initial, Phase phase,
+                                                      const StripMatrix& weights, Phase phase,
                                                       const RunContext& context);
 
 // SquaredErrors, all in float64.

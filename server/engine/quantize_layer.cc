@@ -90,16 +90,12 @@ void RestoreOrder(const std::vector<int64_t>& order, Executor& executor, Grid& g
 }
 
 // What W itself gives, before the fit takes it.
-absl::Status CertifyReference(const RunContext& context, WorkingLayer& layer,
+absl::Status CertifyReference(const RunContext& context, const WorkingLayer& layer,
                               LayerCertificate& certificate) {
   const Stopwatch watch(certificate.seconds.reference);
   context.Report(Phase::kReference, 0);
-  if (absl::Status status = NeedInitialError(Phase::kReference, context, layer); !status.ok()) {
-    return status;
-  }
-  const auto energies = ReferenceEnergies(layer.statistics(), layer.reference,
-                                          layer.initial.has_value() ? &*layer.initial : nullptr,
-                                          Phase::kReference, context);
+  const auto energies =
+      ReferenceEnergies(layer.statistics(), layer.reference, Phase::kReference, context);
   if (!energies.ok()) return energies.status();
   certificate.reference_energy = Sum(*energies);
   return absl::OkStatus();
@@ -251,7 +247,8 @@ int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool
   const int64_t weight_copies = 2 + (spec.order == Order::kNatural ? 0 : 1) +
                                 (spec.compare_nearest ? 1 : 0) + (new_steps ? 1 : 0) +
                                 (spec.polish > 0 ? 1 : 0);
-  const int64_t polish = spec.polish > 0 ? PolishBytes(features) + 2 * codes + grid : 0;
+  const int64_t polish =
+      spec.polish > 0 ? PolishBytes(features) + 2 * codes + grid + (mismatched ? wide : 0) : 0;
   const int64_t rounding = copies * sums + triangle + FeedbackColumns::BytesFor(features) +
                            weight_copies * weights + (mismatched ? (held_out ? 5 : 3) * wide : 0) +
                            codes + grid + groups * features * 8 + polish;

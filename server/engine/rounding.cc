@@ -7,6 +7,7 @@
 
 #include "engine/code_strip.h"
 #include "engine/feedback_kernel.h"
+#include "engine/scale_search.h"
 #include "engine/simd.h"
 
 namespace certiq::engine {
@@ -19,23 +20,26 @@ constexpr int64_t kTileRows = 128;
 constexpr int64_t kWantedTiles = 16;
 static_assert(kTileRows % kStripRows == 0);
 
-// The sweep over one strip of rows. `w` is the strip of targets, which turns
-// into targets minus levels from the left; `v` [kPanelRows][kStripRows] is
-// the block being rounded, targets plus the feedback heard so far.
+// The sweep over one strip of rows. `w` is the strip of weights, which turns
+// into weights minus levels from the left; `v` [kPanelRows][kStripRows] is
+// the block being rounded, weights and offsets plus the feedback heard so far.
 class StripSweep {
  public:
   StripSweep(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
-             const std::vector<double>& d, const Grid& grid, int64_t first_row, float multiplier,
-            float* w)
+             const std::vector<double>& d, const DiagonalMetric& metric, const Grid& grid,
+             int64_t first_row, float multiplier, float* w)
       : spec_(spec),
         rules_(rules),
         u_(u),
         d_(d),
+        metric_(metric),
+        search_(spec),
         group_of_(grid.group_of),
         first_row_(first_row),
         multiplier_(multiplier),
         steps_(grid, first_row),
         w_(w),
+        offsets_(rules.offsets == nullptr ? nullptr : rules.offsets->strip(first_row / kStripRows)),
         v_(static_cast<size_t>(kPanelRows * kStripRows)),
         codes_(static_cast<size_t>(kPanelRows * kStripRows)) {
     if (multiplier == 1) return;
@@ -48,11 +52,14 @@ class StripSweep {
     }
   }
 
-  // Loads the targets of block b.
+  // Loads what block b starts from.
   void Begin(int64_t b) {
     begin_ = b * kPanelRows;
-    const int64_t columns = std::min(kPanelRows, u_.features() - begin_);
-    std::copy_n(w_ + begin_ * kStripRows, columns * kStripRows, v_.data());
+    const int64_t values = std::min(kPanelRows, u_.features() - begin_) * kStripRows;
+    std::copy_n(w_ + begin_ * kStripRows, values, v_.data());
+    if (offsets_ == nullptr) return;
+    const float* offsets = offsets_ + begin_ * kStripRows;
+    for (int64_t i = 0; i < values; ++i) v_[static_cast<size_t>(i)] += offsets[i];
   }
 
   // Adds the feedback of columns [k0, k1), all before the block, to the whole block.
@@ -111,12 +118,15 @@ class StripSweep {
            (column == 0 || group_of_[static_cast<size_t>(column - 1)] != group);
   }
 
-  // P of (S5), sum_{k < start} (t_k - q_k) U_kj, for the columns j of group g of `block`, which is
-  // the one at hand or a later one.
+  // P of (S5), o_j + sum_{k < start} (w_k - q_k) U_kj, for the columns j of group g of `block`,
+  // which is the one at hand or a later one.
   void FeedbackBefore(int64_t start, int64_t block, int64_t g, float* p) const {
     const int64_t first = block * kPanelRows + g * kMicroRows;
     if (block * kPanelRows != begin_) {
-      std::fill_n(p, kMicroRows * kStripRows, 0.0f);
+      for (int64_t i = 0; i < kMicroRows * kStripRows; ++i) {
+        const bool there = offsets_ != nullptr && first + i / kStripRows < u_.features();
+        p[i] = there ? offsets_[first * kStripRows + i] : 0.0f;
+      }
       HearGroup(u_, block, g, 0, start, w_, p);
       return;
     }
@@ -130,7 +140,7 @@ class StripSweep {
   }
 
   // The step of the group that starts at column s0 of the block, from the
-  // updated weights v* = t + P U_gg^-1.
+  // updated weights v* = w + P U_gg^-1.
   void FitGroup(int64_t s0) {
     const int64_t start = begin_ + s0;
     const int32_t group = group_of_[static_cast<size_t>(start)];
@@ -166,7 +176,9 @@ class StripSweep {
         updated[static_cast<size_t>(j)] =
             w_[(start + j) * kStripRows + c] + moved[static_cast<size_t>(j * kStripRows + c)];
       }
-      const Step step = FitStep(spec_, updated.data(), end - start);
+      const Step step = spec_.scale == ScaleRule::kCompensated
+                            ? search_.Find(updated.data(), end - start, metric_, start)
+                            : FitStep(spec_, updated.data(), end - start);
       steps_.Set(group, c, StretchedStep(spec_, step, multiplier_));
     }
   }
@@ -175,11 +187,15 @@ class StripSweep {
   const SweepRules& rules_;
   const FeedbackColumns& u_;
   const std::vector<double>& d_;
+  const DiagonalMetric& metric_;
+  ScaleSearch search_;
   const std::vector<int32_t>& group_of_;
   int64_t first_row_;
   float multiplier_;
   StripGrid steps_;
   float* w_;
+  // Null: none.
+  const float* offsets_;
   AlignedVector<float> v_;
   AlignedVector<uint8_t> codes_;
   StripSums sums_;
@@ -264,19 +280,20 @@ void Collect(const StripSums& sums, const StripGrid& steps, int64_t first_row, i
 class Tile {
  public:
   Tile(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
-       const std::vector<double>& d, Grid& grid, int64_t first_strip, int64_t strips,
-       StripMatrix& targets)
+       const std::vector<double>& d, const DiagonalMetric& metric, Grid& grid, int64_t first_strip,
+       int64_t strips, StripMatrix& weights)
       : spec_(spec),
         rules_(rules),
         u_(u),
         d_(d),
+        metric_(metric),
         grid_(grid),
         first_(first_strip),
         strips_(strips),
-        targets_(targets) {}
+        weights_(weights) {}
 
-  // One sweep of all strips, with every step times `multiplier`. `w` is the tile's targets, which
-  // turn into targets minus levels; codes go to rows of `codes`. `done` is called after each block.
+  // One sweep of all strips, with every step times `multiplier`. `w` is the tile's weights, which
+  // turn into weights minus levels; codes go to rows of `codes`. `done` is called after each block.
   // Without strips where it was cancelled.
   template <typename Done>
   std::vector<StripSweep> SweepOnce(float multiplier, float* w, uint8_t* codes,
@@ -284,7 +301,7 @@ class Tile {
     std::vector<StripSweep> sweeps;
     sweeps.reserve(static_cast<size_t>(strips_));
     for (int64_t s = 0; s < strips_; ++s) {
-      sweeps.emplace_back(spec_, rules_, u_, d_, grid_, (first_ + s) * kStripRows, multiplier,
+      sweeps.emplace_back(spec_, rules_, u_, d_, metric_, grid_, (first_ + s) * kStripRows, multiplier,
                           w + s * StripSize());
     }
     for (int64_t b = 0; b < u_.blocks(); ++b) {
@@ -316,7 +333,7 @@ class Tile {
   void Sweep(Rounded& result, const RunContext& context, const Done& done) {
     const int64_t features = u_.features();
     uint8_t* const codes = result.codes.data() + first_ * kStripRows * features;
-    float* const w = targets_.strip(first_);
+    float* const w = weights_.strip(first_);
     if (rules_.multipliers.empty()) {
       const std::vector<StripSweep> sweeps = SweepOnce(1, w, codes, context, done);
       const bool dynamic = rules_.first_dynamic_group < grid_.groups;
@@ -329,6 +346,7 @@ class Tile {
     AlignedVector<float> tried(start.size());
     UnsetVector<uint8_t> tried_codes(static_cast<size_t>(Row(strips_) * features));
     std::vector<StripResult> best;
+    std::vector<double> errors(static_cast<size_t>(strips_ * kStripRows));
     for (const float multiplier : rules_.multipliers) {
       std::copy(start.begin(), start.end(), tried.begin());
       const std::vector<StripSweep> sweeps =
@@ -340,8 +358,12 @@ class Tile {
         if (first) best.push_back({sweep.sums(), sweep.steps()});
         StripResult& kept = best[static_cast<size_t>(s)];
         for (int64_t c = 0; c < Live(s); ++c) {
-          // The first is the scale that was found.
-          if (!first && !(sweep.sums().damped[c] < kept.sums.damped[c])) continue;
+          const double error =
+              sweep.sums().damped[c] + First(s, c, tried[static_cast<size_t>(s * StripSize() + c)]);
+          double& least = errors[static_cast<size_t>(s * kStripRows + c)];
+          // The first has the scales that were found.
+          if (!first && !(error < least)) continue;
+          least = error;
           kept.TakeRow(c, sweep);
           const int64_t row = (s * kStripRows + c) * features;
           std::copy_n(tried_codes.data() + row, features, codes + row);
@@ -369,6 +391,14 @@ class Tile {
   // Rows of strip s that are no padding.
   int64_t Live(int64_t s) const { return Row(s + 1) - Row(s); }
 
+  // What the first feature adds for row c of strip s, beside its D of zero.
+  double First(int64_t s, int64_t c, float change) const {
+    if (rules_.first == nullptr) return 0;
+    const double shift = rules_.first->shift[static_cast<size_t>((first_ + s) * kStripRows + c)];
+    const double left = static_cast<double>(change) + shift;
+    return rules_.first->d * left * left;
+  }
+
   void Finish(int64_t s, const StripSums& sums, const StripGrid& steps, bool new_steps,
               Rounded& result) {
     Collect(sums, steps, (first_ + s) * kStripRows, Live(s), new_steps, grid_, result);
@@ -381,10 +411,11 @@ class Tile {
   const SweepRules& rules_;
   const FeedbackColumns& u_;
   const std::vector<double>& d_;
+  const DiagonalMetric& metric_;
   Grid& grid_;
   int64_t first_;
   int64_t strips_;
-  StripMatrix& targets_;
+  StripMatrix& weights_;
   double overshoot_ = 0;
 };
 
@@ -392,9 +423,9 @@ class Tile {
 
 absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
                                       const FeedbackColumns& u, const std::vector<double>& bound_d,
-                                      Grid& grid, StripMatrix& targets, const RunContext& context) {
-  const int64_t rows = targets.rows();
-  const int64_t features = targets.features();
+                                      Grid& grid, StripMatrix& weights, const RunContext& context) {
+  const int64_t rows = weights.rows();
+  const int64_t features = weights.features();
   Rounded result;
   result.codes.resize(static_cast<size_t>(rows * features));
   for (std::vector<double>* sums :
@@ -402,10 +433,13 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
     sums->resize(static_cast<size_t>(rows));
   }
   result.clipped.resize(static_cast<size_t>(rows));
+  const DiagonalMetric metric = rules.first_dynamic_group < grid.groups && rules.steps != nullptr
+                                    ? DiagonalMetric(rules.steps->metric)
+                                    : DiagonalMetric();
 
   const int64_t tile_strips =
-      std::clamp<int64_t>(targets.strips() / kWantedTiles, 1, kTileRows / kStripRows);
-  const int64_t tiles = (targets.strips() + tile_strips - 1) / tile_strips;
+      std::clamp<int64_t>(weights.strips() / kWantedTiles, 1, kTileRows / kStripRows);
+  const int64_t tiles = (weights.strips() + tile_strips - 1) / tile_strips;
   const int64_t sweeps = std::max<int64_t>(1, static_cast<int64_t>(rules.multipliers.size()));
   std::mutex mutex;
   int64_t blocks_done = 0;
@@ -418,8 +452,8 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
 
   context.executor->ParallelFor(tiles, [&](int64_t at) {
     const int64_t first = at * tile_strips;
-    Tile tile(spec, rules, u, bound_d, grid, first,
-              std::min(tile_strips, targets.strips() - first), targets);
+    Tile tile(spec, rules, u, bound_d, metric, grid, first,
+              std::min(tile_strips, weights.strips() - first), weights);
     tile.Sweep(result, context, done);
     const std::lock_guard<std::mutex> lock(mutex);
     result.worst_overshoot = std::max(result.worst_overshoot, tile.overshoot());

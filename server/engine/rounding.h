@@ -36,7 +36,14 @@ struct Rounded {
   double worst_overshoot = 0;
 };
 
-// How the sweep treats targets.
+// What Qronos' first feature adds to a row's error beside the others: d (w_1 - q_1 + shift)^2.
+struct FirstError {
+  double d = 0;
+  // One a row.
+  std::vector<double> shift;
+};
+
+// How the sweep treats weights.
 struct SweepRules {
   // Working order: feature i is original feature order[i]; empty: natural.
   const std::vector<int64_t>* order = nullptr;
@@ -45,21 +52,26 @@ struct SweepRules {
   int64_t first_dynamic_group = 0;
   // Scale trials: a sweep for each, with every step of a row times this and rounded to the scale's
   // type; each row keeps the first of those with the least sum_j e_j^2 D_j, which is the true error
-  // (M3). Empty: one sweep with the steps as they are.
+  // (M3), (M7). Empty: one sweep with the steps as they are.
   std::vector<float> multipliers;
   // Row-major [rows, features]: codes that are given, so that the sweep only measures them; null:
   // it chooses.
   const UnsetVector<uint8_t>* codes = nullptr;
+  // What is added to every target beside the feedback, o below; null: nothing.
+  const StripMatrix* offsets = nullptr;
+  // What D_1 = 0 leaves out of sums where there are offsets, to compare trials; null: nothing.
+  const FirstError* first = nullptr;
+  // What dynamic steps are found by; needed where the rule looks at more than the weights.
+  const StepRules* steps = nullptr;
 };
 
-// (M2) for every row: v_j = t_j + sum_{k<j} (t_k - q_k) U_kj, q_j = Q(v_j), e_j = v_j - q_j, in
-// float32, where t is the row of `targets`: W for OPTQ, (M6)'s start for Qronos. On return
-// `targets` holds t - q. Q rounds to the nearest level (ties to the even code), or up or down with
-// the probability that makes it unbiased, from a random number keyed by seed, row and original
-// column.
+// (M2) for every row: v_j = w_j + o_j + sum_{k<j} (w_k - q_k) U_kj, q_j = Q(v_j), e_j = v_j - q_j,
+// in float32, with o = 0 for OPTQ; Qronos has offsets (see qronos.h). On return `weights` holds
+// w - q. Q rounds to the nearest level (ties to the even code), or up or down with the probability
+// that makes it unbiased, from a random number keyed by seed, row and original column.
 //
-// Dynamic groups: with the columns of group g next and P = sum_{k before g} (t_k - q_k) U_k,g the
-// updated weights are v* = t_g + P U_gg^-1 (a column's own group still moves it); their step is
+// Dynamic groups: with the columns of group g next and P = o_g + sum_{k before g} (w_k - q_k) U_k,g
+// the updated weights are v* = w_g + P U_gg^-1 (a column's own group still moves it); their step is
 // chosen by the spec's rule and written to `grid`.
 //
 // `bound_d` is D with zeros for dead features, which take no part in the sums.
@@ -68,7 +80,7 @@ struct SweepRules {
 // the executor. Fails only by cancellation.
 absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
                                       const FeedbackColumns& u, const std::vector<double>& bound_d,
-                                      Grid& grid, StripMatrix& targets, const RunContext& context);
+                                      Grid& grid, StripMatrix& weights, const RunContext& context);
 
 }  // namespace certiq::engine
 

@@ -28,7 +28,6 @@ absl::Status NotBuilt(absl::string_view field, absl::string_view value) {
 absl::Status CheckOffered(const QuantizationSpec& spec) {
   const ScaleRule scale = spec.scale.value_or(ScaleRule::kAbsmax);
   if (scale == ScaleRule::kPiso) return NotBuilt("spec.scale", "SCALE_RULE_PISO");
-  if (scale == ScaleRule::kCompensated) return NotBuilt("spec.scale", "SCALE_RULE_COMPENSATED");
   return absl::OkStatus();
 }
 
@@ -109,6 +108,11 @@ absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   }
   resolved.group_scales = spec.group_scales.value_or(GroupScales::kStatic);
   resolved.scale = spec.scale.value_or(ScaleRule::kAbsmax);
+  if (resolved.scale == ScaleRule::kCompensated && resolved.method == Method::kNearest) {
+    return InvalidField("spec.scale",
+                        "SCALE_RULE_COMPENSATED suits error feedback, of which METHOD_NEAREST has "
+                        "none: expected another rule, such as SCALE_RULE_PISO");
+  }
   if (!spec.grid.has_value()) return absl::OkStatus();
 
   const ExplicitGrid& grid = *spec.grid;

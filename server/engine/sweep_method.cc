@@ -9,23 +9,6 @@
 
 namespace certiq::engine {
 
-namespace {
-
-// Puts values, one a row, into feature 0 and returns what was there; nothing for no values.
-std::vector<double> ExchangeFirst(const std::vector<double>& values, StripMatrix& rows) {
-  const int64_t width = StripMatrix::StripRows();
-  std::vector<double> before;
-  for (size_t r = 0; r < values.size(); ++r) {
-    const auto at = static_cast<int64_t>(r);
-    float& first = rows.strip(at / width)[at % width];
-    before.push_back(first);
-    first = static_cast<float>(values[r]);
-  }
-  return before;
-}
-
-}  // namespace
-
 std::vector<double> Roots(const std::vector<double>& squares) {
   std::vector<double> roots = squares;
   for (double& root : roots) root = std::sqrt(root);
@@ -58,10 +41,14 @@ std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead) {
 }
 
 absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& factor,
-                                   int64_t first_dynamic_group,
-                                   const std::vector<double>& first_targets, Grid& grid,
-                                   StripMatrix targets, const RunContext& context) {
-  const std::vector<double> d = LiveD(factor, input.dead);
+                                   int64_t first_dynamic_group, const StripMatrix* offsets,
+                                   const FirstError* first, Grid& grid,
+                                   const RunContext& context) {
+  StripMatrix weights = input.spare_weights != nullptr
+                            ? StripMatrix(std::move(*input.spare_weights))
+                            : StripMatrix(input.weights);
+  std::vector<double> d = LiveD(factor, input.dead);
+  if (offsets != nullptr) d[0] = 0;
   const FeedbackColumns u(factor, input.spare_factor, *context.executor);
   SweepRules rules;
   rules.order = &input.order;
@@ -71,26 +58,33 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
     rules.first_dynamic_group = first_dynamic_group;
     rules.multipliers = TrialMultipliers(input.spec.scale_trials);
   }
-  // Whether steps are known after the sweep only; its start is gone then.
-  const bool new_steps =
-      rules.first_dynamic_group < grid.groups || !rules.multipliers.empty();
+  rules.offsets = offsets;
+  rules.first = first;
+  rules.steps = input.steps;
+  const bool new_steps = rules.first_dynamic_group < grid.groups || !rules.multipliers.empty();
   MethodOutput output;
-  StripMatrix start = new_steps && input.certified ? targets : StripMatrix();
+  // Steps that are known after the sweep only; what it starts from is gone then.
+  StripMatrix start;
   std::vector<double> moves;
   if (input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
     auto sums = InverseColumnSums(input.spec, grid, u, input.dead, context);
     if (!sums.ok()) return sums.status();
     moves = *std::move(sums);
-    StripMatrix& aims = new_steps ? start : targets;
-    const std::vector<double> levels = ExchangeFirst(first_targets, aims);
+    if (new_steps || offsets != nullptr) start = weights;
+    if (offsets != nullptr) {
+      if (absl::Status added = AddLeastSquares(u, *offsets, start, context); !added.ok()) {
+        return added;
+      }
+    }
     if (!new_steps) {
-      output.bits_needed = BitsNeeded(input.spec, grid, moves, aims, context);
-      ExchangeFirst(levels, aims);
+      output.bits_needed =
+          BitsNeeded(input.spec, grid, moves, offsets != nullptr ? start : weights, context);
+      start = StripMatrix();
     }
   }
 
-  absl::StatusOr<Rounded> rounded = FeedbackSweep(input.spec, rules, u, d, grid, targets, context);
+  absl::StatusOr<Rounded> rounded = FeedbackSweep(input.spec, rules, u, d, grid, weights, context);
   if (!rounded.ok()) return rounded.status();
   if (new_steps && input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
@@ -98,7 +92,7 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
   }
 
   output.codes = std::move(rounded->codes);
-  output.change = std::move(targets);
+  output.change = std::move(weights);
   output.rounding = std::move(rounded->damped);
   output.bound = std::move(rounded->bound);
   output.clipped = std::move(rounded->clipped);

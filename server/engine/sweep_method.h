@@ -14,15 +14,15 @@ namespace certiq::engine {
 // D with zeros for dead features.
 std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead);
 
-// Computes the bits needed (B6) where a certificate is wanted, sweeps `targets`, and moves what the
-// sweep found to the output (codes, rounding, clipping); `bound` is left as the sweep's sums.
-// `change` is targets minus levels. `first_dynamic_group` as in SweepRules. `first_targets`, one a
-// row, are what was aimed at in feature 0 where `targets` hold its levels already (Qronos); else
-// empty.
+// Sweeps W, taken from the input where that has it to spare, and moves what the sweep found to the
+// output (codes, W - Q, rounding, clipping); `bound` is left as the sweep's sums. Computes the bits
+// needed (B6) where a certificate is wanted. `first_dynamic_group` and `offsets` as in SweepRules;
+// with offsets feature 0 has no part in the sums: Qronos' first error is in its initial term, and
+// `first` says what it adds where trials are compared.
 absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& factor,
-                                   int64_t first_dynamic_group,
-                                   const std::vector<double>& first_targets, Grid& grid,
-                                   StripMatrix targets, const RunContext& context);
+                                   int64_t first_dynamic_group, const StripMatrix* offsets,
+                                   const FirstError* first, Grid& grid,
+                                   const RunContext& context);
 
 }  // namespace certiq::engine
 

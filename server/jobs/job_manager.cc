@@ -205,6 +205,8 @@ void JobManager::Insert(const std::shared_ptr<StoredJob>& job, const JobRecord& 
 }
 
 void JobManager::Restore(std::vector<JobRecord> records) {
+  // None starts before all are queued: the first may not be the one of the highest priority.
+  hold_ = true;
   for (JobRecord& record : records) {
     {
       const std::lock_guard lock(mu_);
@@ -212,6 +214,8 @@ void JobManager::Restore(std::vector<JobRecord> records) {
     }
     RestoreOne(std::move(record));
   }
+  hold_ = false;
+  env_.pool.Poke();
 }
 
 void JobManager::RestoreOne(JobRecord record) {

@@ -92,7 +92,7 @@ class JobManager {
       : env_(environment), calibrations_(calibrations), codec_(codec) {}
 
   // What was there when the server went down: what had not ended is queued again, up to kMaxStarts
-  // starts in all.
+  // starts in all. REQUIRES: nobody uses the manager yet.
   void Restore(std::vector<JobRecord> records);
 
   // Checks the request and takes what it needs: a place in the queue, its calibration, room for
@@ -129,6 +129,7 @@ class JobManager {
   const Environment env_;
   Calibrations& calibrations_;
   const Codec& codec_;
+  // No job is ready to start.
   std::atomic<bool> hold_{false};
 
   mutable std::mutex mu_;

@@ -177,6 +177,26 @@ void BenchRounding(benchmark::State& state, const Shape& shape, int64_t tokens, 
   SetRate(state, n * n * static_cast<double>(shape.rows), peak);
 }
 
+// A rule's search over all rows; the rule that needs them gets |X~_j|^2 for weights.
+void BenchScales(benchmark::State& state, const Shape& shape, int64_t tokens,
+                 engine::ScaleRule rule, int workers) {
+  engine::ResolvedSpec spec = Spec(engine::Method::kOptq);
+  spec.scale = rule;
+  const SharedStatistics sums = Sums(shape.features, tokens, Data::kMatched);
+  const engine::StripMatrix weights = Weights(shape, kSeed);
+  engine::StepRules rules;
+  for (int64_t j = 0; j < shape.features; ++j) rules.metric.push_back(sums->gram.at(j, j));
+  WorkerPool pool(workers, 1);
+  OnWorker(pool, [&] {
+    const RunContext context = On(pool);
+    for (auto _ : state) {
+      engine::Grid grid = engine::MakeGrid(spec, shape.rows, shape.features, {});
+      engine::FillSteps(spec, weights, context, grid, rules);
+      benchmark::DoNotOptimize(grid.scale.data());
+    }
+  });
+}
+
 // Milliseconds of each phase, means over the runs.
 void AddSeconds(const engine::LayerCertificate& certificate, benchmark::State& state) {
   const auto add = [&state](const char* name, double seconds) {
@@ -273,6 +293,13 @@ void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
            [=](benchmark::State& state) { BenchFactor(state, n, tokens, workers); });
   Register(absl::StrCat("rounding", layer, tail),
            [=](benchmark::State& state) { BenchRounding(state, shape, tokens, workers); });
+  for (const auto& [name, rule] :
+       {std::pair{"scales_mse", engine::ScaleRule::kMse},
+        std::pair{"scales_compensated", engine::ScaleRule::kCompensated}}) {
+    Register(absl::StrCat(name, layer, tail), [=, rule = rule](benchmark::State& state) {
+      BenchScales(state, shape, tokens, rule, workers);
+    });
+  }
   const auto job = [&](const char* name, const std::function<Job()>& make) {
     Register(absl::StrCat(name, layer, tail),
              [=](benchmark::State& state) { BenchJob(state, shape, make, workers); });

@@ -21,7 +21,6 @@ MakeLayer = Callable[[Tensor, Tensor], Layer]
 # A value that is built leaves this list, and no other.
 NOT_YET_OFFERED = [
     (["--scale", "piso"], "spec.scale"),
-    (["--scale", "compensated"], "spec.scale"),
 ]
 
 

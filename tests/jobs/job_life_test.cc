@@ -5,6 +5,7 @@
 #include <atomic>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -244,6 +245,45 @@ TEST_P(JobLifeTest, NothingStartsWhileItStops) {
   server_->pool().Poke();
   Settle(backend());
   EXPECT_EQ((*late)->View().record.state, JobState::kQueued);
+}
+
+TEST_P(JobLifeTest, PrioritiesOutliveARestart) {
+  constexpr int kJobs = 20;
+  std::vector<std::unique_ptr<JobUpload>> uploads;
+  for (int i = 0; i < kJobs; ++i) {
+    JobRequest request = JobRequestFor(layer_, *calibration_);
+    request.priority = i;
+    auto upload = server_->manager().Begin({}, request);
+    ASSERT_TRUE(upload.ok()) << upload.status();
+    uploads.push_back(*std::move(upload));
+  }
+  // They get into the store, and none starts.
+  server_->StopStarting();
+  const auto weights = certiq::testing::RowBytes(layer_.weights, layer_.features, 0, layer_.rows);
+  std::vector<std::string> ids;
+  for (const auto& upload : uploads) {
+    ASSERT_TRUE(upload->Append(0, weights).ok());
+    const auto job = upload->Finish();
+    ASSERT_TRUE(job.ok()) << job.status();
+    ids.push_back((*job)->id());
+  }
+  uploads.clear();
+  std::mutex mu;
+  std::vector<int> order;
+  Stop();
+  server_.plan.before_put = [&](const JobRecord& record) {
+    const std::lock_guard lock(mu);
+    if (record.state == JobState::kRunning) order.push_back(record.priority);
+  };
+  Start();
+  for (const std::string& id : ids) {
+    const auto job = Find(id);
+    ASSERT_NE(job, nullptr);
+    EXPECT_EQ(WaitForEnd(*job), JobState::kSucceeded);
+  }
+  std::vector<int> wanted;
+  for (int i = kJobs - 1; i >= 0; --i) wanted.push_back(i);
+  EXPECT_EQ(order, wanted);
 }
 
 // Create, cancel, watch, list and remove, all at once.

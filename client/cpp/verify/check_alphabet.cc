@@ -68,17 +68,18 @@ Clipping CountClipped(const Evidence& evidence) {
   return clipping;
 }
 
-// (B6) with e_j = v_j - q_j: v_j = t_j - sum_{k<j} e_k (U^-1)_kj. How far that may move targets:
+// (B6) with e_j = v_j - q_j: v_j = t_j - sum_{k<j} e_k (U^-1)_kj, where t is what targets are as long
+// as nothing is rounded. How far that may move targets:
 // nearest m_j = sum_k (delta_k / 2) |(U^-1)_kj|; stochastic m_j = sqrt(2 ln(2 R N / eps) sum_k
 // delta_k^2 (U^-1)_kj^2 / 4). Dead features leave nothing behind.
-Matrix Margins(const Evidence& evidence, Eigen::Index first) {
+Matrix Margins(const Evidence& evidence) {
   const Quantized& q = evidence.layer.q;
   const Eigen::Index n = evidence.e.cols();
   Matrix margins = Matrix::Zero(q.rows, n);
   if (!evidence.feedback.has_value()) return margins;
   // [groups, N]: sums over the features of a group.
   Matrix sums = Matrix::Zero(q.groups, n);
-  for (Eigen::Index k = first; k < n; ++k) {
+  for (Eigen::Index k = 0; k < n; ++k) {
     if (evidence.Dead(k)) continue;
     const int32_t group = q.group_of[static_cast<size_t>(evidence.Feature(k))];
     for (Eigen::Index j = k + 1; j < n; ++j) {
@@ -103,9 +104,9 @@ Matrix Margins(const Evidence& evidence, Eigen::Index first) {
 // steps (nearest; unbiased rounding stays between levels: without the halves), where zero points
 // are integers and free; a symmetric grid has as many below zero as at and above. `shift`, relative
 // to the extremes, makes room for (or takes off) what rounding may have done.
-double LevelsNeeded(const Evidence& evidence, Eigen::Index first, double shift) {
+double LevelsNeeded(const Evidence& evidence, double shift) {
   const Quantized& q = evidence.layer.q;
-  const Matrix margins = Margins(evidence, first);
+  const Matrix margins = Margins(evidence);
   const double beyond = evidence.nearest() ? 0.5 : 0;
   double most = 2;
   Vector low(q.groups);
@@ -114,13 +115,9 @@ double LevelsNeeded(const Evidence& evidence, Eigen::Index first, double shift) 
     low.setZero();
     high.setZero();
     for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
-      double from = evidence.layer.live_w(r, evidence.Feature(i));
-      if (evidence.feedback.has_value()) {
-        from = evidence.feedback->start(r, i);
-        if (i == 0 && evidence.feedback->first_target.size() > 0) {
-          from = evidence.feedback->first_target[r];
-        }
-      }
+      const double from = evidence.feedback.has_value()
+                              ? evidence.feedback->unrounded(r, i)
+                              : evidence.layer.live_w(r, evidence.Feature(i));
       const int32_t group = q.group_of[static_cast<size_t>(evidence.Feature(i))];
       low[group] = std::min(low[group], (from - margins(r, i)) / evidence.Step(r, i));
       high[group] = std::max(high[group], (from + margins(r, i)) / evidence.Step(r, i));
@@ -138,16 +135,14 @@ double LevelsNeeded(const Evidence& evidence, Eigen::Index first, double shift) 
 
 void CheckBits(const Evidence& evidence, Ledger& ledger) {
   const v1::Certificate& c = evidence.certificate;
-  const bool qronos = evidence.feedback.has_value() && evidence.feedback->first_target.size() > 0;
   // Without feedback the extremes are weights, known exactly; half a step of the largest absmax
   // weight, or a weight on the outermost level, is then a tie, which the rounding of scales to
   // float32 (6e-8 of up to 2^bits steps) may tip: it counts as inside.
   const bool feedback = evidence.feedback.has_value();
   const double inward = feedback ? evidence.tolerance() : 1e-6;
   const double outward = feedback ? evidence.tolerance() : 0;
-  // Qronos' first error has no feedback; counting it all the same only asks for more.
-  const double least = LevelsNeeded(evidence, qronos ? 1 : 0, -inward);
-  const double most = LevelsNeeded(evidence, 0, outward);
+  const double least = LevelsNeeded(evidence, -inward);
+  const double most = LevelsNeeded(evidence, outward);
   const double low = std::max(1.0, std::ceil(std::log2(least) - 1e-6));
   const double high = std::max(1.0, std::ceil(std::log2(most) - 1e-6));
   if (!c.has_bits_needed()) {

@@ -80,6 +80,9 @@ void StartQronos(const OutputErrors& errors, const Matrix& w, const Matrix& q, F
   };
   Matrix solution;
   f.prior_initial = initial(-y1 / h11, &solution);
+  f.unrounded = w;
+  f.unrounded.col(0) = f.first_target;
+  f.unrounded.rightCols(n - 1) += solution;
   f.initial = initial(w.col(0) - q.col(0), &solution);
   f.floor = f.floor.cwiseMax(0);
   f.start = w;
@@ -103,6 +106,7 @@ absl::StatusOr<Feedback> RecomputeIn(const std::vector<int64_t>& order, const La
     StartQronos(errors, w, q, f);
   } else {
     f.start = w;
+    f.unrounded = w;
     f.initial = mismatched ? errors.residual : Vector::Zero(w.rows());
     f.prior_initial = f.initial;
     f.floor = Vector::Zero(w.rows());

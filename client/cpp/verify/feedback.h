@@ -23,6 +23,8 @@ struct Feedback {
   Matrix inverse_u;
   // Start t of the method: OPTQ W (zeros at dead features); Qronos (q_1, v) of (M4), (M5).
   Matrix start;
+  // What targets are as long as nothing is rounded (B6): OPTQ W; Qronos v with v_1 for q_1.
+  Matrix unrounded;
   // Qronos' v_1 [R], before it was rounded; empty otherwise.
   Vector first_target;
   // e = (t - q) U (M3), and for Qronos e_1 = v_1 - q_1.
