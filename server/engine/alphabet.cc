@@ -150,7 +150,9 @@ std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
   const bool nearest = spec.rounding == Rounding::kNearest;
   const double weights = static_cast<double>(grid.rows) * static_cast<double>(n);
   // Multiplies sqrt(sum delta^2 (U^-1)^2).
-  const double reach = std::sqrt(0.5 * std::log(2 * weights / spec.failure_probability));
+  // Each row keeps one of its trials, whichever.
+  const double reach =
+      std::sqrt(0.5 * std::log(2 * weights * spec.scale_trials / spec.failure_probability));
   std::mutex mutex;
   double largest = 0;
   context.executor->ParallelFor(start.strips(), [&](int64_t s) {

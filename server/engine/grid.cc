@@ -63,6 +63,9 @@ double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, 
   return loss;
 }
 
+// Neighbouring scale trials lie this factor apart.
+constexpr double kTrialFactor = 1.02;
+
 bool Holds(Step step) { return step.scale > 0 && std::isfinite(step.scale); }
 
 }  // namespace
@@ -106,6 +109,22 @@ Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count) {
     }
   }
   return best;
+}
+
+Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier) {
+  const Step stretched = {RoundTo(spec.scale_dtype, step.scale * multiplier), step.zero};
+  return Holds(stretched) ? stretched : step;
+}
+
+std::vector<float> TrialMultipliers(int32_t n) {
+  std::vector<float> multipliers;
+  if (n <= 1) return multipliers;
+  multipliers.push_back(1);
+  for (int32_t i = 1; i < n; ++i) {
+    const int32_t away = (i + 1) / 2;
+    multipliers.push_back(static_cast<float>(std::pow(kTrialFactor, i % 2 == 1 ? -away : away)));
+  }
+  return multipliers;
 }
 
 Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,

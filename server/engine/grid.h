@@ -73,6 +73,14 @@ inline bool HasMetric(ScaleRule rule) {
   return rule == ScaleRule::kPiso || rule == ScaleRule::kCompensated;
 }
 
+// A step times `multiplier`, rounded to spec.scale_dtype, with the same zero point; the step itself
+// where that type cannot hold it.
+Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier);
+
+// What the scale trials multiply steps by: 1, and n - 1 more around it, a factor apart. Empty for
+// n <= 1.
+std::vector<float> TrialMultipliers(int32_t n);
+
 // An empty grid for this layer in natural order, or in `order` (feature i
 // worked on is original feature order[i]): static groups belong to the
 // original columns, dynamic ones to runs of group_size in the order.

@@ -205,8 +205,8 @@ absl::Status ImproveByPiso(const ResolvedSpec& spec, const PisoObjective& object
       }
     });
     if (context.cancelled()) return context.CancellationStatus();
-    context.Report(Phase::kRound,
-                   static_cast<double>(std::min(wave + kTiles, tiles)) / static_cast<double>(tiles));
+    context.Report(Phase::kRound, static_cast<double>(std::min(wave + kTiles, tiles)) /
+                                      static_cast<double>(tiles));
   }
   return absl::OkStatus();
 }

@@ -1,10 +1,12 @@
 #include "engine/spec.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "engine/preset.h"
 #include "engine/status.h"
 
 namespace certiq::engine {
@@ -13,20 +15,9 @@ namespace {
 // Each step of the ladder is a run of its own.
 constexpr size_t kMaxLadder = 32;
 constexpr int32_t kMaxPasses = 64;
-
-absl::Status NotBuilt(absl::string_view field, absl::string_view value) {
-  return FieldError(
-      absl::StatusCode::kUnimplemented, field,
-      absl::StrCat(value, " is part of the contract but this server does not offer it yet"));
-}
-
-// (S3)-(S7) are not built yet.
-absl::Status CheckOffered(const QuantizationSpec& spec) {
-  if (spec.scale_trials.has_value()) return NotBuilt("spec.scale_trials", "a scale trial");
-  if (spec.polish.value_or(0) != 0) return NotBuilt("spec.polish", "polish above 0");
-  if (spec.quality.has_value()) return NotBuilt("spec.quality", "a quality preset");
-  return absl::OkStatus();
-}
+// Each trial is a sweep of its own.
+constexpr int32_t kMaxTrials = 32;
+constexpr int32_t kMaxPolish = 64;
 
 bool IsPacked(Format format) {
   return format == Format::kGptq || format == Format::kGptqV2 ||
@@ -72,6 +63,12 @@ absl::Status ResolveDamping(const QuantizationSpec& spec, ResolvedSpec& resolved
     if (std::isfinite(step) && step > 0) continue;
     return InvalidField("spec.damping.held_out.ladder",
                         absl::StrCat("expected finite numbers above 0, got ", step));
+  }
+  resolved.damping_climb = spec.damping_climb.value_or(false);
+  const std::vector<double>& ladder = resolved.damping_ladder;
+  if (resolved.damping_climb && !std::is_sorted(ladder.begin(), ladder.end())) {
+    return InvalidField("spec.damping.held_out.ladder",
+                        "expected rising numbers, which can be climbed");
   }
   resolved.max_attempts = spec.max_attempts.value_or(5);
   if (resolved.max_attempts < 1 || resolved.max_attempts > 20) {
@@ -195,6 +192,40 @@ absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   return absl::OkStatus();
 }
 
+// Scale trials and polish.
+absl::Status ResolveSearch(const QuantizationSpec& spec, ResolvedSpec& resolved) {
+  resolved.scale_trials = spec.scale_trials.value_or(1);
+  if (resolved.scale_trials < 1 || resolved.scale_trials > kMaxTrials) {
+    return InvalidField("spec.scale_trials", absl::StrCat("expected 1 to ", kMaxTrials, ", got ",
+                                                          resolved.scale_trials));
+  }
+  if (resolved.scale_trials > 1 && resolved.method == Method::kNearest) {
+    return InvalidField(
+        "spec.scale_trials",
+        absl::StrCat("expected 1 with METHOD_NEAREST, which has no sweep to try scales with, got ",
+                     resolved.scale_trials));
+  }
+  if (resolved.scale_trials > 1 && resolved.grid != nullptr) {
+    return InvalidField("spec.scale_trials",
+                        absl::StrCat("expected 1 with an explicit grid, whose scales are given, "
+                                     "got ",
+                                     resolved.scale_trials));
+  }
+  resolved.polish = spec.polish.value_or(0);
+  if (resolved.polish < 0 || resolved.polish > kMaxPolish) {
+    return InvalidField("spec.polish",
+                        absl::StrCat("expected 0 to ", kMaxPolish, ", got ", resolved.polish));
+  }
+  if (resolved.polish > 0 && resolved.rounding == Rounding::kStochastic) {
+    return InvalidField(
+        "spec.polish",
+        absl::StrCat("expected 0 with ROUNDING_STOCHASTIC: codes moved for a smaller error are no "
+                     "longer unbiased, and the bound on single outputs (B5) is lost; got ",
+                     resolved.polish));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckFormat(const ResolvedSpec& spec) {
   const bool gptq = spec.format == Format::kGptq || spec.format == Format::kGptqV2;
   if (gptq && spec.scale_dtype != DType::kF16) {
@@ -219,8 +250,10 @@ absl::Status CheckFormat(const ResolvedSpec& spec) {
 
 }  // namespace
 
-absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec) {
+absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& given) {
+  const QuantizationSpec spec = WithPreset(given);
   ResolvedSpec resolved;
+  resolved.quality = spec.quality;
 
   resolved.bits = spec.bits.value_or(4);
   if (resolved.bits < 2 || resolved.bits > 8) {
@@ -238,6 +271,7 @@ absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec) {
   resolved.order = spec.order.value_or(Order::kNatural);
   if (absl::Status status = ResolveGrid(spec, resolved); !status.ok()) return status;
   if (absl::Status status = CheckFormat(resolved); !status.ok()) return status;
+  if (absl::Status status = ResolveSearch(spec, resolved); !status.ok()) return status;
   if (absl::Status status = ResolveDamping(spec, resolved); !status.ok()) return status;
 
   resolved.seed = spec.seed.value_or(0);
@@ -255,7 +289,6 @@ absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec) {
                         absl::StrCat("expected at least 1, got ", resolved.min_tokens));
   }
 
-  if (absl::Status offered = CheckOffered(spec); !offered.ok()) return offered;
   return resolved;
 }
 

@@ -29,6 +29,7 @@ absl::Status ReadDamping(const v1::Damping& damping, engine::QuantizationSpec& o
       out.damping_rule = engine::DampingRule::kHeldOut;
       out.damping_ladder.assign(damping.held_out().ladder().begin(),
                                 damping.held_out().ladder().end());
+      if (damping.held_out().has_climb()) out.damping_climb = damping.held_out().climb();
       break;
     case v1::Damping::RULE_NOT_SET:
       break;
@@ -95,15 +96,12 @@ v1::QuantizationSpec ToProto(const engine::ResolvedSpec& from) {
   to.set_scale_dtype(ToWire(from.scale_dtype, kDataTypes));
   to.set_group_scales(ToWire(from.group_scales, kGroupScales));
   to.set_scale(ToWire(from.scale, kScaleRules));
-  if (from.scale_objective.has_value()) {
-    to.set_scale_objective(ToWire(*from.scale_objective, kScaleObjectives));
-    to.set_scale_passes(from.scale_passes);
-  }
   to.set_rounding(ToWire(from.rounding, kRoundings));
   to.set_seed(from.seed);
   to.set_min_tokens(from.min_tokens);
   to.set_order(ToWire(from.order, kOrders));
   to.set_format(ToWire(from.format, kFormats));
+  if (from.quality.has_value()) to.set_quality(ToWire(*from.quality, kQualities));
   v1::Damping* const damping = to.mutable_damping();
   switch (from.damping_rule.value_or(engine::DampingRule::kRelativeTrace)) {
     case engine::DampingRule::kRelativeTrace:
@@ -118,6 +116,7 @@ v1::QuantizationSpec ToProto(const engine::ResolvedSpec& from) {
     case engine::DampingRule::kHeldOut:
       damping->mutable_held_out()->mutable_ladder()->Add(from.damping_ladder.begin(),
                                                          from.damping_ladder.end());
+      damping->mutable_held_out()->set_climb(from.damping_climb);
       break;
   }
   damping->set_max_attempts(from.max_attempts);

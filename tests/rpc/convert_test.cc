@@ -69,6 +69,7 @@ TEST(ConvertTest, SpecArrivesWhole) {
   spec.set_seed(~uint64_t{0});
   spec.set_order(v1::ORDER_DECREASING_NORM);
   spec.mutable_damping()->mutable_held_out()->add_ladder(0.25);
+  spec.mutable_damping()->mutable_held_out()->set_climb(true);
   spec.mutable_damping()->set_max_attempts(7);
   spec.mutable_damping()->set_factor(3);
   spec.mutable_damping()->set_on_failure(v1::ON_FAILURE_NEAREST);
@@ -100,6 +101,7 @@ TEST(ConvertTest, SpecArrivesWhole) {
   EXPECT_EQ(out->order, engine::Order::kDecreasingNorm);
   EXPECT_EQ(out->damping_rule, engine::DampingRule::kHeldOut);
   EXPECT_EQ(out->damping_ladder, std::vector{0.25});
+  EXPECT_EQ(out->damping_climb, true);
   EXPECT_EQ(out->max_attempts, 7);
   EXPECT_EQ(out->damping_factor, 3);
   EXPECT_EQ(out->on_failure, engine::OnFailure::kNearest);
@@ -261,6 +263,9 @@ TEST(ConvertTest, CertificateEchoesTheSpec) {
   const v1::QuantizationSpec echo = ToProto(certificate, CallFacts())[0].spec();
   v1::QuantizationSpec expected = spec;
   expected.set_scale_dtype(v1::DATA_TYPE_F16);
+  expected.set_scale_trials(1);
+  expected.set_polish(0);
+  expected.mutable_damping()->mutable_held_out()->set_climb(false);
   expected.set_min_tokens(1);
   expected.mutable_damping()->set_factor(10);
   expected.mutable_damping()->set_on_failure(v1::ON_FAILURE_FAIL);

@@ -20,7 +20,7 @@ struct Clipping {
   Range overshoot;
 };
 
-// Nearest: |e| beyond half a step (1 + 1e-6). Stochastic: a target beyond the outermost levels.
+// Nearest: |e| beyond half a step (1 + 1e-6), outward of the outermost code. Stochastic: a target beyond the outermost levels.
 // `over` is how far beyond, in steps; what lies within the slack of the edge may count or not.
 Clipping CountClipped(const Evidence& evidence) {
   const Quantized& q = evidence.layer.q;
@@ -36,7 +36,13 @@ Clipping CountClipped(const Evidence& evidence) {
       double over = std::abs(evidence.e(r, i)) / step - 0.5;
       double most_over = over;
       double slack = evidence.ErrorSlack(r, i) / step;
-      if (!evidence.nearest()) {
+      if (evidence.nearest()) {
+        const int32_t code = q.Code(r, evidence.Feature(i));
+        const bool above = evidence.e(r, i) > 0;
+        constexpr double kInside = -1;
+        if (above ? code < *most : code > *least) most_over = kInside;
+        if (above ? code < q.top : code > 0) over = kInside;
+      } else {
         const double position =
             evidence.Target(r, i) / step + q.zero[q.Cell(r, evidence.Feature(i))];
         over = std::max(-position, position - q.top);
@@ -89,8 +95,8 @@ Matrix Margins(const Evidence& evidence) {
   margins = steps * sums;
   if (evidence.nearest()) return margins;
   const double weights = static_cast<double>(q.rows) * static_cast<double>(n);
-  const double likely =
-      0.5 * std::log(2 * weights / evidence.spec().certificate().failure_probability());
+  const double likely = 0.5 * std::log(2 * weights * evidence.trials() /
+                                       evidence.spec().certificate().failure_probability());
   return (likely * margins).cwiseSqrt();
 }
 

@@ -27,6 +27,16 @@ bool IsOfLadder(const v1::Damping& damping, double lambda, double unit) {
   return false;
 }
 
+// Whether step i is one of those that count, which have all of the spec's searches, or one of the
+// plain runs before them.
+bool HasSearches(const v1::QuantizationSpec& spec, const v1::LadderStep& step) {
+  return step.scale_trials() == std::max(1, spec.scale_trials()) && step.polish() == spec.polish();
+}
+
+bool IsPlain(const v1::LadderStep& step) {
+  return step.scale_trials() == 1 && step.polish() == 0;
+}
+
 // (V2) the least error names the ratio that the final run uses; 0 for an empty ladder.
 double CheckLadder(const Evidence& evidence, Ledger& ledger) {
   const v1::Certificate& c = evidence.certificate;
@@ -35,8 +45,14 @@ double CheckLadder(const Evidence& evidence, Ledger& ledger) {
   double ratio = 0;
   bool ours = c.ladder_size() > 0;
   for (const v1::LadderStep& step : c.ladder()) {
-    ours = ours && IsOfLadder(evidence.spec().damping(), step.lambda(), unit);
-    if (step.held_out_relative_error() < least) {
+    const bool counts = HasSearches(evidence.spec(), step);
+    // What is run with all searches was run plainly before.
+    const bool known = std::any_of(c.ladder().begin(), c.ladder().end(), [&](const auto& other) {
+      return IsPlain(other) && std::abs(other.lambda() / step.lambda() - 1) < 1e-9;
+    });
+    ours = ours && (counts || IsPlain(step)) && known &&
+           IsOfLadder(evidence.spec().damping(), step.lambda(), unit);
+    if (counts && step.held_out_relative_error() < least) {
       least = step.held_out_relative_error();
       ratio = step.lambda() / unit;
     }
