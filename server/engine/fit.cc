@@ -288,7 +288,8 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
                     layer.initial.has_value() ? &*layer.initial : nullptr,
                     seconds,
                     use.certified};
-  if (dynamic) input.steps = &rules;
+  // Qronos corrects W first; the error feedback starts from there, and (S5) is about that.
+  if (dynamic || spec.scale == ScaleRule::kCompensated) input.steps = &rules;
   if (spec.polish > 0 && fit.outcome == Outcome::kQuantized) {
     absl::StatusOr<MethodOutput> output = RunPolished(input, fit, context);
     if (!output.ok()) return output.status();

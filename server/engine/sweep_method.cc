@@ -62,20 +62,29 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
   rules.steps = input.steps;
   const bool new_steps = rules.first_dynamic_group < grid.groups || !rules.multipliers.empty();
   MethodOutput output;
-  // Steps that are known after the sweep only; what it starts from is gone then.
+  // W and, with offsets, the least-squares correction: what the sweep aims at.
   StripMatrix start;
+  const bool corrected_steps = offsets != nullptr && input.steps != nullptr &&
+                               rules.first_dynamic_group == grid.groups && input.codes == nullptr;
+  if (offsets != nullptr && (input.certified || corrected_steps)) {
+    start = weights;
+    if (absl::Status added = AddLeastSquares(u, *offsets, start, context); !added.ok()) {
+      return added;
+    }
+  }
+  if (corrected_steps) {
+    FillSteps(input.spec, start, context, grid, *input.steps);
+    if (context.cancelled()) return context.CancellationStatus();
+    if (absl::Status status = CheckScales(input.spec, grid); !status.ok()) return status;
+  }
   std::vector<double> moves;
   if (input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
     auto sums = InverseColumnSums(input.spec, grid, u, input.dead, context);
     if (!sums.ok()) return sums.status();
     moves = *std::move(sums);
-    if (new_steps || offsets != nullptr) start = weights;
-    if (offsets != nullptr) {
-      if (absl::Status added = AddLeastSquares(u, *offsets, start, context); !added.ok()) {
-        return added;
-      }
-    }
+    // Steps that are known after the sweep only; what it starts from is gone then.
+    if (new_steps && offsets == nullptr) start = weights;
     if (!new_steps) {
       output.bits_needed =
           BitsNeeded(input.spec, grid, moves, offsets != nullptr ? start : weights, context);
