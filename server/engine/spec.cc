@@ -98,7 +98,7 @@ absl::Status ResolvePiso(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   }
   const bool nearest = resolved.method == Method::kNearest;
   resolved.scale_objective = spec.scale_objective.value_or(
-      resolved.method == Method::kOptq ? ScaleObjective::kQuantizedInputs : ScaleObjective::kMixed);
+      nearest ? ScaleObjective::kMixed : ScaleObjective::kQuantizedInputs);
   resolved.scale_passes = spec.scale_passes.value_or(nearest && resolved.group_size != 0 ? 3 : 0);
   if (resolved.scale_passes < 0 || resolved.scale_passes > kMaxPasses) {
     return InvalidField("spec.scale_passes", absl::StrCat("expected 0 to ", kMaxPasses, ", got ",
