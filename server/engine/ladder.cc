@@ -17,6 +17,10 @@ namespace {
 // Rows on which the steps of a ladder are run and judged. What is compared are sums of the errors
 // of so many rows on the same tokens.
 constexpr int64_t kLadderRows = 256;
+// Where a ladder is climbed, the largest lambda whose error is within this of the least: held-out
+// tokens are nearer to those of the fit than any others will be, so of what they cannot tell apart
+// the most damped is preferred (the one-standard-error rule's reason).
+constexpr double kTolerance = 1.02;
 
 // The part of a grid that belongs to some of `all` rows.
 std::shared_ptr<const ExplicitGrid> SelectRows(const ExplicitGrid& grid,
@@ -61,6 +65,8 @@ class Ladder {
     std::vector<Run> plain(spec_.damping_ladder.size());
     absl::StatusOr<size_t> best = spec_.damping_climb ? Climb(plain) : Least(All(), plain);
     if (!best.ok()) return best.status();
+    best = MostDamped(*best, plain);
+    if (!best.ok()) return best.status();
     const bool searches = whole.scale_trials > 1 || whole.polish > 0;
     if (!searches) return Chosen(plain[*best]);
     spec_ = whole;
@@ -72,7 +78,11 @@ class Ladder {
     }
     best = Least(around, runs);
     if (!best.ok()) return best.status();
-    return Chosen(runs[*best]);
+    size_t chosen = *best;
+    for (const size_t i : around) {
+      if (spec_.damping_climb && i > chosen && Near(runs[i], runs[*best])) chosen = i;
+    }
+    return Chosen(runs[chosen]);
   }
 
  private:
@@ -141,6 +151,23 @@ class Ladder {
     if (best.has_value()) return *best;
     AttachFailedAttempts(certificate_.ladder_failures, last_);
     return last_;
+  }
+
+  static bool Near(const Run& run, const Run& best) {
+    return !run.failed && run.error <= kTolerance * best.error;
+  }
+
+  // From the best step on to larger lambda while the error stays near it, where the ladder is
+  // climbed.
+  absl::StatusOr<size_t> MostDamped(size_t best, std::vector<Run>& runs) {
+    if (!spec_.damping_climb) return best;
+    size_t at = best;
+    while (at + 1 < runs.size()) {
+      if (absl::Status tried = Try(at + 1, runs); !tried.ok()) return tried;
+      if (!Near(runs[at + 1], runs[best])) break;
+      ++at;
+    }
+    return at;
   }
 
   // From the middle on to a step that no neighbour betters. A step that fails counts as worse than

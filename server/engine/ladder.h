@@ -38,9 +38,9 @@ double SweepFlops(const ResolvedSpec& spec, const Fit& fit, int64_t rows, int64_
 // (V2) lambda as a multiple of trace / N, by runs that are fitted without the held-out tokens and
 // judged on them, on a sample of rows. First a plain sweep for the steps of the spec's ladder: all
 // of them, or with `damping_climb` from the middle on towards the smaller error until both
-// neighbours of the best are worse. Then, where the spec has scale trials or polish, the whole of
-// it for the best and its neighbours: the better a fit, the more damping suits it. The least error
-// of the last kind of run counts. Writes the ladder, its failures and flops, and the error on
+// neighbours of the best are worse, and then the largest lambda whose error is within 2 % of it. Then, where the spec has scale trials or polish, the whole of
+// it for the best and its neighbours: the better a fit, the more damping suits it. The last kind
+// of run counts, by the same rule. Writes the ladder, its failures and flops, and the error on
 // held-out tokens to the certificate. Errors of the last step that failed where all did, else as
 // RunFit.
 absl::StatusOr<double> ChooseDamping(const LayerProblem& problem, const ResolvedSpec& spec,

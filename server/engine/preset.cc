@@ -20,22 +20,22 @@ QuantizationSpec WithPreset(const QuantizationSpec& given) {
   const bool searches = !spec.grid.has_value();
   const bool nearest = spec.rounding.value_or(Rounding::kNearest) == Rounding::kNearest;
   Fill(spec.order, Order::kDecreasingNorm);
-  if (searches) Fill(spec.scale, ScaleRule::kMse);
+  if (searches) Fill(spec.scale, ScaleRule::kCompensated);
   if (*spec.quality == Quality::kFast) {
     if (sweeps && !spec.damping_rule.has_value()) {
       spec.damping_rule = DampingRule::kRelativeTrace;
-      spec.damping_value = 0.05;
+      spec.damping_value = 0.1;
     }
     return spec;
   }
   if (sweeps && !spec.damping_rule.has_value()) {
     spec.damping_rule = DampingRule::kHeldOut;
-    spec.damping_ladder = {0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6};
+    spec.damping_ladder = {0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6};
     spec.damping_climb = true;
   }
   if (*spec.quality == Quality::kBalanced) return spec;
   if (sweeps && searches) Fill(spec.scale_trials, 9);
-  if (nearest) Fill(spec.polish, 3);
+  if (nearest) Fill(spec.polish, 2);
   return spec;
 }
 
