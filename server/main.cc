@@ -288,6 +288,8 @@ int Serve(const Flags& flags, const metrics::Log& log) {
   const sigset_t stop_signals = StopSignals::Set();
   pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
+  // A file size limit (RLIMIT_FSIZE) is a full disk to the store, no end of the process.
+  std::signal(SIGXFSZ, SIG_IGN);
 
   const auto failed = [&log](const std::string& why) {
     log.Error("start_failed", {{"reason", why}});

@@ -39,12 +39,12 @@ absl::StatusOr<double> LambdaOf(DampingRule rule, double value, const UpperPanel
 
 absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double lambda,
                                                const UpperPanels<double>& gram,
-                                               const std::vector<bool>& dead, Condition condition,
+                                               const std::vector<bool>& dead, FactorUse use,
                                                const RunContext& context) {
   DampedFactor result;
   result.lambda_requested = lambda;
   for (int32_t attempt = 0; attempt < spec.max_attempts; ++attempt) {
-    absl::StatusOr<FactorAttempt> tried = FactorDamped(gram, dead, lambda, condition, context);
+    absl::StatusOr<FactorAttempt> tried = FactorDamped(gram, dead, lambda, use, context);
     if (!tried.ok()) return tried.status();
     result.lambda_used = lambda;
     result.attempts.push_back({lambda, tried->cause, std::move(tried->detail)});

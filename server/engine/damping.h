@@ -42,6 +42,7 @@ struct FactorKey {
   // Of the sums with the held-out tokens merged in.
   bool with_held_out = false;
   double lambda = 0;
+  FactorUse use = FactorUse::kCertify;
   // The ladder (D2).
   int32_t max_attempts = 0;
   double growth = 0;
@@ -73,7 +74,7 @@ absl::StatusOr<double> LambdaOf(DampingRule rule, double value, const UpperPanel
 // (D2). Fails only by cancellation.
 absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double lambda,
                                                const UpperPanels<double>& gram,
-                                               const std::vector<bool>& dead, Condition condition,
+                                               const std::vector<bool>& dead, FactorUse use,
                                                const RunContext& context);
 
 // "lambda 1e-06: pivot -3 at feature 7; lambda ..." for messages.

@@ -27,12 +27,14 @@ struct Factor {
   double condition = 0;
 };
 
-// Whether the condition number is estimated, which costs some passes over the factor.
-enum class Condition {
-  kEstimate,
-  // Only where it could be too large: |H|_2 <= trace H, and no eigenvalue is below lambda. Else it
-  // stays 0.
-  kCheck,
+// What a factor is for.
+enum class FactorUse {
+  // A result and its certificate: float64, and the condition number is estimated.
+  kCertify,
+  // Comparing values of lambda by the errors that they lead to. Float32 where that disturbs H by
+  // far less than lambda does. The condition number is estimated only where it could be too large:
+  // |H|_2 <= trace H, and no eigenvalue is below lambda. Else it stays 0.
+  kJudge,
 };
 
 // The result of one try.
@@ -50,7 +52,7 @@ struct FactorAttempt {
 // executor. Fails only by cancellation; a stability failure is reported in the attempt.
 absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
                                            const std::vector<bool>& dead, double lambda,
-                                           Condition condition, const RunContext& context);
+                                           FactorUse use, const RunContext& context);
 
 // The largest condition estimate accepted for N features: past 1 / (8 N u), u = 2^-53, a
 // solve with the factor may have no correct digit.

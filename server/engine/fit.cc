@@ -130,12 +130,10 @@ absl::StatusOr<std::vector<double>> ScaleMetric(const WorkingLayer& layer,
 absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
                                    double lambda, FitUse use, const RunContext& context,
                                    int64_t& made) {
-  // A factor that is kept may end in a certificate.
-  const Condition condition =
-      use.certified || layer.factors != nullptr ? Condition::kEstimate : Condition::kCheck;
+  const FactorUse factor_use = use.certified ? FactorUse::kCertify : FactorUse::kJudge;
   const auto make = [&]() -> absl::StatusOr<DampedFactor> {
     absl::StatusOr<DampedFactor> damped =
-        FactorWithDamping(spec, lambda, layer.statistics().gram, layer.dead, condition, context);
+        FactorWithDamping(spec, lambda, layer.statistics().gram, layer.dead, factor_use, context);
     if (damped.ok()) made += static_cast<int64_t>(damped->attempts.size());
     return damped;
   };
@@ -144,6 +142,7 @@ absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer&
     absl::StatusOr<SharedFactor> shared = layer.factors->Get({.order = spec.order,
                                                               .with_held_out = layer.with_held_out,
                                                               .lambda = lambda,
+                                                              .use = factor_use,
                                                               .max_attempts = spec.max_attempts,
                                                               .growth = spec.damping_factor},
                                                              make);

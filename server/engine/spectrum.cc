@@ -87,7 +87,7 @@ absl::StatusOr<double> LargestEigenvalueBound(const UpperPanels<double>& s,
   for (double margin = 1e-4; std::isfinite(*ritz * (1 + margin)); margin *= 4) {
     const double bound = *ritz * (1 + margin);
     absl::StatusOr<FactorAttempt> attempt =
-        FactorDamped(negative, none, bound, Condition::kEstimate, context);
+        FactorDamped(negative, none, bound, FactorUse::kCertify, context);
     if (!attempt.ok()) return attempt.status();
     // All pivots were positive; how well conditioned it is does not matter.
     if (attempt->cause == StabilityCause::kNone || attempt->cause == StabilityCause::kCondition) {

@@ -38,8 +38,8 @@ class CalibrationFactors final : public engine::FactorCache {
     const int64_t bytes = engine::UpperPanels<double>::ElementsFor(features_) * 8 + features_ * 8;
     const auto found = env_.cache.Get(
         absl::StrCat(prefix_, static_cast<int>(key.order), "/", key.with_held_out, "/",
-                     absl::Hex(std::bit_cast<uint64_t>(key.lambda)), "/", key.max_attempts, "/",
-                     absl::Hex(std::bit_cast<uint64_t>(key.growth))),
+                     absl::Hex(std::bit_cast<uint64_t>(key.lambda)), "/", static_cast<int>(key.use),
+                     "/", key.max_attempts, "/", absl::Hex(std::bit_cast<uint64_t>(key.growth))),
         bytes, made);
     if (!found.ok()) return found.status();
     env_.observer.FactorAsked(found->shared);

@@ -136,7 +136,7 @@ void BenchFactor(benchmark::State& state, int64_t features, int64_t tokens, int 
   OnWorker(pool, [&] {
     for (auto _ : state) {
       const auto attempt =
-          engine::FactorDamped(sums->gram, dead, lambda, engine::Condition::kEstimate, On(pool));
+          engine::FactorDamped(sums->gram, dead, lambda, engine::FactorUse::kCertify, On(pool));
       CheckOk(attempt.status());
       benchmark::DoNotOptimize(attempt->factor.condition);
     }
@@ -156,7 +156,7 @@ void BenchRounding(benchmark::State& state, const Shape& shape, int64_t tokens, 
   OnWorker(pool, [&] {
     const RunContext context = On(pool);
     const auto attempt =
-        engine::FactorDamped(sums->gram, dead, lambda, engine::Condition::kEstimate, context);
+        engine::FactorDamped(sums->gram, dead, lambda, engine::FactorUse::kCertify, context);
     CheckOk(attempt.status());
     const engine::FeedbackColumns u(attempt->factor, nullptr, pool);
     engine::Grid grid = engine::MakeGrid(spec, shape.rows, shape.features, {});

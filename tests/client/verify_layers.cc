@@ -230,7 +230,7 @@ absl::StatusOr<VerifiedLayer> QuantizeRandom(const LayerOptions& options,
   if (!resolved.ok()) return resolved.status();
   const int64_t block =
       engine::HeldOutBlockRows(options.tokens, options.held_out_fraction, options.sequence_rows);
-  const engine::HeldOutSplit split(options.held_out_fraction, block, "");
+  const engine::HeldOutSplit split(options.held_out_fraction, block, options.stream_id);
   engine::SerialExecutor executor;
   engine::RunContext context;
   context.executor = &executor;

@@ -23,6 +23,8 @@ struct LayerOptions {
   std::vector<int64_t> dead = {};
   double held_out_fraction = 0;
   int64_t sequence_rows = 0;
+  // Of the split; empty for a call that brings its activations.
+  std::string stream_id = "";
   v1::DataType weight_dtype = v1::DATA_TYPE_F32;
   v1::DataType x_dtype = v1::DATA_TYPE_F32;
   // Multiplies the activations.

@@ -124,6 +124,35 @@ TEST(VerifyLayersTest, HeldOutRowsAndTheLadder) {
   }
 }
 
+// A calibration that one stream filled: its name tells which rows were held out.
+TEST(VerifyLayersTest, HeldOutRowsOfAStream) {
+  LayerOptions options;
+  options.tokens = 301;
+  options.held_out_fraction = 0.125;
+  options.sequence_rows = 7;
+  options.stream_id = "rank-0";
+  const auto layer = QuantizeRandom(options, {});
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  v1::Certificate certificate = layer->certificate;
+  certificate.clear_x_sha256();
+  certificate.set_calibration_id("c1");
+  certificate.set_sums_sha256("5a5a");
+  Sources sources = layer->Sources();
+  EXPECT_TRUE(absl::IsUnimplemented(Verify(sources, certificate).status()));
+  sources.stream_id = "rank-0";
+  const auto ledger = Verify(sources, certificate);
+  ASSERT_TRUE(ledger.ok()) << ledger.status();
+  EXPECT_EQ(ledger->count(Verdict::kWrong), 0) << FindingsText(*ledger);
+  EXPECT_GT(ledger->count(Verdict::kHolds), 30);
+  // Another stream's rows were others.
+  sources.stream_id = "rank-1";
+  const auto other = Verify(sources, certificate);
+  ASSERT_TRUE(other.ok()) << other.status();
+  EXPECT_GT(other->count(Verdict::kWrong), 0);
+  // A call's own activations belong to no stream.
+  EXPECT_TRUE(absl::IsInvalidArgument(Verify(sources, layer->certificate).status()));
+}
+
 TEST(VerifyLayersTest, DampingRules) {
   for (const auto rule : {engine::DampingRule::kAbsolute, engine::DampingRule::kRelativeSigmaMax}) {
     for (const double value : {1e-6, 1e-2, 10.0}) {

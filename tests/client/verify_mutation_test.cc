@@ -85,7 +85,7 @@ void ForEachChange(
         case FieldDescriptor::CPPTYPE_DOUBLE: {
           const double old =
               repeated ? r->GetRepeatedDouble(*copy, field, 0) : r->GetDouble(*copy, field);
-          // One percent; what a bound may be off outward is a tenth of that.
+          // One percent; what NEAREST's bound may be off outward is a tenth of that.
           double value = old == 0 ? 0.01 : 1.01 * old;
           // Where only ties clip, by 1e-6 of a step.
           if (field->name() == "worst_overshoot") value += 1e-3;
@@ -228,6 +228,30 @@ TEST(VerifyMutationTest, Nearest) {
   options.mismatched = true;
   // Without feedback there is no order, and no damping.
   ExpectEveryChangeCaught(options, spec, {"spec.order", "spec.damping.relative_trace"});
+}
+
+// Half a thousandth more than a bound that follows from e and D: nobody needs to grant it.
+TEST(VerifyMutationTest, LooserBounds) {
+  for (const int bits : {3, 8}) {
+    for (const auto rounding : {engine::Rounding::kNearest, engine::Rounding::kStochastic}) {
+      engine::QuantizationSpec spec;
+      spec.bits = bits;
+      spec.rounding = rounding;
+      spec.seed = 9;
+      const auto layer = QuantizeRandom({}, spec);
+      ASSERT_TRUE(layer.ok()) << layer.status();
+      ASSERT_TRUE(Holds(*layer, layer->certificate));
+      v1::Certificate copy = layer->certificate;
+      copy.set_row_bound(3, copy.row_bound(3) * 1.0005);
+      EXPECT_FALSE(Holds(*layer, copy)) << bits;
+      copy = layer->certificate;
+      copy.set_l2_bound(copy.l2_bound() * 1.0005);
+      EXPECT_FALSE(Holds(*layer, copy)) << bits;
+      copy = layer->certificate;
+      copy.set_linf_bound(copy.linf_bound() * 1.0005);
+      EXPECT_FALSE(Holds(*layer, copy)) << bits;
+    }
+  }
 }
 
 // Tokens that were summed beforehand: the sums alone have a digest, which nobody can check here.

@@ -1,5 +1,6 @@
 """What a server finds again when it starts, and what it says to files that were changed."""
 
+import resource
 from pathlib import Path
 
 import grpc
@@ -100,6 +101,18 @@ def test_results_calibrations_and_lists_outlive_a_restart(start: StartServer) ->
     # The same work on sums that were read back gives the same bytes.
     again = client.wait_job(client.create_job(requests[1]).id)
     assert client.read(again.id).data == results[1].data
+
+
+def test_a_limit_on_file_sizes_is_a_full_disk(start: StartServer, data: Path) -> None:
+    server = start()
+    client = Client.of(server)
+    request = small(client)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    large = JobRequest(request.calibration_id, np.ones((10000, 32), "<f4"))
+    answer = refusal(lambda: client.create_job(large))
+    assert answer.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert client.wait_job(client.create_job(request).id).state == SUCCEEDED
+    assert list((data / "incoming").iterdir()) == []
 
 
 def test_deleted_jobs_stay_deleted(start: StartServer, data: Path) -> None:

@@ -26,7 +26,7 @@ FactorAttempt MustFactor(const textbook::Matrix& h, double lambda, Executor* exe
   RunContext context;
   context.executor = executor == nullptr ? &serial : executor;
   auto attempt = FactorDamped(Panels(h), std::vector<bool>(static_cast<size_t>(h.rows)), lambda,
-                              Condition::kEstimate, context);
+                              FactorUse::kCertify, context);
   EXPECT_TRUE(attempt.ok());
   return *std::move(attempt);
 }
@@ -178,7 +178,7 @@ TEST(FactorTest, LeavesDeadFeaturesOut) {
   RunContext context;
   context.executor = &serial;
   const auto attempt =
-      FactorDamped(Panels(h), {false, true, false}, 0, Condition::kEstimate, context);
+      FactorDamped(Panels(h), {false, true, false}, 0, FactorUse::kCertify, context);
   ASSERT_TRUE(attempt.ok());
   ASSERT_EQ(attempt->cause, StabilityCause::kNone) << attempt->detail;
   EXPECT_EQ(attempt->factor.u.at(0, 1), 0);
@@ -195,35 +195,79 @@ TEST(FactorTest, StopsWhenCancelled) {
   context.cancellation = &cancellation;
   textbook::Matrix h(1, 1);
   h(0, 0) = 1;
-  EXPECT_EQ(FactorDamped(Panels(h), {false}, 0, Condition::kEstimate, context).status().code(),
+  EXPECT_EQ(FactorDamped(Panels(h), {false}, 0, FactorUse::kCertify, context).status().code(),
             absl::StatusCode::kCancelled);
 }
 
-// The check may leave the estimate out only where the estimate could not refuse.
-TEST(FactorTest, ChecksTheConditionAsTheEstimateDoes) {
+// A factor for judging may leave the estimate out only where the estimate could not refuse, and is
+// float32 only where lambda drowns what that does to H: U and D are those of H + E, |E_ij| of the
+// order of sqrt(N) u sqrt(H_ii H_jj), u = 2^-24. By D_j >= lambda, D_j is off by at most N times
+// |E| / lambda of itself.
+TEST(FactorTest, JudgesAsItCertifies) {
   SerialExecutor serial;
   RunContext context;
   context.executor = &serial;
-  const UpperPanels<double> gram =
-      Panels(textbook::Gram(MakeLayer(60, 40, 1, Inputs::kRankDeficient, 5).x));
-  const std::vector<bool> dead(40);
+  constexpr int64_t kFeatures = 200;
+  const textbook::Matrix h =
+      textbook::Gram(MakeLayer(300, kFeatures, 1, Inputs::kRankDeficient, 5).x);
+  const UpperPanels<double> gram = Panels(h);
+  double largest = 0;
+  for (int64_t j = 0; j < kFeatures; ++j) largest = std::max(largest, h(j, j));
+  const std::vector<bool> dead(kFeatures);
   int left_out = 0;
   int refused = 0;
-  for (const double lambda : {1e-16, 1e-13, 1e-12, 1e-9, 1e-3, 1.0}) {
-    const auto full = FactorDamped(gram, dead, lambda, Condition::kEstimate, context);
-    const auto checked = FactorDamped(gram, dead, lambda, Condition::kCheck, context);
-    ASSERT_TRUE(full.ok() && checked.ok());
-    EXPECT_EQ(checked->cause, full->cause) << lambda;
+  int single = 0;
+  for (const double share : {1e-18, 1e-15, 1e-14, 1e-11, 1e-4, 1e-3, 0.1}) {
+    const double lambda = share * largest;
+    const auto full = FactorDamped(gram, dead, lambda, FactorUse::kCertify, context);
+    const auto judged = FactorDamped(gram, dead, lambda, FactorUse::kJudge, context);
+    ASSERT_TRUE(full.ok() && judged.ok());
+    EXPECT_EQ(judged->cause, full->cause) << share;
     if (full->cause != StabilityCause::kNone) {
       ++refused;
       continue;
     }
-    EXPECT_EQ(checked->factor.d, full->factor.d);
     EXPECT_GT(full->factor.condition, 1);
-    if (checked->factor.condition == 0) ++left_out;
+    if (judged->factor.condition == 0) ++left_out;
+    if (judged->factor.d == full->factor.d) continue;
+    ++single;
+    ASSERT_GE(share, 1e-5);
+    const double n = kFeatures;
+    const double tolerance = std::sqrt(n) * 0x1p-24 * (largest / lambda + 1) * std::sqrt(n);
+    for (int64_t j = 0; j < kFeatures; ++j) {
+      const auto at = static_cast<size_t>(j);
+      EXPECT_NEAR(judged->factor.d[at], full->factor.d[at], tolerance * full->factor.d[at]);
+      for (int64_t i = 0; i < j; ++i) {
+        EXPECT_NEAR(judged->factor.u.at(i, j), full->factor.u.at(i, j),
+                    tolerance * std::sqrt(h(i, i) / full->factor.d[at]));
+      }
+    }
   }
   EXPECT_GT(left_out, 0);
   EXPECT_GT(refused, 0);
+  EXPECT_EQ(single, 3);
+}
+
+// Sums beyond float32's range are scaled first.
+TEST(FactorTest, JudgesHugeAndTinySums) {
+  SerialExecutor serial;
+  RunContext context;
+  context.executor = &serial;
+  const textbook::Matrix h = textbook::Gram(MakeLayer(60, 40, 1, Inputs::kGaussian, 5).x);
+  const std::vector<bool> dead(40);
+  const auto plain = FactorDamped(Panels(h), dead, 8.0, FactorUse::kJudge, context);
+  ASSERT_TRUE(plain.ok());
+  for (const int exponent : {-200, 300}) {
+    textbook::Matrix scaled = h;
+    for (double& value : scaled.values) value = std::ldexp(value, exponent);
+    const auto judged =
+        FactorDamped(Panels(scaled), dead, std::ldexp(8.0, exponent), FactorUse::kJudge, context);
+    ASSERT_TRUE(judged.ok());
+    ASSERT_EQ(judged->cause, StabilityCause::kNone);
+    for (size_t j = 0; j < 40; ++j) {
+      EXPECT_EQ(judged->factor.d[j], std::ldexp(plain->factor.d[j], exponent));
+    }
+  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <vector>
 
 #include "engine/status.h"
 #include "tests/engine/problems.h"
@@ -19,6 +20,23 @@ absl::StatusOr<Grid> GridOf(const textbook::Matrix& w, const QuantizationSpec& s
   FillSteps(resolved, testing::Strips(w), context, grid);
   if (absl::Status status = CheckScales(resolved, grid); !status.ok()) return status;
   return grid;
+}
+
+TEST(GridTest, StopsSearchingWhenCancelled) {
+  const auto w = testing::MakeLayer(1, 100, 37, testing::Inputs::kGaussian, 43).w;
+  QuantizationSpec spec;
+  spec.scale = ScaleRule::kMse;
+  SerialExecutor serial;
+  Cancellation cancellation;
+  cancellation.Cancel(absl::StatusCode::kCancelled);
+  RunContext context;
+  context.executor = &serial;
+  context.cancellation = &cancellation;
+  const ResolvedSpec resolved = *ResolveSpec(spec);
+  Grid grid = MakeGrid(resolved, w.rows, w.cols, {});
+  const std::vector<float> empty = grid.scale;
+  FillSteps(resolved, testing::Strips(w), context, grid);
+  EXPECT_EQ(grid.scale, empty);
 }
 
 TEST(GridTest, MatchesTextbookForEveryWidthAndGrouping) {

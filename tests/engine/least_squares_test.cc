@@ -32,7 +32,7 @@ std::optional<Solved> Solve(const testing::RandomLayer& layer, double ratio) {
   context.executor = &executor;
   const std::vector<bool> dead(static_cast<size_t>(sums.features()));
   auto attempt =
-      FactorDamped(sums.gram, dead, ratio * MeanDiagonal(sums.gram), Condition::kEstimate, context);
+      FactorDamped(sums.gram, dead, ratio * MeanDiagonal(sums.gram), FactorUse::kCertify, context);
   if (!attempt.ok() || attempt->cause != StabilityCause::kNone) return std::nullopt;
   const StripMatrix weights = testing::Strips(layer.w);
   auto initial = ComputeInitialError(sums, Widen(weights, executor), Phase::kRound, context);

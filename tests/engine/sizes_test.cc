@@ -200,8 +200,8 @@ void EverySize::CheckCertificate(const Fit& fit, Method method) const {
   c.tokens = layer_.statistics().tokens;
   c.spec = spec_;
   c.spec.method = method;
-  const auto energies = ReferenceEnergies(layer_.statistics(), layer_.reference,
-                                          Phase::kReference, context_);
+  const auto energies =
+      ReferenceEnergies(layer_.statistics(), layer_.reference, Phase::kReference, context_);
   ASSERT_TRUE(energies.ok());
   c.reference_energy = Sum(*energies);
   ASSERT_TRUE(Certify(c.spec, layer_, fit, context_, c).ok());

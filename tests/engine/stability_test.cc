@@ -264,7 +264,7 @@ void ExpectSweptAsInFloat64(const RandomLayer& layer, const QuantizedLayer& resu
   SerialExecutor executor;
   RunContext context;
   context.executor = &executor;
-  const auto attempt = FactorDamped(sums.gram, dead, lambda, Condition::kEstimate, context);
+  const auto attempt = FactorDamped(sums.gram, dead, lambda, FactorUse::kCertify, context);
   ASSERT_TRUE(attempt.ok());
   ASSERT_EQ(attempt->cause, StabilityCause::kNone);
   const Factor& factor = attempt->factor;

@@ -61,6 +61,7 @@ absl::StatusOr<verify::Ledger> VerifyFiles(const VerifyFlags& flags) {
     if (!x_quantized.ok()) return x_quantized.status();
     sources.x_quantized = *std::move(x_quantized);
   }
+  if (!flags.stream.empty()) sources.stream_id = flags.stream;
   sources.result = [&](const std::string& role) {
     return result->Tensor(OutputName(flags.weight, role));
   };
@@ -80,8 +81,11 @@ CLI::App* AddVerifyVerb(CLI::App* app, VerifyFlags* flags) {
   add("--activations", &flags->activations_file, "Safetensors file of the activations")->required();
   add("--x", &flags->x, "Name of the activations of the float model")->required();
   add("--x_quantized", &flags->x_quantized, "Name of those the layer really sees");
-  add("--result", &flags->result_file, "What `quantize --output` wrote")->required();
-  add("--report", &flags->report_file, "What `quantize --report` wrote")->required();
+  add("--stream", &flags->stream,
+      "Stream that added them to the calibration, where that had one and held tokens out");
+  add("--result", &flags->result_file, "What `quantize` or `result` wrote with --output")
+      ->required();
+  add("--report", &flags->report_file, "What it wrote with --report")->required();
   return verb;
 }
 

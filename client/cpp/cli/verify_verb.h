@@ -14,6 +14,7 @@ struct VerifyFlags {
   std::string activations_file;
   std::string x;
   std::string x_quantized;
+  std::string stream;
   std::string result_file;
   std::string report_file;
 };

@@ -10,23 +10,33 @@
 namespace certiq::verify {
 namespace {
 
+// A number, and the most that the service may make of it.
+struct Bound {
+  double value = 0;
+  double high = 0;
+};
+
 // sqrt(sum_j eps_j^2 D_j), eps_j = max(delta_j / 2, |e_j|) (B1).
-double Width(const Evidence& evidence, Eigen::Index r) {
-  double sum = 0;
+Bound Width(const Evidence& evidence, Eigen::Index r) {
+  Bound sum;
   for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
     const double eps = std::max(evidence.Step(r, i) / 2, std::abs(evidence.e(r, i)));
-    sum += eps * eps * evidence.d[i];
+    const double wide = eps + kOutwardTarget * std::abs(evidence.Target(r, i));
+    sum.value += eps * eps * evidence.d[i];
+    sum.high += wide * wide * evidence.d[i];
   }
-  return std::sqrt(sum);
+  return {std::sqrt(sum.value), std::sqrt(sum.high)};
 }
 
 // (B1), (B2), (B3): a bound for every row.
-std::vector<double> RowBounds(const Evidence& evidence) {
-  std::vector<double> bounds;
+std::vector<Bound> RowBounds(const Evidence& evidence) {
+  std::vector<Bound> bounds;
   const double sigma = evidence.feedback.has_value() ? 0 : LargestEigenvalue(evidence.layer.gram);
   for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
     if (evidence.feedback.has_value()) {
-      bounds.push_back(std::sqrt(evidence.feedback->prior_initial[r]) + Width(evidence, r));
+      const double initial = std::sqrt(evidence.feedback->prior_initial[r]);
+      const Bound width = Width(evidence, r);
+      bounds.push_back({initial + width.value, (1 + kOutward) * (initial + width.high)});
       continue;
     }
     double reach = 0;
@@ -38,7 +48,10 @@ std::vector<double> RowBounds(const Evidence& evidence) {
       squares += eps * eps;
     }
     const double initial = evidence.mismatched() ? std::sqrt(evidence.errors.residual[r]) : 0;
-    bounds.push_back(std::min(reach, std::sqrt(squares * sigma)) + initial);
+    const double spectral = std::sqrt(squares * sigma);
+    bounds.push_back(
+        {std::min(reach, spectral) + initial,
+         (1 + kOutward) * (std::min(reach, (1 + kOutwardSigma) * spectral) + initial)});
   }
   return bounds;
 }
@@ -147,17 +160,21 @@ Range LikelyLargest(const Evidence& evidence) {
   return most;
 }
 
-void CheckLargest(const Evidence& evidence, const std::vector<double>& bounds, Ledger& ledger) {
+void CheckLargest(const Evidence& evidence, const std::vector<Bound>& bounds, Ledger& ledger) {
   const v1::Certificate& c = evidence.certificate;
-  const double always = *std::max_element(bounds.begin(), bounds.end());
-  const double high = 1 + kOutward + evidence.tolerance();
-  Range range = {always * (1 - evidence.tolerance()), always * high};
+  double always = 0;
+  Range range;
+  for (const Bound& bound : bounds) {
+    always = std::max(always, bound.value);
+    range.high = std::max(range.high, bound.high);
+  }
+  range = {always * (1 - evidence.tolerance()), range.high * (1 + evidence.tolerance())};
   double shown = always;
   bool certain = true;
   if (evidence.feedback.has_value() && !evidence.nearest()) {
     const Range likely = LikelyLargest(evidence);
     range.low = std::min(range.low, likely.low * (1 - evidence.tolerance()));
-    range.high = std::min(range.high, likely.high * high);
+    range.high = std::min(range.high, likely.high * (1 + kOutward + evidence.tolerance()));
     certain = likely.low >= always;
     shown = std::min(always, likely.high);
   }
@@ -187,19 +204,23 @@ void CheckLargest(const Evidence& evidence, const std::vector<double>& bounds, L
 void CheckBounds(const Evidence& evidence, Ledger& ledger) {
   const v1::Certificate& c = evidence.certificate;
   CheckFactor(evidence, ledger);
-  const std::vector<double> bounds = RowBounds(evidence);
-  double squares = 0;
+  const std::vector<Bound> bounds = RowBounds(evidence);
+  Bound squares;
+  std::vector<double> values;
   std::vector<Range> ranges;
-  for (const double bound : bounds) {
-    squares += bound * bound;
+  for (const Bound& bound : bounds) {
+    squares.value += bound.value * bound.value;
+    squares.high += bound.high * bound.high;
+    values.push_back(bound.value);
     ranges.push_back(
-        {bound * (1 - evidence.tolerance()), bound * (1 + kOutward + evidence.tolerance())});
+        {bound.value * (1 - evidence.tolerance()), bound.high * (1 + evidence.tolerance())});
   }
-  const double l2 = std::sqrt(squares);
-  ledger.Number("l2_bound", c.l2_bound(), l2,
-                {l2 * (1 - evidence.tolerance()), l2 * (1 + kOutward + evidence.tolerance())});
+  const double l2 = std::sqrt(squares.value);
+  ledger.Number(
+      "l2_bound", c.l2_bound(), l2,
+      {l2 * (1 - evidence.tolerance()), std::sqrt(squares.high) * (1 + evidence.tolerance())});
   if (evidence.spec().certificate().per_row()) {
-    ledger.Rows("row_bound", {c.row_bound().begin(), c.row_bound().end()}, bounds, ranges);
+    ledger.Rows("row_bound", {c.row_bound().begin(), c.row_bound().end()}, values, ranges);
   } else {
     ledger.Count("row_bound", c.row_bound_size(), 0, 0);
   }

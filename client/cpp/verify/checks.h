@@ -15,9 +15,11 @@ namespace certiq::verify {
 
 // Certified numbers are promised to this, relative.
 inline constexpr double kPromise = 1e-4;
-// Bounds are evaluated outward by the service: eps_j by 2^-22 |v_j|, which with 8 bits is 1.3e-4 of
-// half a step, initial terms by 1e-6, sigma_max(X~) by at most 1e-3. True bounds are never below.
-inline constexpr double kOutward = 1e-3;
+// Bounds are evaluated outward by the service, so that true bounds are never below: initial terms
+// and sums by 1e-6, relative; eps_j by 2^-22 |v_j|, v_j the target; sigma_max(X~) by at most 1e-3.
+inline constexpr double kOutward = 2e-6;
+inline constexpr double kOutwardTarget = 0x1p-22;
+inline constexpr double kOutwardSigma = 1e-3;
 
 // Everything that was recomputed.
 struct Evidence {

@@ -105,10 +105,15 @@ absl::StatusOr<Layer> LoadLayer(const Sources& sources, const v1::Certificate& c
         "held_out_fraction, held_out_block_rows: expected 0 to 0.5 and at least 1, got ", fraction,
         " and ", certificate.held_out_block_rows()));
   }
-  if (!certificate.calibration_id().empty() && fraction > 0) {
+  if (certificate.calibration_id().empty() && sources.stream_id.has_value()) {
+    return absl::InvalidArgumentError(
+        "stream: expected none, since the activations came with the call, by no calibration");
+  }
+  if (!certificate.calibration_id().empty() && fraction > 0 && !sources.stream_id.has_value()) {
     return absl::UnimplementedError(
         "the certificate is of a calibration that held tokens out, stream by stream: which ones "
-        "cannot be told from the activations");
+        "cannot be told from the activations alone (--stream names the stream, where there was "
+        "one)");
   }
   Layer layer;
   absl::StatusOr<Quantized> q =
@@ -121,7 +126,8 @@ absl::StatusOr<Layer> LoadLayer(const Sources& sources, const v1::Certificate& c
   layer.w = *std::move(w);
 
   const std::vector<bool> held = HeldOutRows(
-      sources.x.shape[0], fraction, std::max<int64_t>(1, certificate.held_out_block_rows()));
+      sources.x.shape[0], fraction, std::max<int64_t>(1, certificate.held_out_block_rows()),
+      sources.stream_id.value_or(""));
   const bool any = std::find(held.begin(), held.end(), true) != held.end();
   layer.ladder = any && spec.method() != v1::METHOD_NEAREST &&
                  spec.damping().rule_case() == v1::Damping::kHeldOut;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -45,6 +46,9 @@ struct Sources {
   TensorView weight;
   TensorView x;
   std::optional<TensorView> x_quantized;
+  // The one stream under which all of the activations went into a calibration: its name decided
+  // which of them were held out. Unset where they came with the call.
+  std::optional<std::string> stream_id;
   TensorByRole result;
 };
 
