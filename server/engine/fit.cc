@@ -14,8 +14,8 @@
 #include "engine/quadratic_form.h"
 #include "engine/spectrum.h"
 #include "engine/status.h"
+#include "engine/step_objective.h"
 #include "engine/stopwatch.h"
-#include "engine/sweep_method.h"
 
 namespace certiq::engine {
 namespace {
@@ -110,21 +110,6 @@ struct FitFactor {
   // The same; null where others may use it.
   std::shared_ptr<DampedFactor> own;
 };
-
-// The metric of (S5): D, or where there is no feedback the diagonal of X~^T X~.
-absl::StatusOr<std::vector<double>> ScaleMetric(const WorkingLayer& layer,
-                                                const DampedFactor& damped) {
-  if (damped.factor.has_value()) return LiveD(*damped.factor, layer.dead);
-  const UpperPanels<double>& gram = layer.statistics().gram;
-  std::vector<double> diagonal(static_cast<size_t>(gram.size()));
-  for (int64_t j = 0; j < gram.size(); ++j) diagonal[static_cast<size_t>(j)] = gram.at(j, j);
-  for (const double value : diagonal) {
-    if (!std::isfinite(value)) {
-      return InvalidField("x", "expected activations whose sums are finite");
-    }
-  }
-  return diagonal;
-}
 
 // From the cache where there is one. `made` counts what was factored here.
 absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer& layer,
@@ -273,17 +258,26 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
   }
   const StripMatrix& weights = layer.weights();
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
-  StepRules rules;
-  if (spec.scale == ScaleRule::kCompensated) {
-    absl::StatusOr<std::vector<double>> metric = ScaleMetric(layer, *fit.damping);
-    if (!metric.ok()) return metric.status();
-    rules.metric = *std::move(metric);
-  }
+  const bool dynamic = factored && spec.group_scales == GroupScales::kDynamic;
   // The sweep finds the others; Qronos needs the first before it starts.
-  if (factored && spec.group_scales == GroupScales::kDynamic) rules.searched_groups = 1;
+  const int64_t searched = dynamic ? 1 : fit.grid.groups;
+  std::optional<StepObjective> objective;
+  if (HasMetric(spec.scale) && spec.grid == nullptr) {
+    absl::StatusOr<StepObjective> made =
+        StepObjective::Make(spec, layer, *fit.damping, fit.grid, context);
+    if (!made.ok()) return made.status();
+    objective = *std::move(made);
+  }
+  const StepRules rules = objective.has_value() ? objective->Rules(searched) : StepRules();
   FillSteps(spec, weights, context, fit.grid, rules);
   if (context.cancelled()) return context.CancellationStatus();
   if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
+  if (objective.has_value()) {
+    absl::Status improved = objective->Improve(spec, searched, weights, context, fit.grid);
+    if (!improved.ok()) return improved;
+    // Its memory is for the sweep.
+    if (!dynamic) objective.reset();
+  }
   MethodInput input{spec,
                     layer.statistics(),
                     layer.dead,
@@ -293,7 +287,7 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
                     layer.initial.has_value() ? &*layer.initial : nullptr,
                     seconds,
                     use.certified};
-  input.steps = &rules;
+  if (dynamic) input.steps = &rules;
   if (spec.polish > 0 && fit.outcome == Outcome::kQuantized) {
     absl::StatusOr<MethodOutput> output = RunPolished(input, fit, context);
     if (!output.ok()) return output.status();

@@ -163,7 +163,7 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
 
   // In the order of `grouped` below.
   DiagonalMetric metric;
-  if (spec.scale == ScaleRule::kCompensated) {
+  if (HasMetric(spec.scale)) {
     std::vector<double> sorted(rules.metric.size());
     std::vector<int64_t> next = first;
     for (size_t j = 0; j < sorted.size(); ++j) {
@@ -191,7 +191,7 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
         const float* values = grouped.data() + begin;
         const int64_t count = first[static_cast<size_t>(g) + 1] - begin;
         const bool searched = g < rules.searched_groups;
-        const Step step = searched && spec.scale == ScaleRule::kCompensated
+        const Step step = searched && HasMetric(spec.scale)
                               ? search.Find(values, count, metric, begin)
                               : FitStep(searched ? spec : absmax, values, count);
         const auto at = static_cast<size_t>(r * grid.groups + g);

@@ -15,6 +15,8 @@
 
 namespace certiq::engine {
 
+class MetricSlices;
+
 // A code u in [lowest_code, highest_code] of row r at feature j stands for
 // scale[r, g] (u - zero[r, g]) with g = group_of[j], rounded to level_type.
 struct Grid {
@@ -74,6 +76,11 @@ Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier);
 // n <= 1.
 std::vector<float> TrialMultipliers(int32_t n);
 
+// Whether the rule looks at a metric too.
+inline bool HasMetric(ScaleRule rule) {
+  return rule == ScaleRule::kPiso || rule == ScaleRule::kCompensated;
+}
+
 // An empty grid for this layer in natural order, or in `order` (feature i
 // worked on is original feature order[i]): static groups belong to the
 // original columns, dynamic ones to runs of group_size in the order.
@@ -82,14 +89,17 @@ Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
 
 // What steps are found by, besides the weights.
 struct StepRules {
-  // M_jj of (S3), one a feature in working order; only where spec.scale is kCompensated.
+  // The diagonal of M (S3), one a feature in working order; only where the rule has a metric.
   std::vector<double> metric;
+  // All of M for dynamic groups; null where it is diagonal. FillSteps does not look at it.
+  const MetricSlices* full_metric = nullptr;
   // Groups from this one on get the step of (S1), for the sweep to replace.
   int64_t searched_groups = std::numeric_limits<int64_t>::max();
 };
 
 // Fills the steps from `weights` (in working order) by the spec's rule, or
-// from the spec's explicit grid. Dynamic groups are filled too, from the original weights.
+// from the spec's explicit grid; for a full metric by its diagonal, which is where the search of
+// (S3) starts. Dynamic groups are filled too, from the original weights.
 void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
                Grid& grid, const StepRules& rules = {});
 

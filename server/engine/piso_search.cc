@@ -5,32 +5,12 @@
 #include <limits>
 
 #include "engine/scale_search.h"
-#include "engine/simd.h"
+#include "engine/slice_sums.h"
 
 namespace certiq::engine {
 namespace {
 
 constexpr int64_t kWidth = MetricSlices::kWidth;
-constexpr int64_t kVectors = kWidth / kLanes<double>;
-
-// kWidth sums in registers.
-struct Sums {
-  Vector<double> lane[kVectors] = {};
-
-  void Add(double factor, const float* row) {
-    using Half = float __attribute__((vector_size(kVectorBytes / 2)));
-#pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) {
-      Half half;
-      std::memcpy(&half, row + v * kLanes<double>, sizeof(half));
-      lane[v] += factor * __builtin_convertvector(half, Vector<double>);
-    }
-  }
-  void Store(double* to) const {
-#pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) StoreVector(to + v * kLanes<double>, lane[v]);
-  }
-};
 
 }  // namespace
 
@@ -55,8 +35,8 @@ void PisoSearch::Begin(int64_t count, const double* weights, const double* linea
 }
 
 void PisoSearch::Weigh(const float* slice, int64_t t) {
-  Sums image;
-  Sums codes;
+  SliceSums image;
+  SliceSums codes;
   for (int64_t i = 0; i < count_; ++i) {
     const float* row = slice + i * kWidth;
     image.Add(w_[i], row);
@@ -91,8 +71,8 @@ bool PisoSearch::Excluded(double scale, int32_t zero) const {
   }
   for (size_t i = 0; i < std::size(kShares); ++i) {
     const double bound = 2 * bounds[i] - kShares[i] * kShares[i] * square_;
-    // Sums of magnitudes up to that of w^T M w are rounded.
-    if (bound - 1e-10 * square_ > best_error_) return true;
+    // What rounding may have added.
+    if (bound - 1e-10 * (square_ + std::abs(constant_)) > best_error_) return true;
   }
   return false;
 }
@@ -171,7 +151,7 @@ bool PisoSearch::Select(int32_t zero) {
 }
 
 void PisoSearch::Stream(const float* slice, int64_t t) {
-  Sums sums;
+  SliceSums sums;
   alignas(kVectorBytes) double stored[kWidth];
   const int64_t first = t * kWidth;
   for (size_t m = 0; m < crossed_.size(); ++m) {

@@ -19,9 +19,9 @@ namespace certiq::engine {
 // over scales s that spec.scale_dtype holds and, for an asymmetric grid, over all zero points z. y
 // = X~^T P w where inputs are mismatched: then f is |X w - X~ q|^2 less a constant.
 //
-// The sweep (PiSO, arXiv 2606.10890): k changes at the breakpoints s = |w_i| / (t - 1/2) alone, where
-// code i goes from t - 1 to t as s falls. From k = 0 down, a crossing changes a by (M w + y)_i
-// sign(w_i) and b by 2 sign(w_i) (M k)_i + M_ii, and M k by a column of M. In between f is a
+// The sweep (PiSO, arXiv 2606.10890): k changes at the breakpoints s = |w_i| / (t - 1/2) alone,
+// where code i goes from t - 1 to t as s falls. From k = 0 down, a crossing changes a by (M w +
+// y)_i sign(w_i) and b by 2 sign(w_i) (M k)_i + M_ii, and M k by a column of M. In between f is a
 // quadratic in s. At a breakpoint f jumps and rint may take either code, so scales strictly inside
 // an interval are looked at: the one that f's minimum a / b rounds to from either side, or the one
 // next to the end. What is found is the global minimum over those, and never worse than the step it

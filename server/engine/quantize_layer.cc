@@ -16,6 +16,7 @@
 #include "engine/rounding.h"
 #include "engine/simd.h"
 #include "engine/status.h"
+#include "engine/step_objective.h"
 #include "engine/stopwatch.h"
 
 namespace certiq::engine {
@@ -251,7 +252,8 @@ int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool
       spec.polish > 0 ? PolishBytes(features) + 2 * codes + grid + (mismatched ? wide : 0) : 0;
   const int64_t rounding = copies * sums + triangle + FeedbackColumns::BytesFor(features) +
                            weight_copies * weights + (mismatched ? (held_out ? 5 : 3) * wide : 0) +
-                           codes + grid + groups * features * 8 + polish;
+                           codes + grid + groups * features * 8 + polish +
+                           StepObjective::BytesFor(spec, rows, features, mismatched);
   const int64_t packing = codes + 2 * grid + rows * features * 8 + features * 8;
   // Columns of U that wait while factoring (four panels), a packed panel of a quadratic form,
   // per-row results, and small change.

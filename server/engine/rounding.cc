@@ -7,6 +7,7 @@
 
 #include "engine/code_strip.h"
 #include "engine/feedback_kernel.h"
+#include "engine/piso.h"
 #include "engine/scale_search.h"
 #include "engine/simd.h"
 
@@ -34,6 +35,7 @@ class StripSweep {
         d_(d),
         metric_(metric),
         search_(spec),
+        piso_(spec),
         group_of_(grid.group_of),
         first_row_(first_row),
         multiplier_(multiplier),
@@ -139,6 +141,16 @@ class StripSweep {
     if (first > start) HearGroup(u_, block, g, begin_, start, w_, p);
   }
 
+  // By the spec's rule, from the updated weights of a group.
+  Step FittedStep(int32_t group, int64_t start, const std::vector<float>& updated) {
+    const auto count = static_cast<int64_t>(updated.size());
+    if (!HasMetric(spec_.scale)) return FitStep(spec_, updated.data(), count);
+    const Step step = search_.Find(updated.data(), count, metric_, start);
+    if (rules_.steps->full_metric == nullptr) return step;
+    std::vector<double> wide(updated.begin(), updated.end());
+    return PisoStep(piso_, *rules_.steps->full_metric, group, count, wide.data(), step);
+  }
+
   // The step of the group that starts at column s0 of the block, from the
   // updated weights v* = w + P U_gg^-1.
   void FitGroup(int64_t s0) {
@@ -176,10 +188,7 @@ class StripSweep {
         updated[static_cast<size_t>(j)] =
             w_[(start + j) * kStripRows + c] + moved[static_cast<size_t>(j * kStripRows + c)];
       }
-      const Step step = spec_.scale == ScaleRule::kCompensated
-                            ? search_.Find(updated.data(), end - start, metric_, start)
-                            : FitStep(spec_, updated.data(), end - start);
-      steps_.Set(group, c, StretchedStep(spec_, step, multiplier_));
+      steps_.Set(group, c, StretchedStep(spec_, FittedStep(group, start, updated), multiplier_));
     }
   }
 
@@ -189,6 +198,7 @@ class StripSweep {
   const std::vector<double>& d_;
   const DiagonalMetric& metric_;
   ScaleSearch search_;
+  PisoSearch piso_;
   const std::vector<int32_t>& group_of_;
   int64_t first_row_;
   float multiplier_;
@@ -433,7 +443,7 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
     sums->resize(static_cast<size_t>(rows));
   }
   result.clipped.resize(static_cast<size_t>(rows));
-  const DiagonalMetric metric = rules.first_dynamic_group < grid.groups && rules.steps != nullptr
+  const DiagonalMetric metric = rules.first_dynamic_group < grid.groups && HasMetric(spec.scale)
                                     ? DiagonalMetric(rules.steps->metric)
                                     : DiagonalMetric();
 

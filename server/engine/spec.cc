@@ -17,19 +17,7 @@ constexpr size_t kMaxLadder = 32;
 // Each trial is a sweep of its own.
 constexpr int32_t kMaxTrials = 32;
 constexpr int32_t kMaxPolish = 64;
-
-absl::Status NotBuilt(absl::string_view field, absl::string_view value) {
-  return FieldError(
-      absl::StatusCode::kUnimplemented, field,
-      absl::StrCat(value, " is part of the contract but this server does not offer it yet"));
-}
-
-// (S3)-(S7) are not built yet.
-absl::Status CheckOffered(const QuantizationSpec& spec) {
-  const ScaleRule scale = spec.scale.value_or(ScaleRule::kAbsmax);
-  if (scale == ScaleRule::kPiso) return NotBuilt("spec.scale", "SCALE_RULE_PISO");
-  return absl::OkStatus();
-}
+constexpr int32_t kMaxPasses = 64;
 
 bool IsPacked(Format format) {
   return format == Format::kGptq || format == Format::kGptqV2 ||
@@ -97,6 +85,46 @@ absl::Status ResolveDamping(const QuantizationSpec& spec, ResolvedSpec& resolved
   return absl::OkStatus();
 }
 
+// What only SCALE_RULE_PISO has.
+absl::Status ResolvePiso(const QuantizationSpec& spec, ResolvedSpec& resolved) {
+  if (resolved.scale != ScaleRule::kPiso) {
+    if (spec.scale_objective.has_value()) {
+      return InvalidField("spec.scale_objective", "expected SCALE_RULE_PISO with an objective");
+    }
+    if (spec.scale_passes.has_value()) {
+      return InvalidField("spec.scale_passes", "expected SCALE_RULE_PISO with passes");
+    }
+    return absl::OkStatus();
+  }
+  const bool nearest = resolved.method == Method::kNearest;
+  resolved.scale_objective = spec.scale_objective.value_or(
+      resolved.method == Method::kOptq ? ScaleObjective::kQuantizedInputs : ScaleObjective::kMixed);
+  resolved.scale_passes = spec.scale_passes.value_or(nearest && resolved.group_size != 0 ? 3 : 0);
+  if (resolved.scale_passes < 0 || resolved.scale_passes > kMaxPasses) {
+    return InvalidField("spec.scale_passes", absl::StrCat("expected 0 to ", kMaxPasses, ", got ",
+                                                          resolved.scale_passes));
+  }
+  if (resolved.scale_passes == 0) return absl::OkStatus();
+  if (resolved.group_size == 0) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 without groups, where one search is exact, got ",
+                                     resolved.scale_passes));
+  }
+  if (resolved.scale_objective == ScaleObjective::kDataFree) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 with SCALE_OBJECTIVE_DATA_FREE, where groups do "
+                                     "not meet, got ",
+                                     resolved.scale_passes));
+  }
+  if (resolved.group_scales == GroupScales::kDynamic && !nearest) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 with GROUP_SCALES_DYNAMIC, whose groups the sweep "
+                                     "meets once, got ",
+                                     resolved.scale_passes));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   resolved.format = spec.format.value_or(Format::kDenseF32);
   resolved.scale_dtype =
@@ -113,6 +141,7 @@ absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
                         "SCALE_RULE_COMPENSATED suits error feedback, of which METHOD_NEAREST has "
                         "none: expected another rule, such as SCALE_RULE_PISO");
   }
+  if (absl::Status status = ResolvePiso(spec, resolved); !status.ok()) return status;
   if (!spec.grid.has_value()) return absl::OkStatus();
 
   const ExplicitGrid& grid = *spec.grid;
@@ -260,7 +289,6 @@ absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& given) {
                         absl::StrCat("expected at least 1, got ", resolved.min_tokens));
   }
 
-  if (absl::Status offered = CheckOffered(spec); !offered.ok()) return offered;
   return resolved;
 }
 

@@ -16,6 +16,8 @@ namespace certiq::engine {
 enum class Method { kNearest, kOptq, kQronos };
 enum class GroupScales { kStatic, kDynamic };
 enum class ScaleRule { kAbsmax, kMse, kPiso, kCompensated };
+// What PISO's scales are judged by; see spec.proto.
+enum class ScaleObjective { kInputs, kQuantizedInputs, kMixed, kDataFree };
 enum class Rounding { kNearest, kStochastic };
 enum class Order { kNatural, kDecreasingNorm };
 enum class OnFailure { kFail, kNearest };
@@ -42,6 +44,8 @@ struct QuantizationSpec {
   std::optional<ExplicitGrid> grid;
   std::optional<GroupScales> group_scales;
   std::optional<ScaleRule> scale;
+  std::optional<ScaleObjective> scale_objective;
+  std::optional<int32_t> scale_passes;
   std::optional<int32_t> scale_trials;
   std::optional<int32_t> polish;
   std::optional<Rounding> rounding;
@@ -79,6 +83,9 @@ struct ResolvedSpec {
   int32_t scale_trials = 1;
   // Passes of coordinate descent at most.
   int32_t polish = 0;
+  // For kPiso. Unset where another rule is.
+  std::optional<ScaleObjective> scale_objective;
+  int32_t scale_passes = 0;
   Rounding rounding = Rounding::kNearest;
   uint64_t seed = 0;
   Order order = Order::kNatural;

@@ -59,6 +59,8 @@ absl::StatusOr<engine::QuantizationSpec> FromProto(const v1::QuantizationSpec& s
       ReadEnum(spec.has_group_scales(), spec.group_scales(), kGroupScales, "spec.group_scales",
                out.group_scales),
       ReadEnum(spec.has_scale(), spec.scale(), kScaleRules, "spec.scale", out.scale),
+      ReadEnum(spec.has_scale_objective(), spec.scale_objective(), kScaleObjectives,
+               "spec.scale_objective", out.scale_objective),
       ReadEnum(spec.has_rounding(), spec.rounding(), kRoundings, "spec.rounding", out.rounding),
       ReadEnum(spec.has_order(), spec.order(), kOrders, "spec.order", out.order),
       ReadEnum(spec.has_format(), spec.format(), kFormats, "spec.format", out.format),
@@ -71,6 +73,7 @@ absl::StatusOr<engine::QuantizationSpec> FromProto(const v1::QuantizationSpec& s
   if (spec.has_group_size()) out.group_size = spec.group_size();
   if (spec.has_grid()) ReadGrid(spec.grid(), out);
   if (spec.has_scale_trials()) out.scale_trials = spec.scale_trials();
+  if (spec.has_scale_passes()) out.scale_passes = spec.scale_passes();
   if (spec.has_polish()) out.polish = spec.polish();
   if (spec.has_seed()) out.seed = spec.seed();
   if (spec.has_min_tokens()) out.min_tokens = spec.min_tokens();
@@ -95,6 +98,10 @@ v1::QuantizationSpec ToProto(const engine::ResolvedSpec& from) {
   to.set_scale(ToWire(from.scale, kScaleRules));
   to.set_scale_trials(from.scale_trials);
   to.set_polish(from.polish);
+  if (from.scale_objective.has_value()) {
+    to.set_scale_objective(ToWire(*from.scale_objective, kScaleObjectives));
+    to.set_scale_passes(from.scale_passes);
+  }
   to.set_rounding(ToWire(from.rounding, kRoundings));
   to.set_seed(from.seed);
   to.set_min_tokens(from.min_tokens);

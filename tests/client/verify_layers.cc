@@ -60,6 +60,10 @@ void FillSpec(const engine::ResolvedSpec& spec, v1::QuantizationSpec* to) {
   to->set_scale(Enum<v1::ScaleRule>(spec.scale));
   to->set_scale_trials(spec.scale_trials);
   to->set_polish(spec.polish);
+  if (spec.scale_objective.has_value()) {
+    to->set_scale_objective(Enum<v1::ScaleObjective>(*spec.scale_objective));
+    to->set_scale_passes(spec.scale_passes);
+  }
   to->set_rounding(Enum<v1::Rounding>(spec.rounding));
   to->set_seed(spec.seed);
   to->set_order(Enum<v1::Order>(spec.order));

@@ -17,13 +17,6 @@ USAGE = 2
 
 MakeLayer = Callable[[Tensor, Tensor], Layer]
 
-# Part of the contract, built by a later issue: flags, and the field that the answer names.
-# A value that is built leaves this list, and no other.
-NOT_YET_OFFERED = [
-    (["--scale", "piso"], "spec.scale"),
-]
-
-
 @pytest.fixture
 def layer(make_layer: MakeLayer, random: np.random.Generator) -> Layer:
     return make_layer(
@@ -52,16 +45,6 @@ def quantize(server: Server, layer: Layer, tmp_path: Path, *flags: str) -> tuple
 def test_good_input_is_accepted(server: Server, layer: Layer, tmp_path: Path) -> None:
     status, errors = quantize(server, layer, tmp_path)
     assert status == 0, errors
-
-
-@pytest.mark.parametrize(("flags", "field"), NOT_YET_OFFERED, ids=lambda v: str(v).replace(" ", ""))
-def test_what_is_not_built_says_so(
-    server: Server, layer: Layer, tmp_path: Path, flags: list[str], field: str
-) -> None:
-    status, errors = quantize(server, layer, tmp_path, *flags)
-    assert status == REFUSED
-    assert "UNIMPLEMENTED" in errors
-    assert field in errors
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,30 @@ def test_sizes_that_fit_no_block(
     check_everything(run)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(3, False, 0, ("--scale", "compensated")),
+        Settings(2, True, 16, ("--scale", "compensated", "--group_scales", "dynamic")),
+        Settings(3, True, 0, ("--scale", "piso", "--order", "decreasing_norm")),
+        Settings(3, False, 16, ("--scale", "piso", "--scale_passes", "2")),
+        Settings(2, False, 16, ("--scale", "piso", "--group_scales", "dynamic")),
+        Settings(4, True, 0, ("--scale", "piso", "--scale_objective", "data_free")),
+    ],
+    ids=str,
+)
+def test_scale_rules(
+    server: Server,
+    quantizer: Quantizer,
+    make_layer: MakeLayer,
+    random: np.random.Generator,
+    settings: Settings,
+) -> None:
+    weight = tensor(random.standard_normal((24, 80)), "F32")
+    x = tensor(random.standard_normal((300, 80)), "F32")
+    check_everything(quantizer.run(server, make_layer(weight, x), settings))
+
+
 def test_dead_features_become_zero_and_are_counted(
     server: Server, quantizer: Quantizer, make_layer: MakeLayer, random: np.random.Generator
 ) -> None:

@@ -61,6 +61,8 @@ TEST(ConvertTest, SpecArrivesWhole) {
   spec.mutable_grid()->set_lowest_code(1);
   spec.set_group_scales(v1::GROUP_SCALES_DYNAMIC);
   spec.set_scale(v1::SCALE_RULE_PISO);
+  spec.set_scale_objective(v1::SCALE_OBJECTIVE_DATA_FREE);
+  spec.set_scale_passes(0);
   spec.set_scale_trials(3);
   spec.set_polish(2);
   spec.set_rounding(v1::ROUNDING_STOCHASTIC);
@@ -90,6 +92,8 @@ TEST(ConvertTest, SpecArrivesWhole) {
   EXPECT_FALSE(out->grid->highest_code.has_value());
   EXPECT_EQ(out->group_scales, engine::GroupScales::kDynamic);
   EXPECT_EQ(out->scale, engine::ScaleRule::kPiso);
+  EXPECT_EQ(out->scale_objective, engine::ScaleObjective::kDataFree);
+  EXPECT_EQ(out->scale_passes, 0);
   EXPECT_EQ(out->scale_trials, 3);
   EXPECT_EQ(out->polish, 2);
   EXPECT_EQ(out->rounding, engine::Rounding::kStochastic);

@@ -59,6 +59,13 @@ void AddGridFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
       verb, "--scale", Choices<v1::ScaleRule>("SCALE_RULE_"),
       [spec](v1::ScaleRule value) { spec->set_scale(value); },
       "How a scale is found (default absmax)");
+  AddChoice<v1::ScaleObjective>(
+      verb, "--scale_objective", Choices<v1::ScaleObjective>("SCALE_OBJECTIVE_"),
+      [spec](v1::ScaleObjective value) { spec->set_scale_objective(value); },
+      "What piso scales are judged by (default quantized_inputs for optq, else mixed)");
+  AddNumber<int32_t>(
+      verb, "--scale_passes", "N", [spec](int32_t value) { spec->set_scale_passes(value); },
+      "Passes of piso over the groups of a row, 0: each by itself (default 3 for nearest, else 0)");
   AddNumber<int32_t>(
       verb, "--scale_trials", "N", [spec](int32_t value) { spec->set_scale_trials(value); },
       "Sweeps tried around the scale found");
