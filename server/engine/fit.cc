@@ -49,7 +49,8 @@ absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
   const UpperPanels<double>& gram = input.statistics.gram;
   std::vector<double> norms(static_cast<size_t>(gram.size()));
   for (int64_t j = 0; j < gram.size(); ++j) norms[j] = std::sqrt(gram.at(j, j));
-  NearestRounded rounded = RoundAlone(input.spec, input.order, grid, norms, input.weights, input.codes, context);
+  NearestRounded rounded =
+      RoundAlone(input.spec, input.order, grid, norms, input.weights, input.codes, context);
   const absl::StatusOr<double> sigma = LargestEigenvalueBound(gram, context);
   if (!sigma.ok()) return sigma.status();
   if (!std::isfinite(*sigma))

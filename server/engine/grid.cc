@@ -122,8 +122,7 @@ std::vector<float> TrialMultipliers(int32_t n) {
   multipliers.push_back(1);
   for (int32_t i = 1; i < n; ++i) {
     const int32_t away = (i + 1) / 2;
-    multipliers.push_back(
-        static_cast<float>(std::pow(kTrialFactor, i % 2 == 1 ? -away : away)));
+    multipliers.push_back(static_cast<float>(std::pow(kTrialFactor, i % 2 == 1 ? -away : away)));
   }
   return multipliers;
 }

@@ -129,8 +129,8 @@ class Ladder {
       if (attempt.cause != StabilityCause::kNone) failures.push_back(attempt.cause);
     }
     certificate_.factor_flops += FactorFlops(*fit, layer_.statistics().features());
-    certificate_.round_flops += SweepFlops(spec_, *fit, certificate_.held_out_rows,
-                                           layer_.statistics().features());
+    certificate_.round_flops +=
+        SweepFlops(spec_, *fit, certificate_.held_out_rows, layer_.statistics().features());
     const absl::StatusOr<double> error = UnseenError(unseen_, layer_, *fit, context_);
     if (!error.ok()) return error.status();
     certificate_.ladder.push_back(

@@ -38,8 +38,8 @@ std::vector<int64_t> GroupedOrder(const std::vector<int32_t>& group_of) {
 }
 
 inline float LevelOf(const StripGrid& grid, int64_t at, float code) {
-  const float level = grid.scale[static_cast<size_t>(at)] *
-                      (code - grid.zero[static_cast<size_t>(at)]);
+  const float level =
+      grid.scale[static_cast<size_t>(at)] * (code - grid.zero[static_cast<size_t>(at)]);
   return grid.level_type == DType::kF32 ? level : RoundTo(grid.level_type, level);
 }
 
@@ -227,8 +227,9 @@ class Tile {
       for (size_t i = 0; i < group_of_.size(); ++i) {
         for (int64_t c = 0; c < kStripRows; ++c) {
           const size_t at = i * kStripRows + static_cast<size_t>(c);
-          strip.multiples[at] = static_cast<float>(strip.codes[at]) -
-                                strip.steps.zero[static_cast<size_t>(group_of_[i] * kStripRows + c)];
+          strip.multiples[at] =
+              static_cast<float>(strip.codes[at]) -
+              strip.steps.zero[static_cast<size_t>(group_of_[i] * kStripRows + c)];
         }
       }
     }

@@ -20,7 +20,7 @@ QuantizationSpec WithPreset(const QuantizationSpec& given) {
   const bool searches = !spec.grid.has_value();
   const bool nearest = spec.rounding.value_or(Rounding::kNearest) == Rounding::kNearest;
   Fill(spec.order, Order::kDecreasingNorm);
-  if (searches) Fill(spec.scale, ScaleRule::kCompensated);
+  if (searches) Fill(spec.scale, sweeps ? ScaleRule::kCompensated : ScaleRule::kPiso);
   if (*spec.quality == Quality::kFast) {
     if (sweeps && !spec.damping_rule.has_value()) {
       spec.damping_rule = DampingRule::kRelativeTrace;

@@ -213,8 +213,8 @@ absl::Status ResolveSearch(const QuantizationSpec& spec, ResolvedSpec& resolved)
   }
   resolved.polish = spec.polish.value_or(0);
   if (resolved.polish < 0 || resolved.polish > kMaxPolish) {
-    return InvalidField("spec.polish", absl::StrCat("expected 0 to ", kMaxPolish, ", got ",
-                                                    resolved.polish));
+    return InvalidField("spec.polish",
+                        absl::StrCat("expected 0 to ", kMaxPolish, ", got ", resolved.polish));
   }
   if (resolved.polish > 0 && resolved.rounding == Rounding::kStochastic) {
     return InvalidField(

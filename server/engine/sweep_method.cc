@@ -42,8 +42,7 @@ std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead) {
 
 absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& factor,
                                    int64_t first_dynamic_group, const StripMatrix* offsets,
-                                   const FirstError* first, Grid& grid,
-                                   const RunContext& context) {
+                                   const FirstError* first, Grid& grid, const RunContext& context) {
   StripMatrix weights = input.spare_weights != nullptr
                             ? StripMatrix(std::move(*input.spare_weights))
                             : StripMatrix(input.weights);

@@ -21,8 +21,7 @@ std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead);
 // `first` says what it adds where trials are compared.
 absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& factor,
                                    int64_t first_dynamic_group, const StripMatrix* offsets,
-                                   const FirstError* first, Grid& grid,
-                                   const RunContext& context);
+                                   const FirstError* first, Grid& grid, const RunContext& context);
 
 }  // namespace certiq::engine
 

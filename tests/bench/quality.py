@@ -1,9 +1,9 @@
 """How well: the error of quantized layers on tokens that were not used to calibrate them.
 
-Real layers go through a real server, `certiq quantize` with the flags of each setting. The first half
-of the stored tokens calibrates, the second half judges, in float64. Every number is a geometric mean
-over linears of |X W^T - X Q^T| / |X W^T|, divided by that of plain OPTQ (absmax, natural order,
-lambda 0.01), with the engine's seconds beside it, likewise divided.
+Real layers go through a real server, `certiq quantize` with the flags of each setting. The first
+half of the stored tokens calibrates, the second half judges, in float64. Every number is a
+geometric mean over linears of |X W^T - X Q^T| / |X W^T|, divided by that of plain OPTQ (absmax,
+natural order, lambda 0.01), with the engine's seconds beside it, likewise divided.
 """
 
 import argparse
@@ -32,7 +32,9 @@ DATA = Path(os.environ.get("CERTIQ_SHARED_DATA", ROOT.parent / "shared" / "data"
 SETTINGS = {
     "rtn": "--method nearest",
     "optq": "--method optq --damping relative_trace:0.01",
-    "peers' best": "--method optq --order decreasing_norm --scale mse --damping relative_trace:0.01",
+    "peers' best": (
+        "--method optq --order decreasing_norm --scale mse --damping relative_trace:0.01"
+    ),
     "fast": "--quality fast",
     "balanced": "--quality balanced",
     "best": "--quality best",
@@ -131,7 +133,9 @@ def quantize(server: Server, folder: Path, flags: list[str], repeat: int) -> tup
             *("--output", str(folder / "out.safetensors"), "--report", str(folder / "report.json")),
             *("--compare_nearest", "false", "--per_row", "false", *flags),
         ]
-        run = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=False
+        )
         if run.returncode != 0:
             raise SystemExit(f"{shlex.join(command)}\n{run.stderr}")
         report = json.loads((folder / "report.json").read_text())
@@ -158,9 +162,7 @@ def measure(
         write(folder / "layer.safetensors", tensors)
         for setting, flags in settings.items():
             case_flags = ["--bits", str(bits), "--group_size", str(group_size)]
-            report, seconds = quantize(
-                server, folder, [*case_flags, *shlex.split(flags)], repeat
-            )
+            report, seconds = quantize(server, folder, [*case_flags, *shlex.split(flags)], repeat)
             quantized = read(folder / "out.safetensors")["weight"].float64()
             trace = float(np.sum(seen.astype(np.float64) ** 2)) / seen.shape[1]
             yield Outcome(
@@ -192,8 +194,8 @@ def ratio(outcomes: Iterable[Outcome], setting: str, to: str, what: str) -> floa
 
 def table(outcomes: list[Outcome], settings: Iterable[str]) -> Iterator[str]:
     yield (
-        "| bits | setting | unseen, over plain OPTQ | over peers' best | calibration, over plain OPTQ "
-        "| unseen over calibration | seconds, over plain OPTQ |"
+        "| bits | setting | unseen, over plain OPTQ | over peers' best "
+        "| calibration, over plain OPTQ | unseen over calibration | seconds, over plain OPTQ |"
     )
     yield "|---|---|---|---|---|---|---|"
     for bits in sorted({outcome.bits for outcome in outcomes}, reverse=True):

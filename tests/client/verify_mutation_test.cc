@@ -131,7 +131,9 @@ void ExpectEveryChangeCaught(const LayerOptions& options, const engine::Quantiza
                              const std::set<std::string>& without_trace = {}) {
   const auto layer = QuantizeRandom(options, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
-  ASSERT_TRUE(Holds(*layer, layer->certificate));
+  const auto ledger = Verify(layer->Sources(), layer->certificate);
+  ASSERT_TRUE(ledger.ok()) << ledger.status();
+  ASSERT_EQ(ledger->count(Verdict::kWrong), 0) << FindingsText(*ledger);
   int64_t changed = 0;
   ForEachChange(layer->certificate, "", [&](const std::string& name, const auto& change) {
     if (Uncheckable().contains(name) || without_trace.contains(name)) return;
@@ -197,6 +199,7 @@ TEST(VerifyMutationTest, PolishThatDidNotHelp) {
   spec.polish = 2;
   const auto layer = QuantizeRandom({}, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
+  ASSERT_TRUE(Holds(*layer, layer->certificate));
   v1::Certificate copy = layer->certificate;
   copy.mutable_polish()->set_damped_squared_error_before(0.99 * copy.damped_squared_error());
   EXPECT_FALSE(Holds(*layer, copy));

@@ -44,8 +44,7 @@ std::vector<double> Objectives(const RandomLayer& problem, const std::vector<dou
 }
 
 std::vector<double> Objectives(const RandomLayer& problem, const QuantizedLayer& layer) {
-  return Objectives(problem, testing::TensorValues(layer, "weight"),
-                    layer.certificate.lambda_used);
+  return Objectives(problem, testing::TensorValues(layer, "weight"), layer.certificate.lambda_used);
 }
 
 RandomLayer Mismatched(RandomLayer problem, uint64_t seed) {
@@ -344,84 +343,6 @@ TEST(PolishTest, TheCertificateIsThatOfTheFinalCodes) {
       EXPECT_NEAR(c.squared_error, sum, 1e-4 * sum);
     }
   }
-}
-
-RandomLayer WithHeldOut(int64_t rows, uint64_t seed) {
-  RandomLayer problem = MakeLayer(90, 60, rows, Inputs::kCorrelated, seed);
-  problem.held_x = MakeLayer(200, 60, 1, Inputs::kCorrelated, seed + 1).x;
-  return problem;
-}
-
-// Climbing a ladder ends at a step that neither neighbour betters, and says of each step what the
-// whole ladder says.
-TEST(LadderTest, ClimbsToAStepThatNoNeighbourBetters) {
-  for (uint64_t seed = 900; seed < 906; ++seed) {
-    const RandomLayer problem = WithHeldOut(12, seed);
-    QuantizationSpec spec;
-    spec.bits = 3;
-    spec.damping_rule = DampingRule::kHeldOut;
-    spec.damping_ladder = {1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3};
-    const auto all = testing::Quantize(problem, spec);
-    spec.damping_climb = true;
-    const auto climbed = testing::Quantize(problem, spec);
-    ASSERT_TRUE(all.ok() && climbed.ok());
-    const std::vector<LadderStep>& steps = all->certificate.ladder;
-    ASSERT_EQ(steps.size(), 9u);
-    EXPECT_GE(climbed->certificate.ladder.size(), 3u);
-    const double found = *climbed->certificate.held_out_relative_error;
-    bool known = false;
-    for (const LadderStep& step : climbed->certificate.ladder) {
-      const auto same = std::find_if(steps.begin(), steps.end(), [&](const LadderStep& other) {
-        return other.lambda == step.lambda;
-      });
-      ASSERT_NE(same, steps.end());
-      EXPECT_EQ(same->held_out_relative_error, step.held_out_relative_error);
-      EXPECT_LE(found, step.held_out_relative_error);
-      if (step.held_out_relative_error != found) continue;
-      known = true;
-      if (same != steps.begin()) EXPECT_LE(found, (same - 1)->held_out_relative_error);
-      if (same + 1 != steps.end()) EXPECT_LE(found, (same + 1)->held_out_relative_error);
-    }
-    EXPECT_TRUE(known);
-  }
-}
-
-// With trials or polish the steps that count have them, and are what such a run gives alone.
-TEST(LadderTest, JudgesTrialsAndPolishBesideTheBestPlainStep) {
-  const RandomLayer problem = WithHeldOut(12, 911);
-  QuantizationSpec spec;
-  spec.bits = 3;
-  spec.damping_rule = DampingRule::kHeldOut;
-  spec.damping_ladder = {0.001, 0.03, 0.3, 3};
-  spec.scale_trials = 3;
-  spec.polish = 2;
-  const auto layer = testing::Quantize(problem, spec);
-  ASSERT_TRUE(layer.ok()) << layer.status();
-  const LayerCertificate& c = layer->certificate;
-  double least = std::numeric_limits<double>::infinity();
-  int plain = 0;
-  int whole = 0;
-  for (const LadderStep& step : c.ladder) {
-    if (step.scale_trials == 1 && step.polish == 0) {
-      ++plain;
-      continue;
-    }
-    ++whole;
-    EXPECT_EQ(step.scale_trials, 3);
-    EXPECT_EQ(step.polish, 2);
-    least = std::min(least, step.held_out_relative_error);
-    QuantizationSpec one = spec;
-    one.damping_rule = DampingRule::kAbsolute;
-    one.damping_value = step.lambda;
-    const auto alone = testing::Quantize(problem, one);
-    ASSERT_TRUE(alone.ok());
-    EXPECT_NEAR(*alone->certificate.held_out_relative_error, step.held_out_relative_error,
-                1e-9 * step.held_out_relative_error);
-  }
-  EXPECT_EQ(plain, 4);
-  EXPECT_GE(whole, 2);
-  EXPECT_LE(whole, 3);
-  EXPECT_EQ(c.held_out_relative_error, least);
 }
 
 TEST(RefineTest, IsBitIdenticalWhateverTheExecutor) {

@@ -20,8 +20,9 @@ struct Clipping {
   Range overshoot;
 };
 
-// Nearest: |e| beyond half a step (1 + 1e-6), outward of the outermost code. Stochastic: a target beyond the outermost levels.
-// `over` is how far beyond, in steps; what lies within the slack of the edge may count or not.
+// Nearest: |e| beyond half a step (1 + 1e-6), outward of the outermost code. Stochastic: a target
+// beyond the outermost levels. `over` is how far beyond, in steps; what lies within the slack of
+// the edge may count or not.
 Clipping CountClipped(const Evidence& evidence) {
   const Quantized& q = evidence.layer.q;
   Clipping clipping;
@@ -68,10 +69,10 @@ Clipping CountClipped(const Evidence& evidence) {
   return clipping;
 }
 
-// (B6) with e_j = v_j - q_j: v_j = t_j - sum_{k<j} e_k (U^-1)_kj, where t is what targets are as long
-// as nothing is rounded. How far that may move targets:
-// nearest m_j = sum_k (delta_k / 2) |(U^-1)_kj|; stochastic m_j = sqrt(2 ln(2 R N / eps) sum_k
-// delta_k^2 (U^-1)_kj^2 / 4). Dead features leave nothing behind.
+// (B6) with e_j = v_j - q_j: v_j = t_j - sum_{k<j} e_k (U^-1)_kj, where t is what targets are as
+// long as nothing is rounded. How far that may move targets: nearest m_j = sum_k (delta_k / 2)
+// |(U^-1)_kj|; stochastic m_j = sqrt(2 ln(2 R N / eps) sum_k delta_k^2 (U^-1)_kj^2 / 4). Dead
+// features leave nothing behind.
 Matrix Margins(const Evidence& evidence) {
   const Quantized& q = evidence.layer.q;
   const Eigen::Index n = evidence.e.cols();

@@ -33,11 +33,10 @@ bool HasSearches(const v1::QuantizationSpec& spec, const v1::LadderStep& step) {
   return step.scale_trials() == std::max(1, spec.scale_trials()) && step.polish() == spec.polish();
 }
 
-bool IsPlain(const v1::LadderStep& step) {
-  return step.scale_trials() == 1 && step.polish() == 0;
-}
+bool IsPlain(const v1::LadderStep& step) { return step.scale_trials() == 1 && step.polish() == 0; }
 
-// (V2) the least error, or where the ladder is climbed the largest lambda within 2 % of it, names the ratio that the final run uses; 0 for an empty ladder.
+// (V2) the least error, or where the ladder is climbed the largest lambda within 2 % of it, names
+// the ratio that the final run uses; 0 for an empty ladder.
 double CheckLadder(const Evidence& evidence, Ledger& ledger) {
   const v1::Certificate& c = evidence.certificate;
   const double unit = FitUnit(evidence.layer);

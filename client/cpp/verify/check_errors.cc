@@ -48,8 +48,7 @@ void CheckNearest(const Evidence& evidence, Ledger& ledger) {
 // sum did not.
 void CheckPolish(const Evidence& evidence, Ledger& ledger) {
   const v1::Certificate& c = evidence.certificate;
-  const bool polished =
-      evidence.spec().polish() > 0 && c.outcome() == v1::OUTCOME_QUANTIZED;
+  const bool polished = evidence.spec().polish() > 0 && c.outcome() == v1::OUTCOME_QUANTIZED;
   if (c.has_polish() != polished) {
     ledger.Claim("polish", false,
                  polished ? "missing, though the spec has some" : "there, though there was none");
