@@ -88,11 +88,12 @@ absl::StatusOr<BasicStripMatrix<double>> SolveCross(const Statistics& statistics
                                                     const RunContext& context) {
   const int64_t n = statistics.features();
   const std::vector<double>& cross = statistics.mismatch->cross;
-  BasicStripMatrix<double> solved(n, n);
+  auto solved = BasicStripMatrix<double>::Unset(n, n);
   context.executor->ParallelFor(solved.strips(), [&](int64_t s) {
     double* strip = solved.strip(s);
     const int64_t first = s * kWidth;
     const int64_t live = std::min(kWidth, n - first);
+    if (live < kWidth) std::fill_n(strip, n * kWidth, 0.0);
     for (int64_t j0 = 0; j0 < n; j0 += kPanelRows) {
       const int64_t j1 = std::min(n, j0 + kPanelRows);
       for (int64_t c = 0; c < live; ++c) {
@@ -110,7 +111,7 @@ absl::StatusOr<StripMatrix> Offsets(const BasicStripMatrix<double>& solved,
                                     const std::vector<double>& d, const StripMatrix& weights,
                                     const RunContext& context) {
   const int64_t n = weights.features();
-  StripMatrix offsets(weights.rows(), n);
+  StripMatrix offsets = StripMatrix::Unset(weights.rows(), n);
   PackedBlock<float> block(n);
   for (int64_t j0 = 0; j0 < n; j0 += kPanelRows) {
     if (context.cancelled()) return context.CancellationStatus();

@@ -158,7 +158,7 @@ absl::StatusOr<BasicStripMatrix<double>> TimesSquare(const BasicStripMatrix<doub
                                                      const std::vector<double>& k, Phase phase,
                                                      const RunContext& context) {
   const int64_t n = w.features();
-  BasicStripMatrix<double> product(w.rows(), n);
+  auto product = BasicStripMatrix<double>::Unset(w.rows(), n);
   // A block of columns of K at a time.
   PackedBlock<double> block(n);
   for (int64_t j0 = 0; j0 < n; j0 += kPanelRows) {

@@ -45,7 +45,7 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
                                    Grid& grid, const RunContext& context) {
   StripMatrix weights = input.spare_weights != nullptr
                             ? StripMatrix(std::move(*input.spare_weights))
-                            : StripMatrix(input.weights);
+                            : Copy(input.weights, *context.executor);
   std::vector<double> d = LiveD(factor, input.dead);
   if (offsets != nullptr) d[0] = 0;
   const FeedbackColumns u(factor, input.spare_factor, *context.executor);
@@ -59,7 +59,7 @@ absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& facto
     auto sums = InverseColumnSums(input.spec, grid, u, input.dead, context);
     if (!sums.ok()) return sums.status();
     moves = *std::move(sums);
-    if (dynamic || offsets != nullptr) start = weights;
+    if (dynamic || offsets != nullptr) start = Copy(weights, *context.executor);
     if (offsets != nullptr) {
       if (absl::Status added = AddLeastSquares(u, *offsets, start, context); !added.ok()) {
         return added;
