@@ -22,13 +22,13 @@ class InverseRows {
  public:
   InverseRows(const FeedbackColumns& u, const int64_t* rows, int64_t live)
       : x_(static_cast<size_t>(u.features() * kStripRows)),
-        first_block_(*std::min_element(rows, rows + live) / kPanelRows) {
+        first_row_(*std::min_element(rows, rows + live)) {
     std::fill_n(row_, kStripRows, int64_t{-1});
     std::copy_n(rows, live, row_);
     for (int64_t c = 0; c < live; ++c) x_[static_cast<size_t>(rows[c] * kStripRows + c)] = 1;
   }
 
-  int64_t first_block() const { return first_block_; }
+  int64_t first_row() const { return first_row_; }
   float* data() { return x_.data(); }
 
   // Sum over lanes [from, to) of |x_j| or x_j^2, the diagonal left out.
@@ -49,7 +49,7 @@ class InverseRows {
  private:
   AlignedVector<float> x_;
   int64_t row_[kStripRows];
-  int64_t first_block_;
+  int64_t first_row_;
 };
 
 }  // namespace
@@ -87,7 +87,7 @@ absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, 
     std::vector<RowsOverU> solves;
     for (int64_t at = begin; at < end; at += kStripRows) {
       strips.emplace_back(u, order.data() + at, std::min(kStripRows, end - at));
-      solves.emplace_back(u, strips.back().data(), strips.back().first_block());
+      solves.emplace_back(u, strips.back().data(), strips.back().first_row());
     }
     if (!SolveTile(u, solves, context)) return;
     Shared& first = shared[static_cast<size_t>(2 * tile)];
@@ -110,7 +110,7 @@ absl::StatusOr<std::vector<double>> InverseColumnSums(const ResolvedSpec& spec, 
                    : group == last.group ? last.sums.data()
                                          : sums.data() + group * n;
       const InverseRows& inverse = strips[static_cast<size_t>(strip)];
-      for (int64_t j = inverse.first_block() * kPanelRows; j < n; ++j) {
+      for (int64_t j = inverse.first_row(); j < n; ++j) {
         to[j] += inverse.SumOver(j, lane, stop, squares);
       }
     }
@@ -149,8 +149,9 @@ std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
   const int64_t n = start.features();
   const bool nearest = spec.rounding == Rounding::kNearest;
   const double weights = static_cast<double>(grid.rows) * static_cast<double>(n);
-  // Multiplies sqrt(sum delta^2 (U^-1)^2).
-  const double reach = std::sqrt(0.5 * std::log(2 * weights / spec.failure_probability));
+  // Multiplies sqrt(sum delta^2 (U^-1)^2). Each row keeps one of its trials, whichever.
+  const double reach =
+      std::sqrt(0.5 * std::log(2 * weights * spec.scale_trials / spec.failure_probability));
   std::mutex mutex;
   double largest = 0;
   context.executor->ParallelFor(start.strips(), [&](int64_t s) {
@@ -158,7 +159,7 @@ std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
     const StripGrid steps(grid, s * kStripRows);
     const int64_t live = std::min(kStripRows, grid.rows - s * kStripRows);
     const auto cells = static_cast<size_t>(grid.groups * kStripRows);
-    // Extreme targets of each group, in steps.
+    // Extreme targets of each group. Rows that pad the strip have some too, which nobody reads.
     std::vector<double> low(cells, 0.0);
     std::vector<double> high(cells, 0.0);
     for (int64_t j = 0; j < n; ++j) {
@@ -172,13 +173,15 @@ std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
         }
       }
       const int64_t group = grid.group_of[static_cast<size_t>(j)];
-      for (int64_t c = 0; c < live; ++c) {
-        const auto cell = static_cast<size_t>(group * kStripRows + c);
-        const double step = steps.scale[cell];
-        const double margin = nearest ? move[c] : reach * std::sqrt(move[c]);
-        const double from = start.strip(s)[j * kStripRows + c];
-        low[cell] = std::min(low[cell], (from - margin) / step);
-        high[cell] = std::max(high[cell], (from + margin) / step);
+      const float* from = start.strip(s) + j * kStripRows;
+      double* lowest = low.data() + group * kStripRows;
+      double* highest = high.data() + group * kStripRows;
+      if (!nearest) {
+        for (double& margin : move) margin = reach * std::sqrt(margin);
+      }
+      for (int64_t c = 0; c < kStripRows; ++c) {
+        lowest[c] = std::min(lowest[c], from[c] - move[c]);
+        highest[c] = std::max(highest[c], from[c] + move[c]);
       }
     }
     for (int64_t c = 0; c < live; ++c) {
@@ -187,11 +190,14 @@ std::optional<int32_t> BitsNeeded(const ResolvedSpec& spec, const Grid& grid,
         // Cells reach half a step beyond the outermost levels; unbiased rounding must stay between
         // these. A weight at the very edge, as absmax puts the largest one, is a tie and no clip.
         const double beyond = nearest ? 0.5 : 0.0;
-        const double bottom = low[cell] + beyond + kTie;
-        const double top = high[cell] - beyond - kTie;
-        // A symmetric grid has as many levels below zero as at and above it; zero points are whole.
-        const double levels = spec.symmetric ? 2 * std::max(-bottom, top + 1)
-                                             : std::ceil(top) - std::floor(bottom) + 1;
+        const double step = steps.scale[cell];
+        const double bottom = low[cell] / step + beyond + kTie;
+        const double top = high[cell] / step - beyond - kTie;
+        // A symmetric grid has as many levels on one side of zero as at it and on the other; zero
+        // points are whole.
+        const bool mirrored = steps.zero[cell] != static_cast<float>(1 << (spec.bits - 1));
+        const double longer = mirrored ? std::max(top, 1 - bottom) : std::max(-bottom, top + 1);
+        const double levels = spec.symmetric ? 2 * longer : std::ceil(top) - std::floor(bottom) + 1;
         strip_largest = std::isfinite(levels) ? std::max(strip_largest, levels) : INFINITY;
         if (!std::isfinite(strip_largest)) break;
       }

@@ -15,10 +15,21 @@ namespace certiq::engine {
 
 enum class Outcome { kQuantized, kFellBackToNearest };
 
+// What polishing did, over all rows.
+struct PolishOutcome {
+  // The most passes that a row took.
+  int32_t passes = 0;
+  // Damped squared error of the method's own result.
+  double damped_before = 0;
+};
+
 // One step of the damping ladder (V2).
 struct LadderStep {
   double lambda = 0;
   double held_out_relative_error = 0;
+  // What the run had of the spec's.
+  int32_t scale_trials = 1;
+  int32_t polish = 0;
 };
 
 // Seconds of wall clock the engine spent.
@@ -40,6 +51,8 @@ struct LayerCertificate {
   Outcome outcome = Outcome::kQuantized;
   std::vector<std::string> warnings;
   double bits_per_weight = 0;
+  // Unset where nothing was polished.
+  std::optional<PolishOutcome> polish;
 
   double lambda_requested = 0;
   double lambda_used = 0;

@@ -120,7 +120,9 @@ void CertifyLargest(const ResolvedSpec& spec, const Fit& fit, LayerCertificate& 
   if (fit.output.widest.empty()) return;
   const double pairs =
       static_cast<double>(certificate.tokens) * static_cast<double>(certificate.rows);
-  const double deviations = std::sqrt(0.5 * std::log(2 * pairs / spec.failure_probability));
+  // Each row keeps one of its trials, whichever: the bound holds for all of them at once.
+  const double deviations =
+      std::sqrt(0.5 * std::log(2 * pairs * spec.scale_trials / spec.failure_probability));
   double likely = 0;
   for (size_t r = 0; r < fit.output.widest.size(); ++r) {
     likely = std::max(likely, deviations * std::sqrt(fit.output.widest[r]) +
@@ -165,6 +167,7 @@ absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer, const 
   if (!errors.ok()) return errors.status();
   certificate.squared_error = Sum(*errors);
   certificate.damped_squared_error = Sum(fit.output.damped);
+  certificate.polish = fit.polish;
   certificate.relative_error =
       RelativeError(certificate.squared_error, certificate.reference_energy);
   double bound = 0;

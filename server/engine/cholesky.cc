@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "engine/aligned.h"
@@ -33,20 +34,22 @@ Tile<T> BlockOf(UpperPanels<T>& m, int64_t p, int64_t q) {
 constexpr int64_t kGroupPanels = 2;
 constexpr int64_t kDepth = kGroupPanels * kPanelRows;
 
-// Columns of U that are done and wait to update what is before them, as the kernel reads them:
-// strips of kStrip rows, each [depth][kStrip].
+// Columns of U that are done and wait to update what is before them, as the kernel reads them.
 template <typename T>
 struct Pending {
   static constexpr int64_t kWidth = kStrip<T>;
-  // U and Y = U D of the rows before.
+  // U of the rows before, groups of kMicroRows rows, each [depth][kMicroRows].
   UnsetVector<T> u;
+  // Y = U D of the same, strips of kWidth rows, each [depth][kWidth].
   UnsetVector<T> y;
   // Columns that wait, at most kDepth.
   int64_t depth = 0;
 
   explicit Pending(int64_t rows)
       : u(static_cast<size_t>((rows + kWidth - 1) / kWidth * kWidth * kDepth)), y(u.size()) {}
+  // Where the strip of y, and the group of u, starts that row `row` is in.
   static int64_t Strip(int64_t row) { return row / kWidth * kWidth * kDepth; }
+  static int64_t Group(int64_t row) { return row / kMicroRows * kMicroRows * kDepth; }
 };
 
 // Block (p, q) -= U_p D U_q^T over the columns that wait.
@@ -57,30 +60,33 @@ void UpdateBlock(const Pending<T>& pending, int64_t p, int64_t q, UpperPanels<T>
   for (int64_t c = 0; c < block.cols; c += kWidth) {
     const int64_t live_cols = std::min(kWidth, block.cols - c);
     const T* right = pending.y.data() + Pending<T>::Strip(u.begin(q) + c);
+    Ahead next(
+        pending.y.data() + Pending<T>::Strip(u.begin(q) + c + kWidth),
+        pending.depth * kWidth * static_cast<int64_t>(sizeof(T)) / (kPanelRows / kMicroRows));
     for (int64_t r = 0; r < block.rows; r += kMicroRows) {
       // What lies below the diagonal is not kept.
       if (p == q && r >= c + live_cols) break;
       const int64_t live_rows = std::min<int64_t>(kMicroRows, block.rows - r);
+      next.FetchPart();
       // Here long before it is needed.
       for (int64_t i = 0; i < live_rows; ++i) {
         __builtin_prefetch(block.row(r + i) + c, 1);
         __builtin_prefetch(block.row(r + i) + c + live_cols - 1, 1);
+        __builtin_prefetch(block.row(r + i) + c + kWidth, 1, 2);
+        __builtin_prefetch(block.row(r + i) + c + 2 * kWidth - 1, 1, 2);
       }
-      const T* left = pending.u.data() + Pending<T>::Strip(u.begin(p) + r) + r % kWidth;
-      Accumulator<T> sum = {};
-      MultiplyStrip(pending.depth, left, kWidth, 1, right, sum);
+      const T* left = pending.u.data() + Pending<T>::Group(u.begin(p) + r);
+      Accumulator<T> sum;
+      ClearAccumulator(sum);
+      MultiplyStrip(pending.depth, left, kMicroRows, 1, right, sum);
       if (live_rows == kMicroRows && live_cols == kWidth) {
-        for (int i = 0; i < kMicroRows; ++i) {
-          T* to = block.row(r + i) + c;
-          StoreVector(to, LoadVector(to) - sum.row[i][0]);
-          StoreVector(to + kLanes<T>, LoadVector(to + kLanes<T>) - sum.row[i][1]);
-        }
+        SubtractAccumulator(sum, block.row(r) + c, block.stride);
         continue;
       }
+      alignas(kVectorBytes) T edge[kMicroRows * kWidth];
+      StoreAccumulator(sum, edge);
       for (int64_t i = 0; i < live_rows; ++i) {
-        for (int64_t k = 0; k < live_cols; ++k) {
-          block.row(r + i)[c + k] -= sum.row[i][k / kLanes<T>][k % kLanes<T>];
-        }
+        for (int64_t k = 0; k < live_cols; ++k) block.row(r + i)[c + k] -= edge[i * kWidth + k];
       }
     }
   }
@@ -91,23 +97,30 @@ void UpdateBlock(const Pending<T>& pending, int64_t p, int64_t q, UpperPanels<T>
 template <typename T>
 bool FactorDiagonalBlock(const Tile<T>& block, T* d, int64_t* bad) {
   const int64_t n = block.rows;
+  // Rows of the block may lie a power of two apart, which few sets of a cache are left for.
+  constexpr int64_t kStride = kPanelRows + kLanes<T>;
+  UnsetVector<T> work(static_cast<size_t>(kPanelRows * kStride));
+  const auto row = [&work](int64_t i) { return work.data() + i * kStride; };
+  for (int64_t i = 0; i < n; ++i) std::copy(block.row(i) + i, block.row(i) + n, row(i) + i);
   T column[kPanelRows];
   for (int64_t j = n - 1; j >= 0; --j) {
-    const T pivot = block.row(j)[j];
+    const T pivot = row(j)[j];
     d[j] = pivot;
     if (!(pivot > 0) || !std::isfinite(pivot)) {
       *bad = j;
       return false;
     }
-    for (int64_t i = 0; i < j; ++i) column[i] = block.row(i)[j];
+    const T reciprocal = T{1} / pivot;
+    for (int64_t i = 0; i < j; ++i) column[i] = row(i)[j];
     for (int64_t i = 0; i < j; ++i) {
-      const T u = column[i] / pivot;
+      const T u = column[i] * reciprocal;
       // u_ij d_j u_kj = u_ij a_kj.
-      T* row = block.row(i);
-      for (int64_t k = i; k < j; ++k) row[k] -= u * column[k];
-      row[j] = u;
+      T* to = row(i);
+      for (int64_t k = i; k < j; ++k) to[k] -= u * column[k];
+      to[j] = u;
     }
   }
+  for (int64_t i = 0; i < n; ++i) std::copy(row(i) + i, row(i) + n, block.row(i) + i);
   return true;
 }
 
@@ -127,67 +140,118 @@ struct Columns {
   const T* row(int64_t l) const { return values.data() + l * kPanelRows; }
 };
 
-// Solves Y U^T = A for kStrip rows of A = block (p, q) from row `first` on, U the factored diagonal
-// block of q: A becomes Y D^-1, and Y and Y D^-1 are appended to what waits.
+// kStrip rows of a block, from row `first` on, to [columns][kStrip].
 template <typename T>
-void SolveRows(const Tile<T>& block, int64_t first, int64_t strip, const Columns<T>& columns,
-               const T* d, Pending<T>& pending) {
-  constexpr int64_t kWidth = kStrip<T>;
-  const int64_t live = std::min(kWidth, block.rows - first);
-  T* y = pending.y.data() + strip + pending.depth * kWidth;
-  T* u = pending.u.data() + strip + pending.depth * kWidth;
-  if (live < kWidth) std::fill_n(y, block.cols * kWidth, T{0});
+void LoadStrip(const Tile<T>& block, int64_t first, T* to) {
+  constexpr int64_t kSide = kLanes<T>;
+  const int64_t whole = block.cols / kSide * kSide;
   // Few rows at a time: rows lie a power of two apart, and a set of a first-level cache holds a
   // line of only so many.
-  for (int64_t i0 = 0; i0 < live; i0 += kLanes<T>) {
-    const int64_t i1 = std::min<int64_t>(i0 + kLanes<T>, live);
-    for (int64_t l = 0; l < block.cols; ++l) {
-      for (int64_t i = i0; i < i1; ++i) y[l * kWidth + i] = block.row(first + i)[l];
+  for (int64_t i0 = 0; i0 < kStrip<T>; i0 += kSide) {
+    for (int64_t l0 = 0; l0 < whole; l0 += kSide) {
+      Vector<T> square[kSide];
+      for (int64_t i = 0; i < kSide; ++i) square[i] = LoadVector(block.row(first + i0 + i) + l0);
+      TransposeSquare<T>(square);
+      for (int64_t l = 0; l < kSide; ++l) StoreVector(to + (l0 + l) * kStrip<T> + i0, square[l]);
     }
-  }
-  // kMicroRows columns hear of all after them at once, then of one another.
-  for (int64_t c0 = (block.cols - 1) / kMicroRows * kMicroRows; c0 >= 0; c0 -= kMicroRows) {
-    const int64_t after = std::min(c0 + kMicroRows, block.cols);
-    if (after < block.cols) {
-      Accumulator<T> sum = {};
-      MultiplyStrip(block.cols - after, columns.row(after) + c0, kPanelRows, 1, y + after * kWidth,
-                    sum);
-      for (int64_t c = c0; c < after; ++c) {
-        T* to = y + c * kWidth;
-        StoreVector(to, LoadVector(to) - sum.row[c - c0][0]);
-        StoreVector(to + kLanes<T>, LoadVector(to + kLanes<T>) - sum.row[c - c0][1]);
-      }
-    }
-    for (int64_t l = after - 1; l > c0; --l) {
-      const T* from = y + l * kWidth;
-      for (int64_t c = c0; c < l; ++c) {
-        const T scalar = columns.row(l)[c];
-        T* to = y + c * kWidth;
-        for (int64_t i = 0; i < kWidth; ++i) to[i] -= scalar * from[i];
-      }
-    }
-  }
-  for (int64_t l = 0; l < block.cols; ++l) {
-    for (int64_t i = 0; i < kWidth; ++i) u[l * kWidth + i] = y[l * kWidth + i] / d[l];
-  }
-  for (int64_t i0 = 0; i0 < live; i0 += kLanes<T>) {
-    const int64_t i1 = std::min<int64_t>(i0 + kLanes<T>, live);
-    for (int64_t l = 0; l < block.cols; ++l) {
-      for (int64_t i = i0; i < i1; ++i) block.row(first + i)[l] = u[l * kWidth + i];
+    for (int64_t l = whole; l < block.cols; ++l) {
+      for (int64_t i = i0; i < i0 + kSide; ++i) to[l * kStrip<T> + i] = block.row(first + i)[l];
     }
   }
 }
 
-// Columns of panel q of every row before it, by strips of rows.
+// Y [columns][kStrip] times 1 / D, back to the block and as the kernel reads it to `u`.
+template <typename T>
+void StoreScaled(const T* y, const T* reciprocal, int64_t first, const Tile<T>& block, T* u) {
+  constexpr int64_t kSide = kLanes<T>;
+  // A vector is some groups of the kernel, or a part of one.
+  constexpr int64_t kPart = std::min<int64_t>(kSide, kMicroRows);
+  const int64_t whole = block.cols / kSide * kSide;
+  for (int64_t i0 = 0; i0 < kStrip<T>; i0 += kSide) {
+    const auto scaled = [&](int64_t l) {
+      const Vector<T> row = reciprocal[l] * LoadVector(y + l * kStrip<T> + i0);
+      for (int64_t part = 0; part < kSide; part += kPart) {
+        const int64_t i = i0 + part;
+        std::memcpy(u + Pending<T>::Group(i) + l * kMicroRows + i % kMicroRows,
+                    reinterpret_cast<const T*>(&row) + part, kPart * sizeof(T));
+      }
+      return row;
+    };
+    for (int64_t l0 = 0; l0 < whole; l0 += kSide) {
+      Vector<T> square[kSide];
+      for (int64_t l = 0; l < kSide; ++l) square[l] = scaled(l0 + l);
+      TransposeSquare<T>(square);
+      for (int64_t i = 0; i < kSide; ++i) StoreVector(block.row(first + i0 + i) + l0, square[i]);
+    }
+    for (int64_t l = whole; l < block.cols; ++l) {
+      const Vector<T> row = scaled(l);
+      for (int64_t i = 0; i < kSide; ++i) block.row(first + i0 + i)[l] = row[i];
+    }
+  }
+}
+
+// kMicroRows columns y of Y U^T = A, `later` columns after them being solved. `columns` is where
+// their own rows of U^T start. In registers.
+template <typename T>
+__attribute__((noinline)) void SolveGroup(int64_t later, const T* columns, T* y) {
+  constexpr int64_t kWidth = kStrip<T>;
+  Accumulator<T> sum;
+  ClearAccumulator(sum);
+  MultiplyStrip(later, columns + kMicroRows * kPanelRows, kPanelRows, 1, y + kMicroRows * kWidth,
+                sum);
+#pragma GCC unroll 8
+  for (int l = kMicroRows - 1; l >= 0; --l) {
+    T* to = y + l * kWidth;
+    const Vector<T> low = LoadVector(to) - sum.row[l][0];
+    const Vector<T> high = LoadVector(to + kLanes<T>) - sum.row[l][1];
+    StoreVector(to, low);
+    StoreVector(to + kLanes<T>, high);
+#pragma GCC unroll 8
+    for (int c = 0; c < l; ++c) {
+      const T scalar = columns[l * kPanelRows + c];
+      sum.row[c][0] += scalar * low;
+      sum.row[c][1] += scalar * high;
+    }
+  }
+}
+
+// Solves Y U^T = A for kStrip rows of A = block (p, q) from row `first` on, U the factored diagonal
+// block of q: A becomes Y D^-1, and Y and Y D^-1 are appended to what waits.
+template <typename T>
+void SolveRows(const Tile<T>& block, int64_t first, int64_t strip, const Columns<T>& columns,
+               const T* reciprocal, Pending<T>& pending) {
+  constexpr int64_t kWidth = kStrip<T>;
+  T* y = pending.y.data() + strip + pending.depth * kWidth;
+  LoadStrip(block, first, y);
+  // kMicroRows columns hear of all after them at once, then of one another.
+  for (int64_t c0 = (block.cols - 1) / kMicroRows * kMicroRows; c0 >= 0; c0 -= kMicroRows) {
+    const int64_t count = std::min<int64_t>(kMicroRows, block.cols - c0);
+    if (count == kMicroRows) {
+      SolveGroup(block.cols - c0 - kMicroRows, columns.row(c0) + c0, y + c0 * kWidth);
+      continue;
+    }
+    for (int64_t l = c0 + count - 1; l > c0; --l) {
+      for (int64_t c = c0; c < l; ++c) {
+        const T scalar = columns.row(l)[c];
+        for (int64_t i = 0; i < kWidth; ++i) y[c * kWidth + i] -= scalar * y[l * kWidth + i];
+      }
+    }
+  }
+  StoreScaled(y, reciprocal, first, block, pending.u.data() + strip + pending.depth * kMicroRows);
+}
+
+// Columns of panel q of every row before it, by strips of rows. Panels before the last are whole.
 template <typename T>
 void SolvePanel(CholeskyWork<T>& f, int64_t q, Pending<T>& pending, Executor& executor) {
   constexpr int64_t kWidth = kStrip<T>;
   const Columns<T> columns(BlockOf(f.u, q, q));
+  std::vector<T> reciprocal;
+  for (int64_t i = f.u.begin(q); i < f.u.end(q); ++i) reciprocal.push_back(T{1} / f.d[i]);
   constexpr int64_t kStrips = kPanelRows / kWidth;
   executor.ParallelFor(q, [&](int64_t p) {
     for (int64_t s = 0; s < kStrips; ++s) {
       const int64_t row = f.u.begin(p) + s * kWidth;
-      SolveRows(BlockOf(f.u, p, q), s * kWidth, Pending<T>::Strip(row), columns, &f.d[f.u.begin(q)],
+      SolveRows(BlockOf(f.u, p, q), s * kWidth, Pending<T>::Strip(row), columns, reciprocal.data(),
                 pending);
     }
   });

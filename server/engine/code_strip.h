@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "engine/aligned.h"
 #include "engine/grid.h"
 #include "engine/random.h"
 #include "engine/simd.h"
@@ -111,6 +112,17 @@ inline void NearestCodes(const StripGrid& grid, int64_t group, const float* v, f
   }
 }
 
+// Codes of feature j that are given, row-major [rows, features].
+inline void LoadCodes(const UnsetVector<uint8_t>& codes, int64_t features, int64_t first_row,
+                      int64_t j, const StripGrid& grid, float* code) {
+  const int64_t rows = static_cast<int64_t>(codes.size()) / features;
+  const int64_t live = std::min(kStripRows, rows - first_row);
+  const uint8_t* from = codes.data() + first_row * features + j;
+  for (int64_t c = 0; c < live; ++c) code[c] = from[c * features];
+  // Padding is zeros on a grid of step one.
+  for (int64_t c = live; c < kStripRows; ++c) code[c] = grid.zero[static_cast<size_t>(c)];
+}
+
 // Codes by unbiased stochastic rounding, as if every level were a multiple of the scale.
 inline void StochasticCodes(const StripGrid& grid, int64_t group, const float* v, uint64_t seed,
                             int64_t first_row, int64_t column, float* code) {
@@ -161,7 +173,9 @@ inline void AddRounded(const StripGrid& grid, int64_t group, Rounding rounding, 
     if (outside == 0) return;
     for (int64_t c = 0; c < kStripRows; ++c) {
       const float steps = std::abs(error[c]) / scale[c];
-      const bool clips = steps > 0.5f * (1 + 1e-6f);
+      // Codes that are given, and levels of half types, may be far from a target inside the grid.
+      const bool outermost = error[c] > 0 ? code[c] >= grid.highest : code[c] <= grid.lowest;
+      const bool clips = outermost && steps > 0.5f * (1 + 1e-6f);
       sums.clipped[c] += clips ? 1 : 0;
       sums.overshoot[c] = std::max(sums.overshoot[c], clips ? steps - 0.5f : 0.0f);
     }

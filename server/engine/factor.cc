@@ -68,10 +68,13 @@ double Dot(const double* a, const double* b, int64_t count) {
 }
 
 // Higham's estimate of |H^-1|_1: at most five steps of the power-like
-// iteration on the dual norms; H is symmetric.
+// iteration on the dual norms; H is symmetric. What it starts from may have no part in the worst
+// direction: equal features cancel. So no less than 1 / d_j, which H^-1 has on its diagonal at
+// least, because U^-1 has ones there.
 double InverseOneNorm(const Factor& f, Executor& executor) {
   const int64_t n = f.u.size();
   std::vector<double> x(static_cast<size_t>(n), 1.0 / static_cast<double>(n));
+  const double diagonal = 1 / *std::min_element(f.d.begin(), f.d.end());
   double estimate = 0;
   int64_t last = -1;
   for (int step = 0; step < 5; ++step) {
@@ -92,10 +95,21 @@ double InverseOneNorm(const Factor& f, Executor& executor) {
     std::fill(x.begin(), x.end(), 0.0);
     x[static_cast<size_t>(j)] = 1.0;
   }
-  return estimate;
+  return std::max(estimate, diagonal);
 }
 
 }  // namespace
+
+const UpperPanels<double>& WideU(const Factor& factor, UpperPanels<double>& room,
+                                 Executor& executor) {
+  const UpperPanels<float>& narrow = factor.narrow;
+  if (narrow.size() == 0) return factor.u;
+  room = UpperPanels<double>::Unset(narrow.size());
+  executor.ParallelFor(narrow.panels(), [&](int64_t p) {
+    std::copy_n(narrow.panel(p), narrow.rows(p) * narrow.stride(p), room.panel(p));
+  });
+  return room;
+}
 
 double LargestCondition(int64_t features) {
   return 1.0 / (8.0 * static_cast<double>(features) * 0x1p-53);
@@ -165,7 +179,7 @@ bool SingleIsEnough(const std::vector<double>& diagonal, double lambda) {
   return std::sqrt(static_cast<double>(diagonal.size())) * 0x1p-24 * largest <= 0.05 * lambda;
 }
 
-// In float32, to float64. None where a pivot is bad. Fails only by cancellation.
+// In float32. None where a pivot is bad. Fails only by cancellation.
 absl::StatusOr<std::optional<Factor>> FactorInSingle(const UpperPanels<double>& gram,
                                                      const std::vector<double>& diagonal,
                                                      const RunContext& context) {
@@ -175,10 +189,7 @@ absl::StatusOr<std::optional<Factor>> FactorInSingle(const UpperPanels<double>& 
   if (!bad.ok()) return bad.status();
   if (bad->has_value()) return std::nullopt;
   Factor f;
-  f.u = UpperPanels<double>::Unset(gram.size());
-  context.executor->ParallelFor(f.u.panels(), [&](int64_t p) {
-    std::copy_n(work.u.panel(p), f.u.rows(p) * f.u.stride(p), f.u.panel(p));
-  });
+  f.narrow = std::move(work.u);
   for (const float d : work.d) f.d.push_back(std::ldexp(static_cast<double>(d), exponent));
   return f;
 }
@@ -232,6 +243,12 @@ absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
   const auto features = static_cast<double>(n);
   if (use == FactorUse::kJudge && features * (trace / lambda + features) < LargestCondition(n)) {
     return attempt;
+  }
+  if (f.narrow.size() > 0) {
+    UpperPanels<double> room;
+    WideU(f, room, executor);
+    f.u = std::move(room);
+    f.narrow = UpperPanels<float>();
   }
   const double norm = OneNorm(gram, lambda, executor);
   f.condition = norm * InverseOneNorm(f, executor);

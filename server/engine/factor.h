@@ -19,8 +19,11 @@ namespace certiq::engine {
 // columns reversed. D_j is the squared distance of column j of the augmented
 // activations from the span of the columns after it.
 struct Factor {
-  // Strictly above the diagonal: U. The diagonal itself is one and not stored.
+  // Strictly above the diagonal: U. The diagonal itself is one and not stored. Of no size where the
+  // factor was made in float32.
   UpperPanels<double> u;
+  // U then.
+  UpperPanels<float> narrow;
   std::vector<double> d;
   // Lower bound, usually within a factor of three, of the 1-norm condition
   // number |H|_1 |H^-1|_1 (Higham, Accuracy and Stability of Numerical Algorithms, Alg. 15.1).
@@ -54,11 +57,16 @@ absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
                                            const std::vector<bool>& dead, double lambda,
                                            FactorUse use, const RunContext& context);
 
+// U in float64, whichever it was made in: `room` is for what has to be converted.
+const UpperPanels<double>& WideU(const Factor& factor, UpperPanels<double>& room,
+                                 Executor& executor);
+
 // The largest condition estimate accepted for N features: past 1 / (8 N u), u = 2^-53, a
 // solve with the factor may have no correct digit.
 double LargestCondition(int64_t features);
 
 // Solves H x = b in place with the factor: U y = b, z = D^-1 y, U^T x = z.
+// REQUIRES: it was made in float64.
 void SolveInPlace(const Factor& factor, std::vector<double>& x, Executor& executor);
 
 }  // namespace certiq::engine

@@ -6,9 +6,17 @@
 
 namespace certiq::engine {
 
-FeedbackColumns::FeedbackColumns(const Factor& factor, Factor* spare, Executor& executor)
-    : features_(factor.u.size()) {
-  const UpperPanels<double>& u = factor.u;
+FeedbackColumns::FeedbackColumns(const Factor& factor, Factor* spare, Executor& executor) {
+  if (factor.narrow.size() > 0) {
+    Fill(factor.narrow, spare != nullptr ? &spare->narrow : nullptr, executor);
+  } else {
+    Fill(factor.u, spare != nullptr ? &spare->u : nullptr, executor);
+  }
+}
+
+template <typename T>
+void FeedbackColumns::Fill(const UpperPanels<T>& u, UpperPanels<T>* spare, Executor& executor) {
+  features_ = u.size();
   offsets_.reserve(static_cast<size_t>(u.panels()) + 1);
   int64_t offset = 0;
   for (int64_t b = 0; b < u.panels(); ++b) {
@@ -27,7 +35,7 @@ FeedbackColumns::FeedbackColumns(const Factor& factor, Factor* spare, Executor& 
           float* group = to + FeedbackOffset(u.end(b), g, k);
           const int64_t j0 = u.begin(b) + g * kMicroRows;
           if (j0 >= first && j0 + kMicroRows <= u.end(b)) {
-            const double* from = &u.at(k, j0);
+            const T* from = &u.at(k, j0);
             for (int64_t lane = 0; lane < kMicroRows; ++lane) {
               group[lane] = static_cast<float>(from[lane]);
             }
@@ -40,9 +48,9 @@ FeedbackColumns::FeedbackColumns(const Factor& factor, Factor* spare, Executor& 
         }
       }
     });
-    if (spare != nullptr) spare->u.DiscardBefore(p + 1);
+    if (spare != nullptr) spare->DiscardBefore(p + 1);
   }
-  if (spare != nullptr) spare->u = UpperPanels<double>();
+  if (spare != nullptr) *spare = UpperPanels<T>();
 }
 
 int64_t FeedbackColumns::end(int64_t b) const { return std::min(features_, (b + 1) * kPanelRows); }

@@ -28,7 +28,10 @@ class FeedbackColumns {
   const float* block(int64_t b) const { return values_.data() + offsets_[static_cast<size_t>(b)]; }
 
  private:
-  int64_t features_;
+  template <typename T>
+  void Fill(const UpperPanels<T>& u, UpperPanels<T>* spare, Executor& executor);
+
+  int64_t features_ = 0;
   std::vector<int64_t> offsets_;
   UnsetVector<float> values_;
 };

@@ -39,24 +39,11 @@ inline const float* FeedbackRow(const FeedbackColumns& u, int64_t b, int64_t g, 
   return u.block(b) + FeedbackOffset(u.end(b), g, k);
 }
 
-inline void LoadAccumulator(const float* from, Accumulator<float>& sum) {
-  for (int64_t r = 0; r < kMicroRows; ++r) {
-    sum.row[r][0] = LoadVector(from + r * kStrip<float>);
-    sum.row[r][1] = LoadVector(from + r * kStrip<float> + kLanes<float>);
-  }
-}
-
-inline void StoreAccumulator(const Accumulator<float>& sum, float* to) {
-  for (int64_t r = 0; r < kMicroRows; ++r) {
-    StoreVector(to + r * kStrip<float>, sum.row[r][0]);
-    StoreVector(to + r * kStrip<float> + kLanes<float>, sum.row[r][1]);
-  }
-}
-
 // v [kMicroRows][kStrip] += sum_{k0 <= k < k1} U_kj w_k for the columns j of group g of block b; w
-// is [features][kStrip]. The rows lie in one slice.
-inline void HearSlice(const FeedbackColumns& u, int64_t b, int64_t g, int64_t k0, int64_t k1,
-                      const float* w, float* v) {
+// is [features][kStrip]. The rows lie in one slice. Not inlined: in a larger function GCC 12 does
+// not keep the sums in registers.
+__attribute__((noinline)) inline void HearSlice(const FeedbackColumns& u, int64_t b, int64_t g,
+                                                int64_t k0, int64_t k1, const float* w, float* v) {
   Accumulator<float> sum;
   LoadAccumulator(v, sum);
   MultiplyStrip(k1 - k0, FeedbackRow(u, b, g, k0), kMicroRows, 1, w + k0 * kStrip<float>, sum);
@@ -73,11 +60,35 @@ inline void HearGroup(const FeedbackColumns& u, int64_t b, int64_t g, int64_t k0
   }
 }
 
-// The rows of a slice for all groups of the block; v is [kPanelRows][kStrip].
+// The rows of a slice for all groups of the block; v is [kPanelRows][kStrip]. Beside each product
+// what comes next is fetched, of U and of the rows that it is to meet.
 inline void HearBlock(const FeedbackColumns& u, int64_t b, int64_t k0, int64_t k1, const float* w,
-                      float* v) {
+                      Ahead& next_u, Ahead next_w, float* v) {
   for (int64_t g = 0; g < kGroups; ++g) {
+    next_u.FetchPart();
+    next_w.FetchPart();
     HearSlice(u, b, g, k0, k1, w, v + g * kMicroRows * kStrip<float>);
+  }
+}
+
+// Tells every strip of a tile what comes before block b, slice by slice, so that they share each
+// slice of U. A Strip has Hear(b, k0, k1, next_u, next_w) and row(k), row k of what U is multiplied
+// with.
+template <typename Strip>
+void HearBefore(const FeedbackColumns& u, int64_t b, std::vector<Strip>& strips) {
+  constexpr int64_t kFloat = sizeof(float);
+  const auto count = static_cast<int64_t>(strips.size());
+  for (int64_t k0 = 0; k0 < b * kPanelRows; k0 += kSliceRows) {
+    const int64_t k1 = std::min(k0 + kSliceRows, b * kPanelRows);
+    // What follows a slice in memory follows it in time.
+    Ahead next_u(u.block(b) + k1 * kPanelRows,
+                 kSliceRows * kPanelRows * kFloat / (kGroups * count));
+    for (int64_t s = 0; s < count; ++s) {
+      const float* next =
+          s + 1 < count ? strips[static_cast<size_t>(s + 1)].row(k0) : strips.front().row(k1);
+      strips[static_cast<size_t>(s)].Hear(
+          b, k0, k1, next_u, Ahead(next, kSliceRows * kStrip<float> * kFloat / kGroups));
+    }
   }
 }
 
@@ -86,27 +97,27 @@ inline void HearBlock(const FeedbackColumns& u, int64_t b, int64_t k0, int64_t k
 // slice by slice, Solve.
 class RowsOverU {
  public:
-  // `x` [features][kStrip] outlives the object. Nothing before `first_block` differs from zero.
-  RowsOverU(const FeedbackColumns& u, float* x, int64_t first_block)
+  // `x` [features][kStrip] outlives the object. Nothing before row `first_row` differs from zero.
+  RowsOverU(const FeedbackColumns& u, float* x, int64_t first_row)
       : u_(u),
         x_(x),
-        first_block_(first_block),
+        first_row_(first_row / kMicroRows * kMicroRows),
         v_(static_cast<size_t>(kPanelRows * kStrip<float>)) {}
 
-  int64_t first_block() const { return first_block_; }
   void Begin() { std::fill(v_.begin(), v_.end(), 0.0f); }
-  void Hear(int64_t b, int64_t k0, int64_t k1) {
-    k0 = std::max(k0, first_block_ * kPanelRows);
-    if (k0 < k1) HearBlock(u_, b, k0, k1, x_, v_.data());
+  const float* row(int64_t k) const { return x_ + k * kStrip<float>; }
+  void Hear(int64_t b, int64_t k0, int64_t k1, Ahead& next_u, Ahead next_w) {
+    k0 = std::max(k0, first_row_);
+    if (k0 < k1) HearBlock(u_, b, k0, k1, x_, next_u, next_w, v_.data());
   }
   // The columns of the block, from what they heard.
   void Solve(int64_t b) {
-    if (b < first_block_) return;
-    const int64_t begin = b * kPanelRows;
-    for (int64_t g = 0; begin + g * kMicroRows < u_.end(b); ++g) {
-      const int64_t first = begin + g * kMicroRows;
+    // Nothing before it in the block differs from zero.
+    const int64_t begin = std::max(b * kPanelRows, first_row_);
+    for (int64_t first = begin; first < u_.end(b); first += kMicroRows) {
+      const int64_t g = (first - b * kPanelRows) / kMicroRows;
       float* v = v_.data() + g * kMicroRows * kStrip<float>;
-      if (g > 0) HearSlice(u_, b, g, begin, first, x_, v);
+      if (first > begin) HearSlice(u_, b, g, begin, first, x_, v);
       for (int64_t i = 0; i < std::min<int64_t>(kMicroRows, u_.end(b) - first); ++i) {
         float* x = x_ + (first + i) * kStrip<float>;
         for (int64_t c = 0; c < kStrip<float>; ++c) x[c] -= v[i * kStrip<float> + c];
@@ -123,7 +134,7 @@ class RowsOverU {
  private:
   const FeedbackColumns& u_;
   float* x_;
-  int64_t first_block_;
+  int64_t first_row_;
   AlignedVector<float> v_;
 };
 
@@ -133,10 +144,7 @@ inline bool SolveTile(const FeedbackColumns& u, std::vector<RowsOverU>& strips,
   for (int64_t b = 0; b < u.blocks(); ++b) {
     if (context.cancelled()) return false;
     for (RowsOverU& strip : strips) strip.Begin();
-    for (int64_t k0 = 0; k0 < b * kPanelRows; k0 += kSliceRows) {
-      const int64_t k1 = std::min(k0 + kSliceRows, b * kPanelRows);
-      for (RowsOverU& strip : strips) strip.Hear(b, k0, k1);
-    }
+    HearBefore(u, b, strips);
     for (RowsOverU& strip : strips) strip.Solve(b);
   }
   return true;

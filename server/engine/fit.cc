@@ -9,10 +9,12 @@
 #include "engine/nearest.h"
 #include "engine/optq.h"
 #include "engine/order.h"
+#include "engine/polish.h"
 #include "engine/qronos.h"
 #include "engine/quadratic_form.h"
 #include "engine/spectrum.h"
 #include "engine/status.h"
+#include "engine/step_objective.h"
 #include "engine/stopwatch.h"
 
 namespace certiq::engine {
@@ -47,7 +49,8 @@ absl::StatusOr<MethodOutput> Nearest(const MethodInput& input, const Grid& grid,
   const UpperPanels<double>& gram = input.statistics.gram;
   std::vector<double> norms(static_cast<size_t>(gram.size()));
   for (int64_t j = 0; j < gram.size(); ++j) norms[j] = std::sqrt(gram.at(j, j));
-  NearestRounded rounded = RoundAlone(input.spec, input.order, grid, norms, input.weights, context);
+  NearestRounded rounded =
+      RoundAlone(input.spec, input.order, grid, norms, input.weights, input.codes, context);
   const absl::StatusOr<double> sigma = LargestEigenvalueBound(gram, context);
   if (!sigma.ok()) return sigma.status();
   if (!std::isfinite(*sigma))
@@ -140,12 +143,14 @@ absl::StatusOr<FitFactor> FactorOf(const ResolvedSpec& spec, const WorkingLayer&
   return factor;
 }
 
-// Computes layer.initial where the method needs it and it is not there. Fails only by cancellation.
-absl::Status NeedInitialError(Method method, const RunContext& context, WorkingLayer& layer) {
+// Computes layer.initial where the method, or polish, needs it and it is not there. Fails only by
+// cancellation.
+absl::Status NeedInitialError(const ResolvedSpec& spec, Method method, const RunContext& context,
+                              WorkingLayer& layer) {
   if (!layer.statistics().mismatch.has_value() || layer.initial.has_value()) {
     return absl::OkStatus();
   }
-  if (method == Method::kQronos &&
+  if (method == Method::kQronos && spec.polish == 0 &&
       !QronosNeedsInitialError(layer.reference.rows(), layer.reference.features())) {
     return absl::OkStatus();
   }
@@ -154,6 +159,69 @@ absl::Status NeedInitialError(Method method, const RunContext& context, WorkingL
   if (!initial.ok()) return initial.status();
   layer.initial = *std::move(initial);
   return absl::OkStatus();
+}
+
+absl::StatusOr<MethodOutput> RunMethod(const MethodInput& input, Fit& fit,
+                                       const RunContext& context) {
+  absl::StatusOr<MethodOutput> output = [&]() -> absl::StatusOr<MethodOutput> {
+    if (!fit.damping->factor.has_value()) return Nearest(input, fit.grid, context);
+    const Factor& factor = *fit.damping->factor;
+    if (input.spec.method == Method::kOptq) {
+      return Optq(input, factor, fit.damping->lambda_used, fit.grid, context);
+    }
+    return Qronos(input, factor, fit.damping->lambda_used, fit.grid, context);
+  }();
+  if (!output.ok()) return output;
+  // Dynamic steps are new.
+  if (absl::Status status = CheckScales(input.spec, fit.grid); !status.ok()) return status;
+  for (const double damped : output->damped) {
+    if (std::isfinite(damped)) continue;
+    return InvalidField("weight",
+                        "the weights are so large that rounding left the range of float32");
+  }
+  return output;
+}
+
+// Row r of both to another's.
+void CopyRow(int64_t r, const Grid& from_grid, const UnsetVector<uint8_t>& from, Grid& grid,
+             UnsetVector<uint8_t>& codes) {
+  const auto features = static_cast<int64_t>(grid.group_of.size());
+  std::copy_n(from.data() + r * features, features, codes.data() + r * features);
+  std::copy_n(from_grid.scale.data() + r * grid.groups, grid.groups,
+              grid.scale.data() + r * grid.groups);
+}
+
+// The method, then (S6) and (S7), then the method's measures of what came of it: e_j, bounds and
+// errors are those of the final codes. A row whose error would have risen, in rounding, keeps the
+// method's own.
+absl::StatusOr<MethodOutput> RunPolished(MethodInput input, Fit& fit, const RunContext& context) {
+  const bool certified = input.certified;
+  input.certified = false;
+  absl::StatusOr<MethodOutput> plain = RunMethod(input, fit, context);
+  if (!plain.ok()) return plain;
+  plain->change = StripMatrix();
+  const Grid plain_grid = fit.grid;
+  UnsetVector<uint8_t> codes = plain->codes;
+  const absl::StatusOr<int32_t> passes =
+      Polish(input, fit.damping->lambda_used, fit.grid, codes, context);
+  if (!passes.ok()) return passes.status();
+  PolishOutcome& outcome = fit.polish.emplace();
+  outcome.passes = *passes;
+  for (const double damped : plain->damped) outcome.damped_before += damped;
+
+  input.codes = &codes;
+  input.certified = certified;
+  absl::StatusOr<MethodOutput> polished = RunMethod(input, fit, context);
+  if (!polished.ok()) return polished;
+  bool risen = false;
+  for (size_t r = 0; r < plain->damped.size(); ++r) {
+    if (polished->damped[r] <= plain->damped[r]) continue;
+    CopyRow(static_cast<int64_t>(r), plain_grid, plain->codes, fit.grid, codes);
+    risen = true;
+  }
+  if (!risen) return polished;
+  polished = absl::StatusOr<MethodOutput>();
+  return RunMethod(input, fit, context);
 }
 
 }  // namespace
@@ -186,12 +254,31 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
   const Stopwatch watch(seconds.round);
   context.Report(Phase::kRound, 0);
   const Method method = factored ? spec.method : Method::kNearest;
-  if (absl::Status status = NeedInitialError(method, context, layer); !status.ok()) return status;
+  if (absl::Status status = NeedInitialError(spec, method, context, layer); !status.ok()) {
+    return status;
+  }
   const StripMatrix& weights = layer.weights();
   fit.grid = MakeGrid(spec, weights.rows(), weights.features(), layer.order);
-  FillSteps(spec, weights, context, fit.grid);
+  const bool dynamic = factored && spec.group_scales == GroupScales::kDynamic;
+  // The sweep finds the others; Qronos needs the first before it starts.
+  const int64_t searched = dynamic ? 1 : fit.grid.groups;
+  std::optional<StepObjective> objective;
+  if (HasMetric(spec.scale) && spec.grid == nullptr) {
+    absl::StatusOr<StepObjective> made =
+        StepObjective::Make(spec, layer, *fit.damping, fit.grid, context);
+    if (!made.ok()) return made.status();
+    objective = *std::move(made);
+  }
+  const StepRules rules = objective.has_value() ? objective->Rules(searched) : StepRules();
+  FillSteps(spec, weights, context, fit.grid, rules);
   if (context.cancelled()) return context.CancellationStatus();
   if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
+  if (objective.has_value()) {
+    absl::Status improved = objective->Improve(spec, searched, weights, context, fit.grid);
+    if (!improved.ok()) return improved;
+    // Its memory is for the sweep.
+    if (!dynamic) objective.reset();
+  }
   MethodInput input{spec,
                     layer.statistics(),
                     layer.dead,
@@ -201,6 +288,14 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
                     layer.initial.has_value() ? &*layer.initial : nullptr,
                     seconds,
                     use.certified};
+  // Qronos corrects W first; the error feedback starts from there, and (S5) is about that.
+  if (dynamic || spec.scale == ScaleRule::kCompensated) input.steps = &rules;
+  if (spec.polish > 0 && fit.outcome == Outcome::kQuantized) {
+    absl::StatusOr<MethodOutput> output = RunPolished(input, fit, context);
+    if (!output.ok()) return output.status();
+    fit.output = *std::move(output);
+    return fit;
+  }
   if (use.consume_factor && own != nullptr && factored) input.spare_factor = &*own->factor;
   if (use.consume_weights && layer.zeroed.rows() > 0) {
     input.spare_weights = &layer.zeroed;
@@ -210,24 +305,9 @@ absl::StatusOr<Fit> RunFit(const ResolvedSpec& spec, WorkingLayer& layer, double
       !layer.statistics().mismatch.has_value()) {
     input.spare_weights = &layer.reference;
   }
-  const auto run = [&]() -> absl::StatusOr<MethodOutput> {
-    if (method == Method::kNearest) return Nearest(input, fit.grid, context);
-    const Factor& factor = *fit.damping->factor;
-    if (method == Method::kOptq) {
-      return Optq(input, factor, fit.damping->lambda_used, fit.grid, context);
-    }
-    return Qronos(input, factor, fit.damping->lambda_used, fit.grid, context);
-  };
-  absl::StatusOr<MethodOutput> output = run();
+  absl::StatusOr<MethodOutput> output = RunMethod(input, fit, context);
   if (!output.ok()) return output.status();
-  // Dynamic steps are new.
-  if (absl::Status status = CheckScales(spec, fit.grid); !status.ok()) return status;
   fit.output = *std::move(output);
-  for (const double damped : fit.output.damped) {
-    if (std::isfinite(damped)) continue;
-    return InvalidField("weight",
-                        "the weights are so large that rounding left the range of float32");
-  }
   return fit;
 }
 

@@ -47,7 +47,9 @@ struct Fit {
   // Factorisations that this run made itself.
   int64_t factorisations = 0;
   Grid grid;
+  // Of the final codes.
   MethodOutput output;
+  std::optional<PolishOutcome> polish;
 };
 
 // What a fit is for.

@@ -8,9 +8,11 @@
 
 namespace certiq::engine {
 
-// Rows whose products are summed in float32 before they are added to float64; see
-// StatisticsAccumulator.
-inline constexpr int64_t kFoldRows = 256;
+// Products are summed in float32 over chains of kChainRows rows, kFoldChains of these in a binary
+// tree, and then added to float64; see StatisticsAccumulator.
+inline constexpr int64_t kChainRows = 12;
+inline constexpr int64_t kFoldChains = 16;
+inline constexpr int64_t kFoldRows = kChainRows * kFoldChains;
 
 // out[i][j] += sum over `rows` <= kFoldRows rows of a_i b_j for one strip of columns j,
 // kMicroRows columns i. Scales are null or per column.

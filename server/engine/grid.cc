@@ -4,8 +4,11 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/scale_search.h"
+#include "engine/simd.h"
 #include "engine/status.h"
 
 namespace certiq::engine {
@@ -61,6 +64,9 @@ double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, 
   return loss;
 }
 
+// Neighbouring scale trials lie this factor apart.
+constexpr double kTrialFactor = 1.02;
+
 bool Holds(Step step) { return step.scale > 0 && std::isfinite(step.scale); }
 
 }  // namespace
@@ -82,6 +88,12 @@ Step AbsmaxStep(const ResolvedSpec& spec, float low, float high) {
   return step;
 }
 
+ZeroPoints AllowedZeroPoints(const ResolvedSpec& spec) {
+  const int32_t middle = 1 << (spec.bits - 1);
+  if (!spec.symmetric) return {0, (1 << spec.bits) - 1};
+  return {spec.signed_scales ? middle - 1 : middle, middle};
+}
+
 Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count) {
   float low = 0;
   float high = 0;
@@ -95,15 +107,34 @@ Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count) {
   double least = std::numeric_limits<double>::infinity();
   for (int shrink = 0; shrink < 80; ++shrink) {
     const float p = 1 - static_cast<float>(shrink) / 100;
-    const Step step = AbsmaxStep(spec, p * low, p * high);
+    Step step = AbsmaxStep(spec, p * low, p * high);
     if (!Holds(step)) break;
-    const double loss = ShrinkLoss(spec, values, count, step, whole.scale);
-    if (loss < least) {
-      least = loss;
-      best = step;
+    const int32_t mirrored = spec.signed_scales ? step.zero - 1 : step.zero;
+    for (; step.zero >= mirrored; --step.zero) {
+      const double loss = ShrinkLoss(spec, values, count, step, whole.scale);
+      if (loss < least) {
+        least = loss;
+        best = step;
+      }
     }
   }
   return best;
+}
+
+Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier) {
+  const Step stretched = {RoundTo(spec.scale_dtype, step.scale * multiplier), step.zero};
+  return Holds(stretched) ? stretched : step;
+}
+
+std::vector<float> TrialMultipliers(int32_t n) {
+  std::vector<float> multipliers;
+  if (n <= 1) return multipliers;
+  multipliers.push_back(1);
+  for (int32_t i = 1; i < n; ++i) {
+    const int32_t away = (i + 1) / 2;
+    multipliers.push_back(static_cast<float>(std::pow(kTrialFactor, i % 2 == 1 ? -away : away)));
+  }
+  return multipliers;
 }
 
 Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
@@ -125,8 +156,37 @@ Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
   return grid;
 }
 
+namespace {
+
+// (S1) for the rows of one strip, side by side.
+void FillAbsmax(const ResolvedSpec& spec, const float* strip, int64_t first_row, Grid& grid) {
+  constexpr int64_t kWidth = kStrip<float>;
+  std::vector<float> low(static_cast<size_t>(grid.groups * kWidth));
+  std::vector<float> high(low.size());
+  for (size_t j = 0; j < grid.group_of.size(); ++j) {
+    const float* values = strip + static_cast<int64_t>(j) * kWidth;
+    float* lowest = low.data() + grid.group_of[j] * kWidth;
+    float* highest = high.data() + grid.group_of[j] * kWidth;
+    for (int64_t c = 0; c < kWidth; ++c) {
+      lowest[c] = std::min(lowest[c], values[c]);
+      highest[c] = std::max(highest[c], values[c]);
+    }
+  }
+  for (int64_t c = 0; c < std::min(kWidth, grid.rows - first_row); ++c) {
+    for (int64_t g = 0; g < grid.groups; ++g) {
+      const auto from = static_cast<size_t>(g * kWidth + c);
+      const auto to = static_cast<size_t>((first_row + c) * grid.groups + g);
+      const Step step = AbsmaxStep(spec, low[from], high[from]);
+      grid.scale[to] = step.scale;
+      grid.zero[to] = step.zero;
+    }
+  }
+}
+
+}  // namespace
+
 void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
-               Grid& grid) {
+               Grid& grid, const StepRules& rules) {
   if (spec.grid != nullptr) {
     grid.scale = spec.grid->scales;
     if (!spec.symmetric) grid.zero = spec.grid->zero_points;
@@ -139,26 +199,75 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
   for (const int32_t g : grid.group_of) ++first[static_cast<size_t>(g) + 1];
   for (size_t g = 1; g < first.size(); ++g) first[g] += first[g - 1];
 
+  // Group by group: where each feature comes to lie.
+  std::vector<int64_t> place(grid.group_of.size());
+  std::vector<int64_t> next = first;
+  for (size_t j = 0; j < place.size(); ++j) {
+    place[j] = next[static_cast<size_t>(grid.group_of[j])]++;
+  }
+  DiagonalMetric metric;
+  if (HasMetric(spec.scale)) {
+    std::vector<double> grouped(place.size());
+    for (size_t j = 0; j < place.size(); ++j) {
+      grouped[static_cast<size_t>(place[j])] = rules.metric[j];
+    }
+    metric = DiagonalMetric(std::move(grouped));
+  }
+  ResolvedSpec absmax = spec;
+  absmax.scale = ScaleRule::kAbsmax;
+
   const int64_t width = StripMatrix::StripRows();
   context.executor->ParallelFor(weights.strips(), [&](int64_t s) {
     // A shrink search takes as long as 80 roundings; the caller asks whether it ended.
     if (context.cancelled()) return;
-    std::vector<float> row(static_cast<size_t>(features));
-    std::vector<float> grouped(row.size());
-    for (int64_t r = s * width; r < std::min((s + 1) * width, grid.rows); ++r) {
-      weights.GetRow(r, row.data());
-      std::vector<int64_t> next = first;
-      for (size_t j = 0; j < row.size(); ++j) {
-        grouped[static_cast<size_t>(next[static_cast<size_t>(grid.group_of[j])]++)] = row[j];
-      }
+    if (spec.scale == ScaleRule::kAbsmax || rules.searched_groups <= 0) {
+      FillAbsmax(spec, weights.strip(s), s * width, grid);
+      return;
+    }
+    ScaleSearch search(spec);
+    const int64_t live = std::min(width, grid.rows - s * width);
+    std::vector<float> grouped(static_cast<size_t>(live * features));
+    for (int64_t j = 0; j < features; ++j) {
+      const float* column = weights.strip(s) + j * width;
+      float* to = grouped.data() + place[static_cast<size_t>(j)];
+      for (int64_t c = 0; c < live; ++c) to[c * features] = column[c];
+    }
+    for (int64_t c = 0; c < live; ++c) {
       for (int64_t g = 0; g < grid.groups; ++g) {
         const auto begin = first[static_cast<size_t>(g)];
-        const Step step =
-            FitStep(spec, grouped.data() + begin, first[static_cast<size_t>(g) + 1] - begin);
-        const auto at = static_cast<size_t>(r * grid.groups + g);
+        const float* values = grouped.data() + c * features + begin;
+        const int64_t count = first[static_cast<size_t>(g) + 1] - begin;
+        const bool searched = g < rules.searched_groups;
+        const Step step = searched && HasMetric(spec.scale)
+                              ? search.Find(values, count, metric, begin)
+                              : FitStep(searched ? spec : absmax, values, count);
+        const auto at = static_cast<size_t>((s * width + c) * grid.groups + g);
         grid.scale[at] = step.scale;
         grid.zero[at] = step.zero;
       }
+    }
+  });
+}
+
+void TurnMirrored(const ResolvedSpec& spec, Executor& executor, Grid& grid,
+                  UnsetVector<uint8_t>& codes) {
+  if (!spec.signed_scales) return;
+  const int32_t middle = 1 << (spec.bits - 1);
+  const auto top = static_cast<uint8_t>((1 << spec.bits) - 1);
+  const auto features = static_cast<int64_t>(grid.group_of.size());
+  executor.ParallelFor(grid.rows, [&](int64_t r) {
+    const int32_t* zeros = grid.zero.data() + r * grid.groups;
+    if (std::all_of(zeros, zeros + grid.groups, [=](int32_t z) { return z == middle; })) return;
+    uint8_t* row = codes.data() + r * features;
+    for (int64_t j = 0; j < features; ++j) {
+      const bool mirrored = zeros[grid.group_of[static_cast<size_t>(j)]] != middle;
+      if (mirrored) row[j] = static_cast<uint8_t>(top - row[j]);
+    }
+    for (int64_t at = r * grid.groups; at < (r + 1) * grid.groups; ++at) {
+      int32_t& zero = grid.zero[static_cast<size_t>(at)];
+      if (zero == middle) continue;
+      grid.scale[static_cast<size_t>(at)] = -grid.scale[static_cast<size_t>(at)];
+      zero = middle;
     }
   });
 }

@@ -36,8 +36,10 @@ bool HeldOutSplit::IsHeldOut(int64_t row) const {
 
 int64_t HeldOutBlockRows(int64_t tokens, double fraction, int64_t sequence_rows) {
   if (sequence_rows > 0) return sequence_rows;
-  const double stratum = std::floor(static_cast<double>(tokens) * fraction);
-  return std::clamp(static_cast<int64_t>(stratum), int64_t{1}, HeldOutSplit::kBlockRows);
+  // Blocks that a short stream gives up.
+  constexpr double kBlocks = 8;
+  const double rows = std::floor(static_cast<double>(tokens) * fraction / kBlocks);
+  return std::clamp(static_cast<int64_t>(rows), int64_t{1}, HeldOutSplit::kBlockRows);
 }
 
 }  // namespace certiq::engine

@@ -40,7 +40,9 @@ class HeldOutSplit {
 
 // Rows of a block for a stream of `tokens` rows: a sequence where the client
 // marks them (sequence_rows > 0), else kBlockRows or, for a short stream,
-// what lets one stratum fit: floor(tokens fraction), at least 1.
+// what lets eight blocks be held out: floor(tokens fraction / 8), at least 1. The error on one
+// block of 128 rows of real layers was a quarter or less of that on other tokens, and chose a tenth
+// of the best lambda; that on eight blocks of 16 came within a third.
 int64_t HeldOutBlockRows(int64_t tokens, double fraction, int64_t sequence_rows);
 
 }  // namespace certiq::engine

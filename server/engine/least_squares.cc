@@ -22,7 +22,8 @@ template <typename T>
 AlignedVector<T> BlockProducts(const PackedBlock<T>& block, const T* x, int64_t features,
                                int64_t strips) {
   AlignedVector<T> products(static_cast<size_t>(strips * kPanelRows * kStrip<T>));
-  block.AddProducts(strips, x, features * kStrip<T>, products.data(), kPanelRows * kStrip<T>);
+  block.AddProducts(/*upper=*/false, strips, x, features * kStrip<T>, products.data(),
+                    kPanelRows * kStrip<T>);
   return products;
 }
 
@@ -88,11 +89,12 @@ absl::StatusOr<BasicStripMatrix<double>> SolveCross(const Statistics& statistics
                                                     const RunContext& context) {
   const int64_t n = statistics.features();
   const std::vector<double>& cross = statistics.mismatch->cross;
-  BasicStripMatrix<double> solved(n, n);
+  auto solved = BasicStripMatrix<double>::Unset(n, n);
   context.executor->ParallelFor(solved.strips(), [&](int64_t s) {
     double* strip = solved.strip(s);
     const int64_t first = s * kWidth;
     const int64_t live = std::min(kWidth, n - first);
+    if (live < kWidth) std::fill_n(strip, n * kWidth, 0.0);
     for (int64_t j0 = 0; j0 < n; j0 += kPanelRows) {
       const int64_t j1 = std::min(n, j0 + kPanelRows);
       for (int64_t c = 0; c < live; ++c) {
@@ -101,7 +103,9 @@ absl::StatusOr<BasicStripMatrix<double>> SolveCross(const Statistics& statistics
       }
     }
   });
-  if (absl::Status status = SolveUpper(factor.u, solved, context); !status.ok()) return status;
+  UpperPanels<double> room;
+  const UpperPanels<double>& u = WideU(factor, room, *context.executor);
+  if (absl::Status status = SolveUpper(u, solved, context); !status.ok()) return status;
   return solved;
 }
 
@@ -110,7 +114,7 @@ absl::StatusOr<StripMatrix> Offsets(const BasicStripMatrix<double>& solved,
                                     const std::vector<double>& d, const StripMatrix& weights,
                                     const RunContext& context) {
   const int64_t n = weights.features();
-  StripMatrix offsets(weights.rows(), n);
+  StripMatrix offsets = StripMatrix::Unset(weights.rows(), n);
   PackedBlock<float> block(n);
   for (int64_t j0 = 0; j0 < n; j0 += kPanelRows) {
     if (context.cancelled()) return context.CancellationStatus();
@@ -159,15 +163,19 @@ std::vector<double> Removed(const std::vector<double>& d, const StripMatrix& off
 }
 
 // w . x for every row of W.
-std::vector<double> Dots(const StripMatrix& weights, const std::vector<double>& x) {
-  std::vector<double> dots(static_cast<size_t>(weights.rows()));
-  for (size_t r = 0; r < dots.size(); ++r) {
-    const auto row = static_cast<int64_t>(r);
-    const float* w = weights.strip(row / kFloatWidth) + row % kFloatWidth;
-    for (size_t j = 0; j < x.size(); ++j) {
-      dots[r] += static_cast<double>(w[static_cast<int64_t>(j) * kFloatWidth]) * x[j];
+std::vector<double> Dots(const StripMatrix& weights, const std::vector<double>& x,
+                         Executor& executor) {
+  std::vector<double> dots(static_cast<size_t>(weights.strips() * kFloatWidth));
+  executor.ParallelFor(weights.strips(), [&](int64_t s) {
+    const float* strip = weights.strip(s);
+    double* sums = dots.data() + s * kFloatWidth;
+    for (int64_t j = 0; j < weights.features(); ++j) {
+      for (int64_t c = 0; c < kFloatWidth; ++c) {
+        sums[c] += static_cast<double>(strip[j * kFloatWidth + c]) * x[static_cast<size_t>(j)];
+      }
     }
-  }
+  });
+  dots.resize(static_cast<size_t>(weights.rows()));
   return dots;
 }
 
@@ -185,7 +193,9 @@ absl::StatusOr<LeastSquares> SolveRowByRow(InitialError initial, const Factor& f
   for (int64_t r = 0; r < rows; ++r) {
     result.first_product.push_back(y.strip(r / kWidth)[r % kWidth]);
   }
-  if (absl::Status status = SolveUpper(factor.u, y, context); !status.ok()) return status;
+  UpperPanels<double> room;
+  const UpperPanels<double>& u = WideU(factor, room, *context.executor);
+  if (absl::Status status = SolveUpper(u, y, context); !status.ok()) return status;
   result.first_solved.resize(static_cast<size_t>(rows));
   result.offsets = StripMatrix(rows, n);
   context.executor->ParallelFor(y.strips(), [&](int64_t s) {
@@ -232,8 +242,8 @@ absl::StatusOr<LeastSquares> SolveTogether(const Statistics& statistics, const S
       first_row[static_cast<size_t>(i)] = solved->strip(i / kWidth)[i % kWidth];
       first_cross[static_cast<size_t>(i)] = statistics.mismatch->cross[static_cast<size_t>(i * n)];
     }
-    result.first_solved = Dots(weights, first_row);
-    result.first_product = Dots(weights, first_cross);
+    result.first_solved = Dots(weights, first_row, *context.executor);
+    result.first_product = Dots(weights, first_cross, *context.executor);
   }
   result.floor = Removed(factor.d, result.offsets, *context.executor);
   std::vector<int64_t> inexact;

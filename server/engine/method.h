@@ -36,11 +36,16 @@ struct MethodInput {
   EngineSeconds& seconds;
   // Whether what only a certificate needs is wanted: the bits needed (B6).
   bool certified = true;
+  // Row-major [rows, features]: codes that are given, so that the method only measures them on the
+  // grid as it is; null: it chooses.
+  const UnsetVector<uint8_t>* codes = nullptr;
   // What nobody needs afterwards, for the method to take apart: `weights` itself, the factor (null
   // where they are needed or shared), the initial error.
   StripMatrix* spare_weights = nullptr;
   Factor* spare_factor = nullptr;
   bool spare_initial = false;
+  // For dynamic groups; null where steps depend on the weights alone.
+  const StepRules* steps = nullptr;
 };
 
 // Damped squared norms of what error is there before anything is rounded, summed over rows (B3,

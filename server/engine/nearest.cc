@@ -10,7 +10,8 @@ namespace certiq::engine {
 
 NearestRounded RoundAlone(const ResolvedSpec& spec, const std::vector<int64_t>& order,
                           const Grid& grid, const std::vector<double>& feature_norms,
-                          const StripMatrix& weights, const RunContext& context) {
+                          const StripMatrix& weights, const UnsetVector<uint8_t>* codes,
+                          const RunContext& context) {
   const int64_t rows = weights.rows();
   const int64_t features = weights.features();
   NearestRounded result;
@@ -34,7 +35,9 @@ NearestRounded RoundAlone(const ResolvedSpec& spec, const std::vector<int64_t>& 
       const int64_t group = grid.group_of[static_cast<size_t>(j)];
       float code[kStripRows];
       float level[kStripRows];
-      if (spec.rounding == Rounding::kNearest) {
+      if (codes != nullptr) {
+        LoadCodes(*codes, features, first, j, steps, code);
+      } else if (spec.rounding == Rounding::kNearest) {
         NearestCodes(steps, group, v, code);
       } else {
         StochasticCodes(steps, group, v, spec.seed, first,

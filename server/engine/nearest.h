@@ -28,11 +28,13 @@ struct NearestRounded {
   std::vector<double> width;
 };
 
-// Rounds by the spec's rounding rule. `feature_norms` are |X~_j|, 0 for dead features, which take
+// Rounds by the spec's rounding rule, or takes the codes that are given (row-major, working order;
+// null: none are). `feature_norms` are |X~_j|, 0 for dead features, which take
 // no part in the sums; `order` as in SweepRules.
 NearestRounded RoundAlone(const ResolvedSpec& spec, const std::vector<int64_t>& order,
                           const Grid& grid, const std::vector<double>& feature_norms,
-                          const StripMatrix& weights, const RunContext& context);
+                          const StripMatrix& weights, const UnsetVector<uint8_t>* codes,
+                          const RunContext& context);
 
 }  // namespace certiq::engine
 

@@ -11,7 +11,8 @@ namespace certiq::engine {
 absl::StatusOr<MethodOutput> Optq(const MethodInput& input, const Factor& factor, double lambda,
                                   Grid& grid, const RunContext& context) {
   const int64_t first_dynamic = input.spec.group_scales == GroupScales::kDynamic ? 0 : grid.groups;
-  absl::StatusOr<MethodOutput> output = Sweep(input, factor, first_dynamic, nullptr, grid, context);
+  absl::StatusOr<MethodOutput> output =
+      Sweep(input, factor, first_dynamic, nullptr, nullptr, grid, context);
   if (!output.ok()) return output;
   for (double& bound : output->bound) bound = std::sqrt(bound);
   if (!input.statistics.mismatch.has_value()) {

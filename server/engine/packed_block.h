@@ -43,15 +43,25 @@ class PackedBlock {
   int64_t depth() const { return depth_; }
 
   // out [kPanelRows][kStrip] += A x for strips x [depth][kStrip], `x_step` and `out_step` elements
-  // apart.
-  void AddProducts(int64_t strips, const T* x, int64_t x_step, T* out, int64_t out_step) const {
+  // apart. `upper`: the first slice is zero below its diagonal.
+  void AddProducts(bool upper, int64_t strips, const T* x, int64_t x_step, T* out,
+                   int64_t out_step) const {
     for (int64_t k0 = 0; k0 < depth_; k0 += kSlice) {
       const int64_t columns = std::min(kSlice, depth_ - k0);
+      Ahead next_slice(values_.data() + (k0 + kSlice) * kPanelRows,
+                       kSlice * kPanelRows * static_cast<int64_t>(sizeof(T)) / (kGroups * strips));
       for (int64_t s = 0; s < strips; ++s) {
+        Ahead next(s + 1 < strips ? x + (s + 1) * x_step + k0 * kStrip<T>
+                                  : x + std::min(k0 + kSlice, depth_) * kStrip<T>,
+                   kSlice * kStrip<T> * static_cast<int64_t>(sizeof(T)) / kGroups);
         for (int64_t g = 0; g < kGroups; ++g) {
-          MultiplyIntoStrip(kMicroRows, columns,
-                            values_.data() + k0 * kPanelRows + g * columns * kMicroRows,
-                            int64_t{kMicroRows}, int64_t{1}, x + s * x_step + k0 * kStrip<T>,
+          next.FetchPart();
+          next_slice.FetchPart();
+          const int64_t first = upper && k0 == 0 ? std::min(g * kMicroRows, columns) : 0;
+          MultiplyIntoStrip(kMicroRows, columns - first,
+                            values_.data() + k0 * kPanelRows + (g * columns + first) * kMicroRows,
+                            int64_t{kMicroRows}, int64_t{1},
+                            x + s * x_step + (k0 + first) * kStrip<T>,
                             out + s * out_step + g * kMicroRows * kStrip<T>);
         }
       }

@@ -44,16 +44,18 @@ absl::StatusOr<MethodOutput> Qronos(const MethodInput& input, const Factor& fact
   // The sweep may take W.
   std::vector<float> first_weight(static_cast<size_t>(grid.rows));
   std::vector<float> first_offset(first_weight.size());
+  FirstError first{d1, std::vector<double>(first_weight.size())};
   for (int64_t r = 0; r < grid.rows; ++r) {
     const auto at = static_cast<size_t>(r);
     first_weight[at] = input.weights.strip(r / width)[r % width];
     first_offset[at] = static_cast<float>(solved->first_product[at] / h11);
     solved->offsets.strip(r / width)[r % width] = first_offset[at];
+    first.shift[at] = solved->first_solved[at] / factor.d[0];
   }
 
   const int64_t first_dynamic = input.spec.group_scales == GroupScales::kDynamic ? 1 : grid.groups;
   absl::StatusOr<MethodOutput> output =
-      Sweep(input, factor, first_dynamic, &solved->offsets, grid, context);
+      Sweep(input, factor, first_dynamic, &solved->offsets, &first, grid, context);
   if (!output.ok()) return output;
 
   InitialTerms& terms = output->terms.emplace();
@@ -61,7 +63,7 @@ absl::StatusOr<MethodOutput> Qronos(const MethodInput& input, const Factor& fact
     const auto at = static_cast<size_t>(r);
     const float w1 = first_weight[at];
     const float q1 = grid.Level(r, 0, output->codes[static_cast<size_t>(r * n)]);
-    const double best = solved->first_solved[at] / factor.d[0];
+    const double best = first.shift[at];
     const double left = static_cast<double>(w1) - static_cast<double>(q1) + best;
     const double initial = solved->floor[at] + d1 * left * left;
     const double moved = best - solved->first_product[at] / h11;

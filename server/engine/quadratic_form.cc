@@ -116,7 +116,7 @@ absl::StatusOr<std::vector<double>> Forms(const FormSource& source, const UpperP
     ForTiles(rows.strips(), *context.executor, [&](int64_t first, int64_t last) {
       AlignedVector<T> products(static_cast<size_t>((last - first) * kPanelRows * kWidth));
       const T* x = rows.strip(first) + s.begin(p) * kWidth;
-      panel.AddProducts(last - first, x, rows.features() * kWidth, products.data(),
+      panel.AddProducts(/*upper=*/true, last - first, x, rows.features() * kWidth, products.data(),
                         kPanelRows * kWidth);
       for (int64_t strip = first; strip < last; ++strip) {
         const T* left = rows.strip(strip) + s.begin(p) * kWidth;
@@ -158,7 +158,7 @@ absl::StatusOr<BasicStripMatrix<double>> TimesSquare(const BasicStripMatrix<doub
                                                      const std::vector<double>& k, Phase phase,
                                                      const RunContext& context) {
   const int64_t n = w.features();
-  BasicStripMatrix<double> product(w.rows(), n);
+  auto product = BasicStripMatrix<double>::Unset(w.rows(), n);
   // A block of columns of K at a time.
   PackedBlock<double> block(n);
   for (int64_t j0 = 0; j0 < n; j0 += kPanelRows) {
@@ -176,8 +176,8 @@ absl::StatusOr<BasicStripMatrix<double>> TimesSquare(const BasicStripMatrix<doub
     ForTiles(w.strips(), *context.executor, [&](int64_t first, int64_t last) {
       AlignedVector<double> products(
           static_cast<size_t>((last - first) * kPanelRows * kStrip<double>));
-      block.AddProducts(last - first, w.strip(first), n * kStrip<double>, products.data(),
-                        kPanelRows * kStrip<double>);
+      block.AddProducts(/*upper=*/false, last - first, w.strip(first), n * kStrip<double>,
+                        products.data(), kPanelRows * kStrip<double>);
       for (int64_t s = first; s < last; ++s) {
         std::copy_n(products.data() + (s - first) * kPanelRows * kStrip<double>,
                     live * kStrip<double>, product.strip(s) + j0 * kStrip<double>);

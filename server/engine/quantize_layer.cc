@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <exception>
-#include <limits>
 #include <new>
 #include <optional>
 #include <utility>
@@ -10,11 +9,14 @@
 #include "absl/strings/str_cat.h"
 #include "engine/certify.h"
 #include "engine/fit.h"
+#include "engine/ladder.h"
 #include "engine/nearest.h"
+#include "engine/polish.h"
 #include "engine/quadratic_form.h"
 #include "engine/rounding.h"
 #include "engine/simd.h"
 #include "engine/status.h"
+#include "engine/step_objective.h"
 #include "engine/stopwatch.h"
 
 namespace certiq::engine {
@@ -22,9 +24,6 @@ namespace {
 
 // Qronos' customary damping, alpha of arXiv 2505.11695.
 constexpr double kQronosSigma = 1e-6;
-// Rows on which the steps of a ladder are run and judged. What is compared are sums of the errors
-// of so many rows on the same tokens.
-constexpr int64_t kLadderRows = 256;
 
 absl::Status CheckProblem(const LayerProblem& problem) {
   if (problem.weights.rows() < 1 || problem.weights.features() < 1) {
@@ -73,120 +72,6 @@ void DecideDamping(const LayerProblem& problem, ResolvedSpec& spec, LayerCertifi
       "held_out_fraction, or a larger damping");
 }
 
-// Tokens that no part of a fit has seen, in the order of its features.
-struct Unseen {
-  SharedStatistics sums;
-  // Of W on them, where inputs are mismatched.
-  std::optional<InitialError> initial;
-  // |X W^T|^2 on them.
-  double energy = 0;
-};
-
-absl::StatusOr<Unseen> MakeUnseen(SharedStatistics held_out, const WorkingLayer& layer,
-                                  const RunContext& context) {
-  Unseen unseen;
-  unseen.sums =
-      layer.order.empty()
-          ? std::move(held_out)
-          : std::make_shared<const Statistics>(Permute(*held_out, layer.order, *context.executor));
-  if (unseen.sums->mismatch.has_value()) {
-    auto initial = ComputeInitialError(*unseen.sums, Widen(layer.reference, *context.executor),
-                                       Phase::kCertify, context);
-    if (!initial.ok()) return initial.status();
-    unseen.initial = *std::move(initial);
-  }
-  const auto energies = ReferenceEnergies(*unseen.sums, layer.reference, Phase::kCertify, context);
-  if (!energies.ok()) return energies.status();
-  unseen.energy = Sum(*energies);
-  return unseen;
-}
-
-// Relative error of the fit on them.
-absl::StatusOr<double> UnseenError(const Unseen& unseen, const WorkingLayer& layer, const Fit& fit,
-                                   const RunContext& context) {
-  const auto errors = SquaredErrors(*unseen.sums, layer.reference, fit.output.change,
-                                    unseen.initial.has_value() ? &*unseen.initial : nullptr,
-                                    Phase::kCertify, context);
-  if (!errors.ok()) return errors.status();
-  return RelativeError(Sum(*errors), unseen.energy);
-}
-
-double FactorFlops(const Fit& fit, int64_t features) {
-  const auto n = static_cast<double>(features);
-  return static_cast<double>(fit.factorisations) * n * n * n / 3;
-}
-
-// The part of a grid that belongs to some of `all` rows.
-std::shared_ptr<const ExplicitGrid> SelectRows(const ExplicitGrid& grid,
-                                               const std::vector<int64_t>& rows, int64_t all) {
-  ExplicitGrid selected = grid;
-  selected.scales.clear();
-  selected.zero_points.clear();
-  const auto groups = static_cast<int64_t>(grid.scales.size()) / all;
-  for (const int64_t row : rows) {
-    for (int64_t at = row * groups; at < (row + 1) * groups; ++at) {
-      selected.scales.push_back(grid.scales[static_cast<size_t>(at)]);
-      if (!grid.zero_points.empty()) {
-        selected.zero_points.push_back(grid.zero_points[static_cast<size_t>(at)]);
-      }
-    }
-  }
-  return std::make_shared<const ExplicitGrid>(std::move(selected));
-}
-
-// (V2) one run a step of the ladder, fitted without the held-out tokens and
-// judged on them, on a sample of rows. Returns lambda as a multiple of trace / N.
-absl::StatusOr<double> ClimbLadder(const LayerProblem& problem, const ResolvedSpec& spec,
-                                   const RunContext& context, LayerCertificate& certificate) {
-  const std::vector<int64_t> rows = EvenlySpaced(kLadderRows, problem.weights.rows());
-  WorkingLayer layer =
-      MakeWorkingLayer(spec, problem.statistics, SelectRows(problem.weights, rows), context);
-  layer.factors = problem.factors;
-  certificate.held_out_rows = static_cast<int64_t>(rows.size());
-  const double unit = MeanDiagonal(layer.statistics().gram);
-  const absl::StatusOr<Unseen> unseen = MakeUnseen(problem.held_out, layer, context);
-  if (!unseen.ok()) return unseen.status();
-  ResolvedSpec step_spec = spec;
-  step_spec.on_failure = OnFailure::kFail;
-  if (spec.grid != nullptr) step_spec.grid = SelectRows(*spec.grid, rows, problem.weights.rows());
-  double best_ratio = 0;
-  double least = std::numeric_limits<double>::infinity();
-  absl::Status last;
-  std::vector<StabilityCause>& failures = certificate.ladder_failures;
-  for (const double ratio : spec.damping_ladder) {
-    absl::StatusOr<Fit> fit =
-        RunFit(step_spec, layer, ratio * unit, {.certified = false, .consume_factor = true},
-               context, certificate.seconds);
-    if (!fit.ok()) {
-      // A step that cannot be factored is not a candidate.
-      if (!PreconditionOf(fit.status()).has_value()) return fit.status();
-      last = fit.status();
-      const std::vector<StabilityCause> causes = FailedAttemptsOf(last);
-      failures.insert(failures.end(), causes.begin(), causes.end());
-      certificate.warnings.push_back(
-          absl::StrCat("ladder step ", ratio, " was left out: ", last.message()));
-      continue;
-    }
-    for (const DampingAttempt& attempt : fit->damping->attempts) {
-      if (attempt.cause != StabilityCause::kNone) failures.push_back(attempt.cause);
-    }
-    certificate.factor_flops += FactorFlops(*fit, layer.statistics().features());
-    const absl::StatusOr<double> error = UnseenError(*unseen, layer, *fit, context);
-    if (!error.ok()) return error.status();
-    certificate.ladder.push_back({fit->damping->lambda_used, *error});
-    if (*error < least) {
-      least = *error;
-      best_ratio = fit->damping->lambda_used / unit;
-    }
-  }
-  if (certificate.ladder.empty()) {
-    AttachFailedAttempts(failures, last);
-    return last;
-  }
-  certificate.held_out_relative_error = least;
-  return best_ratio;
-}
-
 // Codes and groups back in the original order of features.
 void RestoreOrder(const std::vector<int64_t>& order, Executor& executor, Grid& grid,
                   UnsetVector<uint8_t>& codes) {
@@ -195,7 +80,10 @@ void RestoreOrder(const std::vector<int64_t>& order, Executor& executor, Grid& g
   executor.ParallelFor(grid.rows, [&](int64_t r) {
     std::vector<uint8_t> row(order.size());
     uint8_t* worked = codes.data() + r * features;
-    for (int64_t i = 0; i < features; ++i) row[static_cast<size_t>(order[i])] = worked[i];
+    // Locals: a byte that is written may be part of anything else.
+    uint8_t* restored = row.data();
+    const int64_t* place = order.data();
+    for (int64_t i = 0; i < features; ++i) restored[place[i]] = worked[i];
     std::copy(row.begin(), row.end(), worked);
   });
   std::vector<int32_t> group_of(order.size());
@@ -224,7 +112,7 @@ absl::Status CompareNearest(const ResolvedSpec& spec, const WorkingLayer& layer,
   nearest.rounding = Rounding::kNearest;
   const std::vector<double> norms(layer.dead.size());
   const NearestRounded rounded =
-      RoundAlone(nearest, layer.order, fit.grid, norms, layer.weights(), context);
+      RoundAlone(nearest, layer.order, fit.grid, norms, layer.weights(), nullptr, context);
   const auto errors = SquaredErrors(layer.statistics(), layer.reference, rounded.change,
                                     layer.initial.has_value() ? &*layer.initial : nullptr,
                                     Phase::kReference, context);
@@ -245,7 +133,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   double value = spec.damping_value;
   bool with_held_out = false;
   if (rule == DampingRule::kHeldOut && spec.method != Method::kNearest) {
-    const absl::StatusOr<double> ratio = ClimbLadder(problem, spec, context, certificate);
+    const absl::StatusOr<double> ratio = ChooseDamping(problem, spec, context, certificate);
     if (!ratio.ok()) return ratio.status();
     // The final run uses all tokens with the ratio found.
     problem.statistics = std::make_shared<const Statistics>(
@@ -289,12 +177,9 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
       spec, layer, lambda, {.consume_factor = true, .consume_weights = !spec.compare_nearest},
       context, certificate.seconds);
   if (!fit.ok()) return fit.status();
-  const auto n = static_cast<double>(certificate.features);
   certificate.factor_flops += FactorFlops(*fit, certificate.features);
   if (fit->damping->factor.has_value()) {
-    const auto sampled = static_cast<double>(certificate.ladder.size()) *
-                         static_cast<double>(certificate.held_out_rows);
-    certificate.round_flops = (static_cast<double>(certificate.rows) + sampled) * n * n;
+    certificate.round_flops += SweepFlops(spec, *fit, certificate.rows, certificate.features);
   }
 
   if (spec.compare_nearest) {
@@ -323,6 +208,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   const std::vector<int64_t> order = std::move(layer.order);
   layer = WorkingLayer();
   RestoreOrder(order, *context.executor, fit->grid, fit->output.codes);
+  TurnMirrored(spec, *context.executor, fit->grid, fit->output.codes);
   {
     const Stopwatch watch(certificate.seconds.pack);
     result.tensors =
@@ -361,12 +247,17 @@ int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool
   const int64_t copies =
       (spec.order == Order::kNatural ? 1 : 2) + (spec.NeedsHeldOut() ? 1 : 0) + (held_out ? 1 : 0);
   // W, and with dead features W without them; in another order both for a moment.
+  const bool new_steps = spec.group_scales == GroupScales::kDynamic || spec.scale_trials > 1;
+  // Polish keeps W and what it found while the sweep measures that.
   const int64_t weight_copies = 2 + (spec.order == Order::kNatural ? 0 : 1) +
-                                (spec.compare_nearest ? 1 : 0) +
-                                (spec.group_scales == GroupScales::kDynamic ? 1 : 0);
+                                (spec.compare_nearest ? 1 : 0) + (new_steps ? 1 : 0) +
+                                (spec.polish > 0 ? 1 : 0);
+  const int64_t polish =
+      spec.polish > 0 ? PolishBytes(features) + 2 * codes + grid + (mismatched ? wide : 0) : 0;
   const int64_t rounding = copies * sums + triangle + FeedbackColumns::BytesFor(features) +
                            weight_copies * weights + (mismatched ? (held_out ? 5 : 3) * wide : 0) +
-                           codes + grid + groups * features * 8;
+                           codes + grid + groups * features * 8 + polish +
+                           StepObjective::BytesFor(spec, rows, features, mismatched);
   const int64_t packing = codes + 2 * grid + rows * features * 8 + features * 8;
   // Columns of U that wait while factoring (four panels), a packed panel of a quadratic form,
   // per-row results, and small change.

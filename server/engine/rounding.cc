@@ -5,180 +5,17 @@
 #include <cstring>
 #include <mutex>
 
-#include "engine/code_strip.h"
-#include "engine/feedback_kernel.h"
-#include "engine/simd.h"
+#include "engine/strip_sweep.h"
 
 namespace certiq::engine {
 namespace {
 
-// Rows of a task: more rows share each slice of U, fewer balance better. With 4096 features 128
-// rows of targets are 2 MiB, which a third-level cache holds for every thread.
-constexpr int64_t kTileRows = 128;
+// Rows of a task: more rows share each slice of U, fewer balance better. With 4096 features 256
+// rows of targets are 4 MiB, which a third-level cache holds for every thread.
+constexpr int64_t kTileRows = 256;
 // Tiles are smaller where there are fewer rows than this many tiles.
 constexpr int64_t kWantedTiles = 16;
 static_assert(kTileRows % kStripRows == 0);
-
-// The sweep over one strip of rows. `w` is the strip of weights, which turns
-// into weights minus levels from the left; `v` [kPanelRows][kStripRows] is
-// the block being rounded, weights and offsets plus the feedback heard so far.
-class StripSweep {
- public:
-  StripSweep(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
-             const std::vector<double>& d, const Grid& grid, int64_t first_row, float* w)
-      : spec_(spec),
-        rules_(rules),
-        u_(u),
-        d_(d),
-        group_of_(grid.group_of),
-        first_row_(first_row),
-        steps_(grid, first_row),
-        w_(w),
-        offsets_(rules.offsets == nullptr ? nullptr : rules.offsets->strip(first_row / kStripRows)),
-        v_(static_cast<size_t>(kPanelRows * kStripRows)),
-        codes_(static_cast<size_t>(kPanelRows * kStripRows)) {}
-
-  // Loads what block b starts from.
-  void Begin(int64_t b) {
-    begin_ = b * kPanelRows;
-    const int64_t values = std::min(kPanelRows, u_.features() - begin_) * kStripRows;
-    std::copy_n(w_ + begin_ * kStripRows, values, v_.data());
-    if (offsets_ == nullptr) return;
-    const float* offsets = offsets_ + begin_ * kStripRows;
-    for (int64_t i = 0; i < values; ++i) v_[static_cast<size_t>(i)] += offsets[i];
-  }
-
-  // Adds the feedback of columns [k0, k1), all before the block, to the whole block.
-  void Hear(int64_t b, int64_t k0, int64_t k1) { HearBlock(u_, b, k0, k1, w_, v_.data()); }
-
-  // Adds the feedback of the block's columns before micro-group g to that group.
-  void HearWithin(int64_t b, int64_t g) {
-    const int64_t first = g * kMicroRows;
-    if (g > 0) HearSlice(u_, b, g, begin_, begin_ + first, w_, v_.data() + first * kStripRows);
-  }
-
-  // Rounds column j of block b and tells the rest of its micro-group.
-  void RoundColumn(int64_t b, int64_t j) {
-    if (StartsDynamicGroup(begin_ + j)) FitGroup(j);
-    float* v = v_.data() + j * kStripRows;
-    const int64_t column = begin_ + j;
-    const int64_t group = group_of_[static_cast<size_t>(column)];
-    alignas(kVectorBytes) float code[kStripRows];
-    alignas(kVectorBytes) float level[kStripRows];
-    if (spec_.rounding == Rounding::kNearest) {
-      NearestCodes(steps_, group, v, code);
-    } else {
-      const int64_t original = rules_.order == nullptr || rules_.order->empty()
-                                   ? column
-                                   : (*rules_.order)[static_cast<size_t>(column)];
-      StochasticCodes(steps_, group, v, spec_.seed, first_row_, original, code);
-    }
-    AddRounded(steps_, group, spec_.rounding, d_[static_cast<size_t>(column)], v, code, level,
-               sums_);
-    float* change = w_ + column * kStripRows;
-    for (int64_t c = 0; c < kStripRows; ++c) change[c] -= level[c];
-    const int64_t g = j / kMicroRows;
-    const float* feedback = FeedbackRow(u_, b, g, column);
-    for (int64_t k = j + 1; k < (g + 1) * kMicroRows; ++k) {
-      float* later = v_.data() + k * kStripRows;
-      const float scalar = feedback[k - g * kMicroRows];
-      for (int64_t c = 0; c < kStripRows; ++c) later[c] += scalar * change[c];
-    }
-    uint8_t* codes = codes_.data() + j * kStripRows;
-    for (int64_t c = 0; c < kStripRows; ++c) {
-      codes[c] = static_cast<uint8_t>(static_cast<int32_t>(code[c]));
-    }
-  }
-
-  const StripSums& sums() const { return sums_; }
-  const StripGrid& steps() const { return steps_; }
-  // Codes of the block, [columns][kStripRows].
-  const uint8_t* codes() const { return codes_.data(); }
-
- private:
-  bool StartsDynamicGroup(int64_t column) const {
-    const int32_t group = group_of_[static_cast<size_t>(column)];
-    return group >= rules_.first_dynamic_group &&
-           (column == 0 || group_of_[static_cast<size_t>(column - 1)] != group);
-  }
-
-  // P of (S5), o_j + sum_{k < start} (w_k - q_k) U_kj, for the columns j of group g of `block`,
-  // which is the one at hand or a later one.
-  void FeedbackBefore(int64_t start, int64_t block, int64_t g, float* p) const {
-    const int64_t first = block * kPanelRows + g * kMicroRows;
-    if (block * kPanelRows != begin_) {
-      for (int64_t i = 0; i < kMicroRows * kStripRows; ++i) {
-        const bool there = offsets_ != nullptr && first + i / kStripRows < u_.features();
-        p[i] = there ? offsets_[first * kStripRows + i] : 0.0f;
-      }
-      HearGroup(u_, block, g, 0, start, w_, p);
-      return;
-    }
-    // Has heard what is before the block.
-    const float* v = v_.data() + (first - begin_) * kStripRows;
-    for (int64_t i = 0; i < kMicroRows * kStripRows; ++i) {
-      p[i] = first + i / kStripRows < u_.features() ? v[i] - w_[first * kStripRows + i] : 0.0f;
-    }
-    // Its own group has been told column by column.
-    if (first > start) HearGroup(u_, block, g, begin_, start, w_, p);
-  }
-
-  // The step of the group that starts at column s0 of the block, from the
-  // updated weights v* = w + P U_gg^-1.
-  void FitGroup(int64_t s0) {
-    const int64_t start = begin_ + s0;
-    const int32_t group = group_of_[static_cast<size_t>(start)];
-    int64_t end = start;
-    while (end < u_.features() && group_of_[static_cast<size_t>(end)] == group) ++end;
-    std::vector<float> moved(static_cast<size_t>((end - start) * kStripRows));
-    alignas(kVectorBytes) float p[kMicroRows * kStripRows];
-    for (int64_t at = start; at < end;) {
-      const int64_t block = at / kPanelRows;
-      const int64_t g = at % kPanelRows / kMicroRows;
-      const int64_t first = block * kPanelRows + g * kMicroRows;
-      const int64_t stop = std::min(end, first + kMicroRows);
-      FeedbackBefore(start, block, g, p);
-      std::copy(p + (at - first) * kStripRows, p + (stop - first) * kStripRows,
-                moved.data() + (at - start) * kStripRows);
-      at = stop;
-    }
-    // x U_gg = P from the left, in place.
-    for (int64_t j = 1; j < end - start; ++j) {
-      const int64_t block = (start + j) / kPanelRows;
-      const int64_t lane = (start + j) % kMicroRows;
-      const int64_t g = (start + j) % kPanelRows / kMicroRows;
-      float* x = moved.data() + j * kStripRows;
-      for (int64_t k = 0; k < j; ++k) {
-        const float feedback = FeedbackRow(u_, block, g, start + k)[lane];
-        for (int64_t c = 0; c < kStripRows; ++c)
-          x[c] -= feedback * moved[static_cast<size_t>(k * kStripRows + c)];
-      }
-    }
-    std::vector<float> updated(static_cast<size_t>(end - start));
-    for (int64_t c = 0; c < kStripRows; ++c) {
-      for (int64_t j = 0; j < end - start; ++j) {
-        updated[static_cast<size_t>(j)] =
-            w_[(start + j) * kStripRows + c] + moved[static_cast<size_t>(j * kStripRows + c)];
-      }
-      steps_.Set(group, c, FitStep(spec_, updated.data(), end - start));
-    }
-  }
-
-  const ResolvedSpec& spec_;
-  const SweepRules& rules_;
-  const FeedbackColumns& u_;
-  const std::vector<double>& d_;
-  const std::vector<int32_t>& group_of_;
-  int64_t first_row_;
-  StripGrid steps_;
-  float* w_;
-  // Null: none.
-  const float* offsets_;
-  AlignedVector<float> v_;
-  AlignedVector<uint8_t> codes_;
-  StripSums sums_;
-  int64_t begin_ = 0;
-};
 
 // Eight rows of eight bytes to eight columns.
 void TransposeBytes(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
@@ -213,10 +50,30 @@ void CopyCodes(const uint8_t* codes, int64_t columns, int64_t live, int64_t feat
   }
 }
 
-// Copies what a strip's sweep found into the layer's results.
-void Collect(const StripSweep& sweep, int64_t first_row, int64_t live, bool dynamic, Grid& grid,
-             Rounded& result) {
-  const StripSums& sums = sweep.sums();
+// What a strip's sweep found, row by row the best of several where there are several.
+struct StripResult {
+  StripSums sums;
+  StripGrid steps;
+
+  // Takes row c of another strip's result.
+  void TakeRow(int64_t c, const StripSweep& sweep) {
+    const StripSums& from = sweep.sums();
+    sums.damped[c] = from.damped[c];
+    sums.bound[c] = from.bound[c];
+    sums.widest[c] = from.widest[c];
+    sums.clipped_reach[c] = from.clipped_reach[c];
+    sums.clipped[c] = from.clipped[c];
+    sums.overshoot[c] = from.overshoot[c];
+    for (auto at = static_cast<size_t>(c); at < steps.scale.size(); at += kStripRows) {
+      steps.scale[at] = sweep.steps().scale[at];
+      steps.zero[at] = sweep.steps().zero[at];
+    }
+  }
+};
+
+// Copies what a strip's sweep found into the layer's results, and its steps where they are new.
+void Collect(const StripSums& sums, const StripGrid& steps, int64_t first_row, int64_t live,
+             bool new_steps, Grid& grid, Rounded& result) {
   for (int64_t c = 0; c < live; ++c) {
     const auto r = static_cast<size_t>(first_row + c);
     result.damped[r] = sums.damped[c];
@@ -224,15 +81,156 @@ void Collect(const StripSweep& sweep, int64_t first_row, int64_t live, bool dyna
     result.clipped[r] = sums.clipped[c];
     result.widest[r] = sums.widest[c];
     result.clipped_reach[r] = sums.clipped_reach[c];
-    if (!dynamic) continue;
+    if (!new_steps) continue;
     for (int64_t g = 0; g < grid.groups; ++g) {
       const auto from = static_cast<size_t>(g * kStripRows + c);
       const auto to = static_cast<size_t>((first_row + c) * grid.groups + g);
-      grid.scale[to] = sweep.steps().scale[from];
-      grid.zero[to] = static_cast<int32_t>(sweep.steps().zero[from]);
+      grid.scale[to] = steps.scale[from];
+      grid.zero[to] = static_cast<int32_t>(steps.zero[from]);
     }
   }
 }
+
+// Some strips of rows that pass through the sweep together.
+class Tile {
+ public:
+  Tile(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
+       const std::vector<double>& d, const DiagonalMetric& metric, Grid& grid, int64_t first_strip,
+       int64_t strips, StripMatrix& weights)
+      : spec_(spec),
+        rules_(rules),
+        u_(u),
+        d_(d),
+        metric_(metric),
+        grid_(grid),
+        first_(first_strip),
+        strips_(strips),
+        weights_(weights) {}
+
+  // One sweep of all strips, with every step times `multiplier`. `w` is the tile's weights, which
+  // turn into weights minus levels; codes go to rows of `codes`. `done` is called after each block.
+  // Without strips where it was cancelled.
+  template <typename Done>
+  std::vector<StripSweep> SweepOnce(float multiplier, float* w, uint8_t* codes,
+                                    const RunContext& context, const Done& done) const {
+    std::vector<StripSweep> sweeps;
+    sweeps.reserve(static_cast<size_t>(strips_));
+    for (int64_t s = 0; s < strips_; ++s) {
+      sweeps.emplace_back(spec_, rules_, u_, d_, metric_, grid_, (first_ + s) * kStripRows,
+                          multiplier, w + s * StripSize());
+    }
+    for (int64_t b = 0; b < u_.blocks(); ++b) {
+      if (context.cancelled()) return {};
+      const int64_t begin = b * kPanelRows;
+      const int64_t columns = u_.end(b) - begin;
+      for (StripSweep& sweep : sweeps) sweep.Begin(b);
+      HearBefore(u_, b, sweeps);
+      for (int64_t g = 0; g * kMicroRows < columns; ++g) {
+        for (StripSweep& sweep : sweeps) sweep.HearWithin(b, g);
+        // Column by column over all strips: each waits for its own column before only.
+        for (int64_t j = g * kMicroRows; j < std::min((g + 1) * kMicroRows, columns); ++j) {
+          for (StripSweep& sweep : sweeps) sweep.RoundColumn(b, j);
+        }
+      }
+      for (int64_t s = 0; s < strips_; ++s) {
+        CopyCodes(sweeps[static_cast<size_t>(s)].codes(), columns, Live(s), u_.features(),
+                  codes + s * kStripRows * u_.features() + begin);
+      }
+      done();
+    }
+    return sweeps;
+  }
+
+  // The spec's sweep, or for every row the best of the trials.
+  template <typename Done>
+  void Sweep(Rounded& result, const RunContext& context, const Done& done) {
+    const int64_t features = u_.features();
+    uint8_t* const codes = result.codes.data() + first_ * kStripRows * features;
+    float* const w = weights_.strip(first_);
+    if (rules_.multipliers.empty()) {
+      const std::vector<StripSweep> sweeps = SweepOnce(1, w, codes, context, done);
+      const bool dynamic = rules_.first_dynamic_group < grid_.groups;
+      for (size_t s = 0; s < sweeps.size(); ++s) {
+        Finish(static_cast<int64_t>(s), sweeps[s].sums(), sweeps[s].steps(), dynamic, result);
+      }
+      return;
+    }
+    const AlignedVector<float> start(w, w + strips_ * StripSize());
+    AlignedVector<float> tried(start.size());
+    UnsetVector<uint8_t> tried_codes(static_cast<size_t>(Row(strips_) * features));
+    std::vector<StripResult> best;
+    std::vector<double> errors(static_cast<size_t>(strips_ * kStripRows));
+    for (const float multiplier : rules_.multipliers) {
+      std::copy(start.begin(), start.end(), tried.begin());
+      const std::vector<StripSweep> sweeps =
+          SweepOnce(multiplier, tried.data(), tried_codes.data(), context, done);
+      if (sweeps.empty()) return;
+      const bool first = best.empty();
+      for (int64_t s = 0; s < strips_; ++s) {
+        const StripSweep& sweep = sweeps[static_cast<size_t>(s)];
+        if (first) best.push_back({sweep.sums(), sweep.steps()});
+        StripResult& kept = best[static_cast<size_t>(s)];
+        for (int64_t c = 0; c < Live(s); ++c) {
+          const double error =
+              sweep.sums().damped[c] + First(s, c, tried[static_cast<size_t>(s * StripSize() + c)]);
+          double& least = errors[static_cast<size_t>(s * kStripRows + c)];
+          // The first has the scales that were found.
+          if (!first && !(error < least)) continue;
+          least = error;
+          kept.TakeRow(c, sweep);
+          const int64_t row = (s * kStripRows + c) * features;
+          std::copy_n(tried_codes.data() + row, features, codes + row);
+          const float* from = tried.data() + s * StripSize() + c;
+          float* to = w + s * StripSize() + c;
+          for (int64_t j = 0; j < features; ++j) to[j * kStripRows] = from[j * kStripRows];
+        }
+      }
+    }
+    for (int64_t s = 0; s < strips_; ++s) {
+      const StripResult& kept = best[static_cast<size_t>(s)];
+      Finish(s, kept.sums, kept.steps, true, result);
+    }
+  }
+
+  // Of all its rows.
+  double overshoot() const { return overshoot_; }
+
+ private:
+  int64_t StripSize() const { return u_.features() * kStripRows; }
+  // First row of strip s, in the tile; s = strips: the rows it has.
+  int64_t Row(int64_t s) const {
+    return std::min(s * kStripRows, grid_.rows - first_ * kStripRows);
+  }
+  // Rows of strip s that are no padding.
+  int64_t Live(int64_t s) const { return Row(s + 1) - Row(s); }
+
+  // What the first feature adds for row c of strip s, beside its D of zero.
+  double First(int64_t s, int64_t c, float change) const {
+    if (rules_.first == nullptr) return 0;
+    const double shift = rules_.first->shift[static_cast<size_t>((first_ + s) * kStripRows + c)];
+    const double left = static_cast<double>(change) + shift;
+    return rules_.first->d * left * left;
+  }
+
+  void Finish(int64_t s, const StripSums& sums, const StripGrid& steps, bool new_steps,
+              Rounded& result) {
+    Collect(sums, steps, (first_ + s) * kStripRows, Live(s), new_steps, grid_, result);
+    for (int64_t c = 0; c < Live(s); ++c) {
+      overshoot_ = std::max(overshoot_, static_cast<double>(sums.overshoot[c]));
+    }
+  }
+
+  const ResolvedSpec& spec_;
+  const SweepRules& rules_;
+  const FeedbackColumns& u_;
+  const std::vector<double>& d_;
+  const DiagonalMetric& metric_;
+  Grid& grid_;
+  int64_t first_;
+  int64_t strips_;
+  StripMatrix& weights_;
+  double overshoot_ = 0;
+};
 
 }  // namespace
 
@@ -248,60 +246,30 @@ absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules
     sums->resize(static_cast<size_t>(rows));
   }
   result.clipped.resize(static_cast<size_t>(rows));
-  const bool dynamic = rules.first_dynamic_group < grid.groups;
+  const DiagonalMetric metric = rules.first_dynamic_group < grid.groups && HasMetric(spec.scale)
+                                    ? DiagonalMetric(rules.steps->metric)
+                                    : DiagonalMetric();
 
   const int64_t tile_strips =
       std::clamp<int64_t>(weights.strips() / kWantedTiles, 1, kTileRows / kStripRows);
   const int64_t tiles = (weights.strips() + tile_strips - 1) / tile_strips;
+  const int64_t sweeps = std::max<int64_t>(1, static_cast<int64_t>(rules.multipliers.size()));
   std::mutex mutex;
   int64_t blocks_done = 0;
-
-  context.executor->ParallelFor(tiles, [&](int64_t tile) {
-    const int64_t first = tile * tile_strips;
-    const int64_t strips = std::min(tile_strips, weights.strips() - first);
-    std::vector<StripSweep> sweeps;
-    sweeps.reserve(static_cast<size_t>(strips));
-    for (int64_t s = first; s < first + strips; ++s) {
-      sweeps.emplace_back(spec, rules, u, bound_d, grid, s * kStripRows, weights.strip(s));
-    }
-    for (int64_t b = 0; b < u.blocks(); ++b) {
-      if (context.cancelled()) return;
-      const int64_t begin = b * kPanelRows;
-      const int64_t columns = u.end(b) - begin;
-      for (StripSweep& sweep : sweeps) sweep.Begin(b);
-      for (int64_t k0 = 0; k0 < begin; k0 += kSliceRows) {
-        for (StripSweep& sweep : sweeps) sweep.Hear(b, k0, std::min(k0 + kSliceRows, begin));
-      }
-      for (int64_t g = 0; g * kMicroRows < columns; ++g) {
-        for (StripSweep& sweep : sweeps) sweep.HearWithin(b, g);
-        // Column by column over all strips: each waits for its own column before only.
-        for (int64_t j = g * kMicroRows; j < std::min((g + 1) * kMicroRows, columns); ++j) {
-          for (StripSweep& sweep : sweeps) sweep.RoundColumn(b, j);
-        }
-      }
-      for (int64_t s = 0; s < strips; ++s) {
-        const int64_t row = (first + s) * kStripRows;
-        CopyCodes(sweeps[static_cast<size_t>(s)].codes(), columns, std::min(kStripRows, rows - row),
-                  features, result.codes.data() + row * features + begin);
-      }
-      const std::lock_guard<std::mutex> lock(mutex);
-      ++blocks_done;
-      context.Report(Phase::kRound,
-                     static_cast<double>(blocks_done) / static_cast<double>(tiles * u.blocks()));
-    }
-
-    double overshoot = 0;
-    for (int64_t s = 0; s < strips; ++s) {
-      const StripSweep& sweep = sweeps[static_cast<size_t>(s)];
-      const int64_t row = (first + s) * kStripRows;
-      const int64_t live = std::min(kStripRows, rows - row);
-      Collect(sweep, row, live, dynamic, grid, result);
-      for (int64_t c = 0; c < live; ++c) {
-        overshoot = std::max(overshoot, static_cast<double>(sweep.sums().overshoot[c]));
-      }
-    }
+  const auto done = [&] {
     const std::lock_guard<std::mutex> lock(mutex);
-    result.worst_overshoot = std::max(result.worst_overshoot, overshoot);
+    ++blocks_done;
+    context.Report(Phase::kRound, static_cast<double>(blocks_done) /
+                                      static_cast<double>(tiles * u.blocks() * sweeps));
+  };
+
+  context.executor->ParallelFor(tiles, [&](int64_t at) {
+    const int64_t first = at * tile_strips;
+    Tile tile(spec, rules, u, bound_d, metric, grid, first,
+              std::min(tile_strips, weights.strips() - first), weights);
+    tile.Sweep(result, context, done);
+    const std::lock_guard<std::mutex> lock(mutex);
+    result.worst_overshoot = std::max(result.worst_overshoot, tile.overshoot());
   });
   if (context.cancelled()) return context.CancellationStatus();
   return result;

@@ -24,8 +24,8 @@ struct Rounded {
   std::vector<double> damped;
   // sum_j eps_j^2 D_j, eps_j = max(delta_j / 2, |e_j|) widened by the rounding of v_j: (B1).
   std::vector<double> bound;
-  // Weights outside the grid: with nearest rounding |e_j| > (delta_j / 2)(1 + 1e-6), with
-  // stochastic rounding targets beyond the outermost levels.
+  // Weights outside the grid: with nearest rounding |e_j| > (delta_j / 2)(1 + 1e-6) beyond the
+  // outermost code, with stochastic rounding targets beyond the outermost levels.
   std::vector<int32_t> clipped;
   // For (B5), stochastic rounding: max delta_j^2 D_j over what did not clip,
   // and sum |e_j| sqrt(D_j) over what did.
@@ -36,6 +36,13 @@ struct Rounded {
   double worst_overshoot = 0;
 };
 
+// What Qronos' first feature adds to a row's error beside the others: d (w_1 - q_1 + shift)^2.
+struct FirstError {
+  double d = 0;
+  // One a row.
+  std::vector<double> shift;
+};
+
 // How the sweep treats weights.
 struct SweepRules {
   // Working order: feature i is original feature order[i]; empty: natural.
@@ -43,8 +50,19 @@ struct SweepRules {
   // Groups from this one on take their step from the updated weights when
   // the sweep reaches them (dynamic scales); past the last group: none do.
   int64_t first_dynamic_group = 0;
+  // Scale trials: a sweep for each, with every step of a row times this and rounded to the scale's
+  // type; each row keeps the first of those with the least sum_j e_j^2 D_j, which is the true error
+  // (M3), (M7). Empty: one sweep with the steps as they are.
+  std::vector<float> multipliers;
+  // Row-major [rows, features]: codes that are given, so that the sweep only measures them; null:
+  // it chooses.
+  const UnsetVector<uint8_t>* codes = nullptr;
   // What is added to every target beside the feedback, o below; null: nothing.
   const StripMatrix* offsets = nullptr;
+  // What D_1 = 0 leaves out of sums where there are offsets, to compare trials; null: nothing.
+  const FirstError* first = nullptr;
+  // What dynamic steps are found by; needed where the rule looks at more than the weights.
+  const StepRules* steps = nullptr;
 };
 
 // (M2) for every row: v_j = w_j + o_j + sum_{k<j} (w_k - q_k) U_kj, q_j = Q(v_j), e_j = v_j - q_j,

@@ -1,10 +1,12 @@
 #include "engine/spec.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "engine/preset.h"
 #include "engine/status.h"
 
 namespace certiq::engine {
@@ -12,23 +14,10 @@ namespace {
 
 // Each step of the ladder is a run of its own.
 constexpr size_t kMaxLadder = 32;
-
-absl::Status NotBuilt(absl::string_view field, absl::string_view value) {
-  return FieldError(
-      absl::StatusCode::kUnimplemented, field,
-      absl::StrCat(value, " is part of the contract but this server does not offer it yet"));
-}
-
-// (S3)-(S7) are not built yet.
-absl::Status CheckOffered(const QuantizationSpec& spec) {
-  const ScaleRule scale = spec.scale.value_or(ScaleRule::kAbsmax);
-  if (scale == ScaleRule::kPiso) return NotBuilt("spec.scale", "SCALE_RULE_PISO");
-  if (scale == ScaleRule::kCompensated) return NotBuilt("spec.scale", "SCALE_RULE_COMPENSATED");
-  if (spec.scale_trials.has_value()) return NotBuilt("spec.scale_trials", "a scale trial");
-  if (spec.polish.value_or(0) != 0) return NotBuilt("spec.polish", "polish above 0");
-  if (spec.quality.has_value()) return NotBuilt("spec.quality", "a quality preset");
-  return absl::OkStatus();
-}
+constexpr int32_t kMaxPasses = 64;
+// Each trial is a sweep of its own.
+constexpr int32_t kMaxTrials = 32;
+constexpr int32_t kMaxPolish = 64;
 
 bool IsPacked(Format format) {
   return format == Format::kGptq || format == Format::kGptqV2 ||
@@ -75,6 +64,12 @@ absl::Status ResolveDamping(const QuantizationSpec& spec, ResolvedSpec& resolved
     return InvalidField("spec.damping.held_out.ladder",
                         absl::StrCat("expected finite numbers above 0, got ", step));
   }
+  resolved.damping_climb = spec.damping_climb.value_or(false);
+  const std::vector<double>& ladder = resolved.damping_ladder;
+  if (resolved.damping_climb && !std::is_sorted(ladder.begin(), ladder.end())) {
+    return InvalidField("spec.damping.held_out.ladder",
+                        "expected rising numbers, which can be climbed");
+  }
   resolved.max_attempts = spec.max_attempts.value_or(5);
   if (resolved.max_attempts < 1 || resolved.max_attempts > 20) {
     return InvalidField("spec.damping.max_attempts",
@@ -90,6 +85,61 @@ absl::Status ResolveDamping(const QuantizationSpec& spec, ResolvedSpec& resolved
   return absl::OkStatus();
 }
 
+// What only SCALE_RULE_PISO has.
+absl::Status ResolvePiso(const QuantizationSpec& spec, ResolvedSpec& resolved) {
+  if (resolved.scale != ScaleRule::kPiso) {
+    if (spec.scale_objective.has_value()) {
+      return InvalidField("spec.scale_objective", "expected SCALE_RULE_PISO with an objective");
+    }
+    if (spec.scale_passes.has_value()) {
+      return InvalidField("spec.scale_passes", "expected SCALE_RULE_PISO with passes");
+    }
+    return absl::OkStatus();
+  }
+  const bool nearest = resolved.method == Method::kNearest;
+  resolved.scale_objective = spec.scale_objective.value_or(
+      nearest ? ScaleObjective::kMixed : ScaleObjective::kQuantizedInputs);
+  resolved.scale_passes = spec.scale_passes.value_or(nearest && resolved.group_size != 0 ? 3 : 0);
+  if (resolved.scale_passes < 0 || resolved.scale_passes > kMaxPasses) {
+    return InvalidField("spec.scale_passes", absl::StrCat("expected 0 to ", kMaxPasses, ", got ",
+                                                          resolved.scale_passes));
+  }
+  if (resolved.scale_passes == 0) return absl::OkStatus();
+  if (resolved.group_size == 0) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 without groups, where one search is exact, got ",
+                                     resolved.scale_passes));
+  }
+  if (resolved.scale_objective == ScaleObjective::kDataFree) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 with SCALE_OBJECTIVE_DATA_FREE, where groups do "
+                                     "not meet, got ",
+                                     resolved.scale_passes));
+  }
+  if (resolved.group_scales == GroupScales::kDynamic && !nearest) {
+    return InvalidField("spec.scale_passes",
+                        absl::StrCat("expected 0 with GROUP_SCALES_DYNAMIC, whose groups the sweep "
+                                     "meets once, got ",
+                                     resolved.scale_passes));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ResolveSignedScales(const QuantizationSpec& spec, ResolvedSpec& resolved) {
+  resolved.signed_scales = spec.signed_scales.value_or(false);
+  if (!resolved.signed_scales) return absl::OkStatus();
+  if (!resolved.symmetric) {
+    return InvalidField("spec.signed_scales",
+                        "expected false with an asymmetric grid, whose zero points do more");
+  }
+  if (resolved.scale == ScaleRule::kAbsmax || resolved.grid != nullptr) {
+    return InvalidField("spec.signed_scales",
+                        "expected false without a search for scales (SCALE_RULE_MSE, PISO or "
+                        "COMPENSATED, no spec.grid)");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   resolved.format = spec.format.value_or(Format::kDenseF32);
   resolved.scale_dtype =
@@ -101,6 +151,12 @@ absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   }
   resolved.group_scales = spec.group_scales.value_or(GroupScales::kStatic);
   resolved.scale = spec.scale.value_or(ScaleRule::kAbsmax);
+  if (resolved.scale == ScaleRule::kCompensated && resolved.method == Method::kNearest) {
+    return InvalidField("spec.scale",
+                        "SCALE_RULE_COMPENSATED suits error feedback, of which METHOD_NEAREST has "
+                        "none: expected another rule, such as SCALE_RULE_PISO");
+  }
+  if (absl::Status status = ResolvePiso(spec, resolved); !status.ok()) return status;
   if (!spec.grid.has_value()) return absl::OkStatus();
 
   const ExplicitGrid& grid = *spec.grid;
@@ -151,6 +207,40 @@ absl::Status ResolveGrid(const QuantizationSpec& spec, ResolvedSpec& resolved) {
   return absl::OkStatus();
 }
 
+// Scale trials and polish.
+absl::Status ResolveSearch(const QuantizationSpec& spec, ResolvedSpec& resolved) {
+  resolved.scale_trials = spec.scale_trials.value_or(1);
+  if (resolved.scale_trials < 1 || resolved.scale_trials > kMaxTrials) {
+    return InvalidField("spec.scale_trials", absl::StrCat("expected 1 to ", kMaxTrials, ", got ",
+                                                          resolved.scale_trials));
+  }
+  if (resolved.scale_trials > 1 && resolved.method == Method::kNearest) {
+    return InvalidField(
+        "spec.scale_trials",
+        absl::StrCat("expected 1 with METHOD_NEAREST, which has no sweep to try scales with, got ",
+                     resolved.scale_trials));
+  }
+  if (resolved.scale_trials > 1 && resolved.grid != nullptr) {
+    return InvalidField("spec.scale_trials",
+                        absl::StrCat("expected 1 with an explicit grid, whose scales are given, "
+                                     "got ",
+                                     resolved.scale_trials));
+  }
+  resolved.polish = spec.polish.value_or(0);
+  if (resolved.polish < 0 || resolved.polish > kMaxPolish) {
+    return InvalidField("spec.polish",
+                        absl::StrCat("expected 0 to ", kMaxPolish, ", got ", resolved.polish));
+  }
+  if (resolved.polish > 0 && resolved.rounding == Rounding::kStochastic) {
+    return InvalidField(
+        "spec.polish",
+        absl::StrCat("expected 0 with ROUNDING_STOCHASTIC: codes moved for a smaller error are no "
+                     "longer unbiased, and the bound on single outputs (B5) is lost; got ",
+                     resolved.polish));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckFormat(const ResolvedSpec& spec) {
   const bool gptq = spec.format == Format::kGptq || spec.format == Format::kGptqV2;
   if (gptq && spec.scale_dtype != DType::kF16) {
@@ -175,8 +265,10 @@ absl::Status CheckFormat(const ResolvedSpec& spec) {
 
 }  // namespace
 
-absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec) {
+absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& given) {
+  const QuantizationSpec spec = WithPreset(given);
   ResolvedSpec resolved;
+  resolved.quality = spec.quality;
 
   resolved.bits = spec.bits.value_or(4);
   if (resolved.bits < 2 || resolved.bits > 8) {
@@ -194,6 +286,8 @@ absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec) {
   resolved.order = spec.order.value_or(Order::kNatural);
   if (absl::Status status = ResolveGrid(spec, resolved); !status.ok()) return status;
   if (absl::Status status = CheckFormat(resolved); !status.ok()) return status;
+  if (absl::Status status = ResolveSignedScales(spec, resolved); !status.ok()) return status;
+  if (absl::Status status = ResolveSearch(spec, resolved); !status.ok()) return status;
   if (absl::Status status = ResolveDamping(spec, resolved); !status.ok()) return status;
 
   resolved.seed = spec.seed.value_or(0);
@@ -211,7 +305,6 @@ absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec) {
                         absl::StrCat("expected at least 1, got ", resolved.min_tokens));
   }
 
-  if (absl::Status offered = CheckOffered(spec); !offered.ok()) return offered;
   return resolved;
 }
 

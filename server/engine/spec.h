@@ -16,6 +16,8 @@ namespace certiq::engine {
 enum class Method { kNearest, kOptq, kQronos };
 enum class GroupScales { kStatic, kDynamic };
 enum class ScaleRule { kAbsmax, kMse, kPiso, kCompensated };
+// What PISO's scales are judged by; see spec.proto.
+enum class ScaleObjective { kInputs, kQuantizedInputs, kMixed, kDataFree };
 enum class Rounding { kNearest, kStochastic };
 enum class Order { kNatural, kDecreasingNorm };
 enum class OnFailure { kFail, kNearest };
@@ -42,6 +44,9 @@ struct QuantizationSpec {
   std::optional<ExplicitGrid> grid;
   std::optional<GroupScales> group_scales;
   std::optional<ScaleRule> scale;
+  std::optional<ScaleObjective> scale_objective;
+  std::optional<int32_t> scale_passes;
+  std::optional<bool> signed_scales;
   std::optional<int32_t> scale_trials;
   std::optional<int32_t> polish;
   std::optional<Rounding> rounding;
@@ -52,6 +57,7 @@ struct QuantizationSpec {
   std::optional<double> damping_value;
   // For kHeldOut; empty: the default ladder.
   std::vector<double> damping_ladder;
+  std::optional<bool> damping_climb;
   std::optional<int32_t> max_attempts;
   std::optional<double> damping_factor;
   std::optional<OnFailure> on_failure;
@@ -74,6 +80,14 @@ struct ResolvedSpec {
   std::shared_ptr<const ExplicitGrid> grid;
   GroupScales group_scales = GroupScales::kStatic;
   ScaleRule scale = ScaleRule::kAbsmax;
+  // For kPiso. Unset where another rule is.
+  std::optional<ScaleObjective> scale_objective;
+  int32_t scale_passes = 0;
+  bool signed_scales = false;
+  // Sweeps, the first with the scales found; 1: no others.
+  int32_t scale_trials = 1;
+  // Passes of coordinate descent at most.
+  int32_t polish = 0;
   Rounding rounding = Rounding::kNearest;
   uint64_t seed = 0;
   Order order = Order::kNatural;
@@ -82,10 +96,14 @@ struct ResolvedSpec {
   double damping_value = 0.01;
   // Multiples of trace / N for kHeldOut.
   std::vector<double> damping_ladder;
+  // Only as many of them as it takes to find the best.
+  bool damping_climb = false;
   int32_t max_attempts = 5;
   double damping_factor = 10;
   OnFailure on_failure = OnFailure::kFail;
   Format format = Format::kDenseF32;
+  // The preset that filled what was not set.
+  std::optional<Quality> quality;
   bool per_row = true;
   double failure_probability = 1e-3;
   bool compare_nearest = false;

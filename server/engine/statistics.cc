@@ -14,10 +14,12 @@
 namespace certiq::engine {
 namespace {
 
-// Squares of magnitudes inside [2^-40, 2^40] and sums of 256 of them are far
+// Squares of magnitudes inside [2^-40, 2^40] and sums of kFoldRows of them are far
 // from the ends of float32's range (2^-126, 2^128).
 constexpr float kSmallest = 0x1p-40f;
 constexpr float kLargest = 0x1p40f;
+
+static_assert(StatisticsAccumulator::kBlockRows % kFoldRows == 0);
 
 int64_t Strips(int64_t features) { return (features + kStrip<float> - 1) / kStrip<float>; }
 
@@ -51,16 +53,30 @@ void Add(const UpperPanels<double>& other, UpperPanels<double>& sums) {
   }
 }
 
+// Sixteen features at a time, so that lines of the triangle are read whole, two by two: once along
+// their rows, once down their columns. What is gathered then lies in a row that caches hold.
 UpperPanels<double> PermutePanels(const UpperPanels<double>& from,
                                   const std::vector<int64_t>& order, Executor& executor) {
-  auto to = UpperPanels<double>::Unset(from.size());
-  // Few rows a task: the first are the longest.
-  InPieces(from.size(), from.size(), executor, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double* row = to.row(i);
-      for (int64_t j = i; j < from.size(); ++j) {
-        row[j - i] = from.at(std::min(order[i], order[j]), std::max(order[i], order[j]));
-      }
+  constexpr int64_t kFeatures = 16;
+  const int64_t n = from.size();
+  std::vector<int64_t> place(order.size());
+  for (int64_t i = 0; i < n; ++i) place[static_cast<size_t>(order[i])] = i;
+  auto to = UpperPanels<double>::Unset(n);
+  executor.ParallelFor((n + kFeatures - 1) / kFeatures, [&](int64_t at) {
+    const int64_t first = at * kFeatures;
+    const int64_t live = std::min(kFeatures, n - first);
+    std::vector<double> whole(static_cast<size_t>(live * n));
+    for (int64_t i = 0; i < first; ++i) {
+      const double* column = &from.at(i, first);
+      for (int64_t k = 0; k < live; ++k) whole[static_cast<size_t>(k * n + i)] = column[k];
+    }
+    for (int64_t k = 0; k < live; ++k) {
+      double* row = &whole[static_cast<size_t>(k * n)];
+      for (int64_t i = first; i < first + k; ++i) row[i] = from.at(i, first + k);
+      std::copy_n(from.row(first + k), n - first - k, row + first + k);
+      const int64_t i = place[static_cast<size_t>(first + k)];
+      double* permuted = to.row(i);
+      for (int64_t j = i; j < n; ++j) permuted[j - i] = row[order[j]];
     }
   });
   return to;
@@ -152,20 +168,27 @@ int64_t StatisticsAccumulator::BytesFor(int64_t features, bool mismatched) {
 bool StatisticsAccumulator::Stage(const TokenRows& x, const TokenRows* x_quantized, int64_t row,
                                   int64_t rows, Executor& executor) {
   const TokenRows& inputs = x_quantized == nullptr ? x : *x_quantized;
+  // Binary16 ends at 2^16 and its steps are 2^-24: so are those of differences.
+  wide_range_ |= x.dtype != DType::kF16 || inputs.dtype != DType::kF16;
   std::atomic<bool> finite{true};
-  // A strip at a time: its rows lie together, those of different strips far apart.
-  InPieces(Strips(features_), rows * kStrip<float>, executor, [&](int64_t begin, int64_t end) {
+  // Some strips at a time, row by row: what is read is long enough to be fetched ahead by the
+  // hardware, and there are few enough places to write to.
+  constexpr int64_t kStripsAtOnce = 16;
+  const int64_t pieces = (Strips(features_) + kStripsAtOnce - 1) / kStripsAtOnce;
+  executor.ParallelFor(pieces, [&](int64_t piece) {
+    const int64_t begin = piece * kStripsAtOnce;
+    const int64_t end = std::min(begin + kStripsAtOnce, Strips(features_));
     bool good = true;
-    for (int64_t strip = begin; strip < end; ++strip) {
-      const int64_t column = strip * kStrip<float>;
-      const int64_t live = std::min<int64_t>(kStrip<float>, features_ - column);
-      const int64_t to = (strip * kBlockRows + staged_rows_) * kStrip<float>;
-      for (int64_t r = 0; r < rows; ++r) {
-        float* values = inputs_.values.data() + to + r * kStrip<float>;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t column = strip * kStrip<float>;
+        const int64_t live = std::min<int64_t>(kStrip<float>, features_ - column);
+        const int64_t to = (strip * kBlockRows + staged_rows_ + r) * kStrip<float>;
+        float* values = inputs_.values.data() + to;
         good &=
             DecodeToFloat(inputs.dtype, At(inputs, features_, row + r, column), live, values) < 0;
         if (x_quantized == nullptr) continue;
-        float* residual = residual_.values.data() + to + r * kStrip<float>;
+        float* residual = residual_.values.data() + to;
         good &= DecodeToFloat(x.dtype, At(x, features_, row + r, column), live, residual) < 0;
         for (int64_t c = 0; c < live; ++c) {
           residual[c] -= values[c];
@@ -239,6 +262,8 @@ absl::Status StatisticsAccumulator::AppendRows(const TokenRows& x, const TokenRo
 }
 
 void StatisticsAccumulator::ScaleColumns(Staged& staged, Executor& executor) const {
+  staged.scaled = false;
+  if (!wide_range_) return;
   std::atomic<bool> scaled{false};
   staged.scale.assign(static_cast<size_t>(Strips(features_) * kStrip<float>), 1.0);
   InPieces(Strips(features_), staged_rows_ * kStrip<float>, executor,
@@ -271,8 +296,8 @@ void StatisticsAccumulator::ScaleColumns(Staged& staged, Executor& executor) con
 void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool upper, double* out,
                                      const UpperPanels<double>& layout, Executor& executor) const {
   // One task a tile of kPanelRows x kPanelRows sums: 128 KiB of float64, which stay in a second
-  // level cache beside two tiles of 256 staged float32 rows, 128 KiB each. Of these a strip of 256
-  // rows (32 KiB with AVX-512) stays in the first level while the columns of the other pass.
+  // level cache beside two tiles of kFoldRows staged float32 rows, 96 KiB each. Of these a strip
+  // (24 KiB with AVX-512) stays in the first level while the columns of the other pass.
   std::vector<std::pair<int64_t, int64_t>> tiles;
   for (int64_t p = 0; p < layout.panels(); ++p) {
     for (int64_t q = upper ? p : 0; q < layout.panels(); ++q) tiles.emplace_back(p, q);
@@ -327,6 +352,7 @@ void StatisticsAccumulator::Fold(Executor& executor) {
     FoldInto(residual_, inputs_, false, mismatch.cross.data(), gram, executor);
   }
   staged_rows_ = 0;
+  wide_range_ = false;
 }
 
 const Statistics& StatisticsAccumulator::Flush(Executor& executor) {

@@ -65,18 +65,18 @@ struct TokenRows {
 //
 // Rows are staged in blocks of kBlockRows whatever the size of the pieces
 // they come in, so the result depends on the rows and their order alone, not
-// on chunks or threads. Products are float32, summed in chains of 8 rows, these by fours to 32 and
-// 128 rows and in pairs to 256, from there on in float64: with u = 2^-24, an entry is off by at
-// most (8 + 3 + 3 + 1) u sum |x_i x_j| < 9e-7 sqrt(H_ii H_jj) however many rows stream in, plus the
-// rounding of F64/I64/I32 inputs to float32. Columns whose squares would leave the range of float32
-// are scaled by powers of two, which is exact.
+// on chunks or threads. Products are float32, summed in chains of 12 rows, 16 chains in a binary
+// tree, from there on in float64: with u = 2^-24, an entry is off by at most
+// (12 + 4) u sum |x_i x_j| < 9.6e-7 sqrt(H_ii H_jj) however many rows stream in, plus the rounding
+// of F64/I64/I32 inputs to float32. Columns whose squares would leave the range of float32 are
+// scaled by powers of two, which is exact.
 //
 // Not thread-safe.
 class StatisticsAccumulator {
  public:
-  // A fold reads and writes all sums. At 0.5 TF/s (two threads with AVX-512) 256 rows a fold would
-  // ask for 15 GB/s of memory, 512 for half of that.
-  static constexpr int64_t kBlockRows = 512;
+  // A fold reads and writes all sums. At 0.5 TF/s (two threads with AVX-512) 192 rows a fold would
+  // ask for 20 GB/s of memory, these for a fifth of that. Five times kFoldRows.
+  static constexpr int64_t kBlockRows = 960;
 
   // REQUIRES: features >= 1. `mismatched`: rows come in pairs of X and X~.
   explicit StatisticsAccumulator(int64_t features, bool mismatched = false);
@@ -141,6 +141,8 @@ class StatisticsAccumulator {
   Staged inputs_;
   Staged residual_;
   int64_t staged_rows_ = 0;
+  // Whether staged values may be so large or small that their squares leave float32.
+  bool wide_range_ = false;
 };
 
 }  // namespace certiq::engine

@@ -19,7 +19,16 @@ template <typename T>
 BasicStripMatrix<T>::BasicStripMatrix(int64_t rows, int64_t features)
     : rows_(rows),
       features_(features),
-      values_(static_cast<size_t>(Strips<T>(rows) * kStrip<T> * features)) {}
+      values_(static_cast<size_t>(Strips<T>(rows) * kStrip<T> * features), T{0}) {}
+
+template <typename T>
+BasicStripMatrix<T> BasicStripMatrix<T>::Unset(int64_t rows, int64_t features) {
+  BasicStripMatrix matrix;
+  matrix.rows_ = rows;
+  matrix.features_ = features;
+  matrix.values_.resize(static_cast<size_t>(Strips<T>(rows) * kStrip<T> * features));
+  return matrix;
+}
 
 template <typename T>
 int64_t BasicStripMatrix<T>::BytesFor(int64_t rows, int64_t features) {
@@ -61,8 +70,16 @@ const T* BasicStripMatrix<T>::strip(int64_t s) const {
 template class BasicStripMatrix<float>;
 template class BasicStripMatrix<double>;
 
+StripMatrix Copy(const StripMatrix& matrix, Executor& executor) {
+  StripMatrix copy = StripMatrix::Unset(matrix.rows(), matrix.features());
+  executor.ParallelFor(matrix.strips(), [&](int64_t s) {
+    std::copy_n(matrix.strip(s), matrix.features() * kStrip<float>, copy.strip(s));
+  });
+  return copy;
+}
+
 BasicStripMatrix<double> Widen(const StripMatrix& matrix, Executor& executor) {
-  BasicStripMatrix<double> wide(matrix.rows(), matrix.features());
+  auto wide = BasicStripMatrix<double>::Unset(matrix.rows(), matrix.features());
   // A float strip is two double strips side by side.
   executor.ParallelFor(wide.strips(), [&](int64_t s) {
     const float* from = matrix.strip(s / 2) + (s % 2) * kStrip<double>;
@@ -89,7 +106,7 @@ StripMatrix SelectRows(const StripMatrix& matrix, const std::vector<int64_t>& ro
 
 StripMatrix PermuteColumns(const StripMatrix& matrix, const std::vector<int64_t>& order,
                            Executor& executor) {
-  StripMatrix permuted(matrix.rows(), matrix.features());
+  StripMatrix permuted = StripMatrix::Unset(matrix.rows(), matrix.features());
   executor.ParallelFor(matrix.strips(), [&](int64_t s) {
     for (int64_t i = 0; i < matrix.features(); ++i) {
       std::copy_n(matrix.strip(s) + order[static_cast<size_t>(i)] * kStrip<float>, kStrip<float>,

@@ -23,7 +23,11 @@ template <typename T>
 class BasicStripMatrix {
  public:
   BasicStripMatrix() = default;
+  // All zero.
   BasicStripMatrix(int64_t rows, int64_t features);
+  // Elements have no value yet: for strips that are written whole, padding rows too, by the threads
+  // that first touch their memory.
+  static BasicStripMatrix Unset(int64_t rows, int64_t features);
 
   // Bytes that a matrix of this shape holds.
   static int64_t BytesFor(int64_t rows, int64_t features);
@@ -45,11 +49,13 @@ class BasicStripMatrix {
  private:
   int64_t rows_ = 0;
   int64_t features_ = 0;
-  AlignedVector<T> values_;
+  UnsetVector<T> values_;
 };
 
 using StripMatrix = BasicStripMatrix<float>;
 
+// The same matrix, by all threads.
+StripMatrix Copy(const StripMatrix& matrix, Executor& executor);
 // The same values in float64.
 BasicStripMatrix<double> Widen(const StripMatrix& matrix, Executor& executor);
 // Some of the rows, in this order.

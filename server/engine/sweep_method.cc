@@ -42,43 +42,59 @@ std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead) {
 
 absl::StatusOr<MethodOutput> Sweep(const MethodInput& input, const Factor& factor,
                                    int64_t first_dynamic_group, const StripMatrix* offsets,
-                                   Grid& grid, const RunContext& context) {
+                                   const FirstError* first, Grid& grid, const RunContext& context) {
   StripMatrix weights = input.spare_weights != nullptr
                             ? StripMatrix(std::move(*input.spare_weights))
-                            : StripMatrix(input.weights);
+                            : Copy(input.weights, *context.executor);
   std::vector<double> d = LiveD(factor, input.dead);
   if (offsets != nullptr) d[0] = 0;
   const FeedbackColumns u(factor, input.spare_factor, *context.executor);
-  const bool dynamic = first_dynamic_group < grid.groups;
+  SweepRules rules;
+  rules.order = &input.order;
+  rules.first_dynamic_group = grid.groups;
+  rules.codes = input.codes;
+  if (input.codes == nullptr) {
+    rules.first_dynamic_group = first_dynamic_group;
+    rules.multipliers = TrialMultipliers(input.spec.scale_trials);
+  }
+  rules.offsets = offsets;
+  rules.first = first;
+  rules.steps = input.steps;
+  const bool new_steps = rules.first_dynamic_group < grid.groups || !rules.multipliers.empty();
   MethodOutput output;
-  // Dynamic steps are known after the sweep only, and what it starts from is gone then.
+  // W and, with offsets, the least-squares correction: what the sweep aims at.
   StripMatrix start;
+  const bool corrected_steps = offsets != nullptr && input.steps != nullptr &&
+                               rules.first_dynamic_group == grid.groups && input.codes == nullptr;
+  if (offsets != nullptr && (input.certified || corrected_steps)) {
+    start = Copy(weights, *context.executor);
+    if (absl::Status added = AddLeastSquares(u, *offsets, start, context); !added.ok()) {
+      return added;
+    }
+  }
+  if (corrected_steps) {
+    FillSteps(input.spec, start, context, grid, *input.steps);
+    if (context.cancelled()) return context.CancellationStatus();
+    if (absl::Status status = CheckScales(input.spec, grid); !status.ok()) return status;
+  }
   std::vector<double> moves;
   if (input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
     auto sums = InverseColumnSums(input.spec, grid, u, input.dead, context);
     if (!sums.ok()) return sums.status();
     moves = *std::move(sums);
-    if (dynamic || offsets != nullptr) start = weights;
-    if (offsets != nullptr) {
-      if (absl::Status added = AddLeastSquares(u, *offsets, start, context); !added.ok()) {
-        return added;
-      }
-    }
-    if (!dynamic) {
+    // Steps that are known after the sweep only; what it starts from is gone then.
+    if (new_steps && offsets == nullptr) start = Copy(weights, *context.executor);
+    if (!new_steps) {
       output.bits_needed =
           BitsNeeded(input.spec, grid, moves, offsets != nullptr ? start : weights, context);
       start = StripMatrix();
     }
   }
 
-  SweepRules rules;
-  rules.order = &input.order;
-  rules.first_dynamic_group = first_dynamic_group;
-  rules.offsets = offsets;
   absl::StatusOr<Rounded> rounded = FeedbackSweep(input.spec, rules, u, d, grid, weights, context);
   if (!rounded.ok()) return rounded.status();
-  if (dynamic && input.certified) {
+  if (new_steps && input.certified) {
     const Stopwatch watch(input.seconds.certify, input.seconds.round);
     output.bits_needed = BitsNeeded(input.spec, grid, moves, start, context);
   }

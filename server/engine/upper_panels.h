@@ -13,7 +13,7 @@
 namespace certiq::engine {
 
 // Rows of a panel. 128 columns of float64 rows are a tile of 128 KiB: a tile
-// of sums and two tiles of 256 staged float32 rows together stay in a 512 KiB
+// of sums and two tiles of staged float32 rows (96 KiB each) together stay in a 512 KiB
 // second-level cache.
 inline constexpr int64_t kPanelRows = 128;
 

@@ -15,7 +15,7 @@ absl::StatusOr<CountQuota::Place> CountQuota::Take(absl::string_view what) {
   if (taken_ >= limit_) {
     absl::Status status = absl::ResourceExhaustedError(
         absl::StrCat("all ", limit_, " ", what, " that this tenant may have are taken"));
-    SetRetryAfter(status, limit_ == 0 ? kRetryLate : kRetrySoon);
+    if (limit_ > 0) SetRetryAfter(status, kRetrySoon);
     return status;
   }
   ++taken_;

@@ -40,7 +40,7 @@ class CountQuota {
   };
 
   void SetLimit(int64_t limit);
-  // RESOURCE_EXHAUSTED with a retry delay where there is none. `what`: "jobs".
+  // RESOURCE_EXHAUSTED where there is none, with a retry delay if there can be one. `what`: "jobs".
   absl::StatusOr<Place> Take(absl::string_view what);
   // For what is there already; may pass the limit.
   Place TakeAnyway();

@@ -61,11 +61,9 @@ absl::StatusOr<ByteBudget::Reservation> ByteBudget::TryReserve(int64_t bytes,
 absl::Status ByteBudget::CheckCanFit(int64_t bytes, absl::string_view what) const {
   for (const ByteBudget* budget = this; budget != nullptr; budget = budget->whole_) {
     if (bytes <= budget->capacity()) continue;
-    absl::Status status = absl::ResourceExhaustedError(
+    return absl::ResourceExhaustedError(
         absl::StrCat(what, " needs ", bytes, " bytes, more than ", budget->name_, " of ",
                      budget->capacity(), " bytes. It cannot fit, however long you wait"));
-    SetRetryAfter(status, kRetryLate);
-    return status;
   }
   return absl::OkStatus();
 }
@@ -108,11 +106,12 @@ absl::Status ByteBudget::TakeOnce(int64_t more, int64_t total, absl::string_view
     // Negative where what was found at the start passes the capacity.
     const int64_t free = capacity_ - reserved_;
     if (more > free) {
-      const bool never = total > capacity_;
+      const bool never =
+          total > capacity_ || (whole_ != nullptr && !whole_->CheckCanFit(total, what).ok());
       absl::Status status = absl::ResourceExhaustedError(absl::StrCat(
           what, " needs ", more, " bytes; ", std::max<int64_t>(free, 0), " of ", name_, " of ",
           capacity_, " bytes are free", never ? ". It cannot fit, however long you wait" : ""));
-      SetRetryAfter(status, never ? kRetryLate : kRetrySoon);
+      if (!never) SetRetryAfter(status, kRetrySoon);
       return status;
     }
     reserved_ += more;

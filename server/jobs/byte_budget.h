@@ -51,8 +51,8 @@ class ByteBudget {
   ByteBudget(const ByteBudget&) = delete;
   ByteBudget& operator=(const ByteBudget&) = delete;
 
-  // `what` says for whom ("this layer"). RESOURCE_EXHAUSTED with a retry delay
-  // (status_details.h) where it does not fit now or ever. REQUIRES: bytes >= 0.
+  // `what` says for whom ("this layer"). RESOURCE_EXHAUSTED where it does not fit, with a retry
+  // delay (status_details.h) if it would fit once others are gone. REQUIRES: bytes >= 0.
   absl::StatusOr<Reservation> TryReserve(int64_t bytes, absl::string_view what);
   // RESOURCE_EXHAUSTED where so much would not fit even if nothing else were there.
   absl::Status CheckCanFit(int64_t bytes, absl::string_view what) const;

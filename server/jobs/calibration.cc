@@ -68,10 +68,9 @@ absl::Status Calibration::IsFinalized() {
 
 absl::Status Calibration::CheckRoomFor(const std::string& stream_id) const {
   if (streams_.size() < kMaxStreams || streams_.count(stream_id) > 0) return absl::OkStatus();
-  absl::Status status = absl::ResourceExhaustedError(
+  // Streams are never taken back: no retry delay.
+  return absl::ResourceExhaustedError(
       absl::StrCat("calibration ", id_, " has ", kMaxStreams, " streams, as many as it may have"));
-  SetRetryAfter(status, kRetryLate);
-  return status;
 }
 
 absl::Status Calibration::Usable() const {

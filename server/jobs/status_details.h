@@ -12,10 +12,10 @@ namespace certiq::jobs {
 
 // For what will pass by itself, such as a full queue.
 inline constexpr std::chrono::milliseconds kRetrySoon{1000};
-// For what needs another server, such as a layer larger than the whole budget.
-inline constexpr std::chrono::milliseconds kRetryLate{3600 * 1000};
 
-// Says when the same request may be tried again. REQUIRES: !status.ok().
+// Says when the same request may be tried again. Not for what trying again cannot help, such as a
+// layer larger than the whole budget: clients give up where there is no delay.
+// REQUIRES: !status.ok().
 void SetRetryAfter(absl::Status& status, std::chrono::milliseconds delay);
 
 // What SetRetryAfter attached, absent where it was not called.

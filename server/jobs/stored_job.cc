@@ -206,17 +206,22 @@ absl::Status StoredJob::Run() {
 
 void StoredJob::Done(const absl::Status& status) {
   memory_.Release();
+  absl::Status outcome = status;
   {
     const std::lock_guard lock(mu_);
     pool_id_.reset();
-    // Not before: whoever starts it again must not meet this run.
-    start_again_ = std::exchange(start_failed_, false);
-    if (start_again_) return;
+    if (std::exchange(start_failed_, false)) {
+      // Under the lock, as in Cancel: one of the two sees the other.
+      start_again_ = !cancellation_->cancelled();
+      // Not before: whoever starts it again must not meet this run.
+      if (start_again_) return;
+      outcome = cancellation_->status();
+    }
   }
-  if (!status.ok() && cancellation_->status().code() == absl::StatusCode::kUnavailable) {
+  if (!outcome.ok() && cancellation_->status().code() == absl::StatusCode::kUnavailable) {
     LeaveQueued();
   } else {
-    End(status);
+    End(outcome);
   }
 }
 

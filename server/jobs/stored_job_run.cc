@@ -5,6 +5,7 @@
 #include <span>
 #include <utility>
 
+#include "jobs/progress_gate.h"
 #include "jobs/stored_job.h"
 
 namespace certiq::jobs {
@@ -24,9 +25,11 @@ absl::StatusOr<engine::QuantizedLayer> StoredJob::Quantize(const JobRecord& reco
   const std::unique_ptr<engine::FactorCache> factors = calibration->Factors();
   engine::LayerProblem problem{spec_, *std::move(weights), sums->fit, sums->held_out,
                                factors.get()};
+  ProgressGate gate;
   const engine::RunContext context{.executor = &env_.pool,
                                    .cancellation = cancellation_.get(),
-                                   .progress = [this](engine::Phase phase, double fraction) {
+                                   .progress = [this, &gate](engine::Phase phase, double fraction) {
+                                     if (!gate.Passes(phase)) return;
                                      {
                                        const std::lock_guard lock(mu_);
                                        phase_ = phase;

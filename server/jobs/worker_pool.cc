@@ -3,34 +3,14 @@
 #include <algorithm>
 #include <exception>
 #include <iterator>
-#include <new>
 
 #include "absl/strings/str_cat.h"
+#include "jobs/guarded.h"
+#include "jobs/look_out.h"
 #include "jobs/status_details.h"
 
 namespace certiq::jobs {
 namespace {
-
-absl::Status RunGuarded(const std::function<absl::Status()>& run) {
-  try {
-    return run();
-  } catch (const std::bad_alloc&) {
-    absl::Status status = absl::ResourceExhaustedError("the server ran out of memory");
-    SetRetryAfter(status, kRetrySoon);
-    return status;
-  } catch (const std::exception& error) {
-    return absl::InternalError(absl::StrCat("unexpected exception: ", error.what()));
-  } catch (...) {
-    return absl::InternalError("unexpected exception");
-  }
-}
-
-void Complete(const std::function<void(absl::Status)>& done, absl::Status status) {
-  try {
-    done(std::move(status));
-  } catch (...) {  // NOLINT(bugprone-empty-catch): a completion has nobody left to tell.
-  }
-}
 
 absl::Status ShutDown() { return absl::UnavailableError("the server is shutting down"); }
 
@@ -85,6 +65,7 @@ void WorkerPool::ParallelFor(int64_t count, const std::function<void(int64_t)>& 
   {
     const std::lock_guard lock(mu_);
     position = loops_.insert(loops_.end(), &loop);
+    announced_.fetch_add(1, std::memory_order_relaxed);
     helpers_.notify_all();
     if (count - 1 >= waiting_) {
       if (waiting_ > 0) work_.notify_all();
@@ -95,6 +76,11 @@ void WorkerPool::ParallelFor(int64_t count, const std::function<void(int64_t)>& 
   RunPieces(loop, /*helper=*/false);
   std::unique_lock lock(mu_);
   loops_.erase(position);
+  if (loop.helpers > 0) {
+    lock.unlock();
+    LookOut([&loop] { return loop.helpers.load(std::memory_order_relaxed) == 0; });
+    lock.lock();
+  }
   loop.left.wait(lock, [&loop] { return loop.helpers == 0; });
   if (loop.error) {
     const std::exception_ptr error = loop.error;
@@ -168,6 +154,7 @@ absl::Status WorkerPool::Post(Task task) {
   const std::lock_guard lock(mu_);
   if (stopping_) return ShutDown();
   tasks_.push_back(std::move(task));
+  announced_.fetch_add(1, std::memory_order_relaxed);
   tasks_waiting_.fetch_add(1, std::memory_order_relaxed);
   work_.notify_one();
   return absl::OkStatus();
@@ -211,6 +198,7 @@ absl::StatusOr<WorkerPool::JobId> WorkerPool::Enqueue(Slot slot, Job job) {
   queue_.emplace(rank, Queued{id, std::move(job)});
   queued_.emplace(id, rank);
   jobs_waiting_ = true;
+  announced_.fetch_add(1, std::memory_order_relaxed);
   QueueChanged();
   work_.notify_one();
   return id;
@@ -305,6 +293,8 @@ int64_t WorkerPool::queue_depth() const {
 void WorkerPool::Work() {
   thread_.pool = this;
   std::unique_lock lock(mu_);
+  // It has just helped: the loop that follows is likely to come soon.
+  bool helped = false;
   for (;;) {
     if (!tasks_.empty()) {
       SetBusy(+1);
@@ -328,8 +318,14 @@ void WorkerPool::Work() {
       lock.lock();
       SetBusy(-1);
       if (--loop->helpers == 0) loop->left.notify_all();
+      helped = true;
     } else if (stopping_) {
       return;
+    } else if (std::exchange(helped, false)) {
+      const uint64_t before = announced_.load(std::memory_order_relaxed);
+      lock.unlock();
+      LookOut([&] { return announced_.load(std::memory_order_relaxed) != before; });
+      lock.lock();
     } else {
       ++waiting_;
       work_.wait(lock);

@@ -148,8 +148,9 @@ class WorkerPool final : public engine::Executor {
     const int64_t count;
     const std::function<void(int64_t)>& body;
     std::atomic<int64_t> next{0};
+    // Changed with the pool's mutex held.
+    std::atomic<int> helpers{0};
     // Guarded by the pool's mutex.
-    int helpers = 0;
     std::exception_ptr error;
     std::condition_variable left;
 
@@ -210,6 +211,8 @@ class WorkerPool final : public engine::Executor {
   // Read between pieces without the lock: the size of tasks_; whether a job may be able to start.
   std::atomic<int64_t> tasks_waiting_{0};
   std::atomic<bool> jobs_waiting_{false};
+  // Counts what a worker that looks out is to see: loops, tasks, jobs.
+  std::atomic<uint64_t> announced_{0};
 
   std::mutex join_mu_;
   std::vector<std::thread> threads_;  // guarded by join_mu_ after construction

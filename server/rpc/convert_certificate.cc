@@ -81,6 +81,13 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CallFacts& f
     v1::LadderStep* const entry = to.add_ladder();
     entry->set_lambda(step.lambda);
     entry->set_held_out_relative_error(step.held_out_relative_error);
+    entry->set_scale_trials(step.scale_trials);
+    entry->set_polish(step.polish);
+  }
+  if (from.polish.has_value()) {
+    v1::Polish* const polish = to.mutable_polish();
+    polish->set_passes(from.polish->passes);
+    polish->set_damped_squared_error_before(from.polish->damped_before);
   }
   *to.mutable_spec() = ToProto(from.spec);
   to.set_calibration_id(facts.calibration_id);

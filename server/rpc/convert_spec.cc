@@ -29,6 +29,7 @@ absl::Status ReadDamping(const v1::Damping& damping, engine::QuantizationSpec& o
       out.damping_rule = engine::DampingRule::kHeldOut;
       out.damping_ladder.assign(damping.held_out().ladder().begin(),
                                 damping.held_out().ladder().end());
+      if (damping.held_out().has_climb()) out.damping_climb = damping.held_out().climb();
       break;
     case v1::Damping::RULE_NOT_SET:
       break;
@@ -58,6 +59,8 @@ absl::StatusOr<engine::QuantizationSpec> FromProto(const v1::QuantizationSpec& s
       ReadEnum(spec.has_group_scales(), spec.group_scales(), kGroupScales, "spec.group_scales",
                out.group_scales),
       ReadEnum(spec.has_scale(), spec.scale(), kScaleRules, "spec.scale", out.scale),
+      ReadEnum(spec.has_scale_objective(), spec.scale_objective(), kScaleObjectives,
+               "spec.scale_objective", out.scale_objective),
       ReadEnum(spec.has_rounding(), spec.rounding(), kRoundings, "spec.rounding", out.rounding),
       ReadEnum(spec.has_order(), spec.order(), kOrders, "spec.order", out.order),
       ReadEnum(spec.has_format(), spec.format(), kFormats, "spec.format", out.format),
@@ -70,6 +73,8 @@ absl::StatusOr<engine::QuantizationSpec> FromProto(const v1::QuantizationSpec& s
   if (spec.has_group_size()) out.group_size = spec.group_size();
   if (spec.has_grid()) ReadGrid(spec.grid(), out);
   if (spec.has_scale_trials()) out.scale_trials = spec.scale_trials();
+  if (spec.has_scale_passes()) out.scale_passes = spec.scale_passes();
+  if (spec.has_signed_scales()) out.signed_scales = spec.signed_scales();
   if (spec.has_polish()) out.polish = spec.polish();
   if (spec.has_seed()) out.seed = spec.seed();
   if (spec.has_min_tokens()) out.min_tokens = spec.min_tokens();
@@ -92,11 +97,19 @@ v1::QuantizationSpec ToProto(const engine::ResolvedSpec& from) {
   to.set_scale_dtype(ToWire(from.scale_dtype, kDataTypes));
   to.set_group_scales(ToWire(from.group_scales, kGroupScales));
   to.set_scale(ToWire(from.scale, kScaleRules));
+  to.set_scale_trials(from.scale_trials);
+  to.set_polish(from.polish);
+  to.set_signed_scales(from.signed_scales);
+  if (from.scale_objective.has_value()) {
+    to.set_scale_objective(ToWire(*from.scale_objective, kScaleObjectives));
+    to.set_scale_passes(from.scale_passes);
+  }
   to.set_rounding(ToWire(from.rounding, kRoundings));
   to.set_seed(from.seed);
   to.set_min_tokens(from.min_tokens);
   to.set_order(ToWire(from.order, kOrders));
   to.set_format(ToWire(from.format, kFormats));
+  if (from.quality.has_value()) to.set_quality(ToWire(*from.quality, kQualities));
   v1::Damping* const damping = to.mutable_damping();
   switch (from.damping_rule.value_or(engine::DampingRule::kRelativeTrace)) {
     case engine::DampingRule::kRelativeTrace:
@@ -111,6 +124,7 @@ v1::QuantizationSpec ToProto(const engine::ResolvedSpec& from) {
     case engine::DampingRule::kHeldOut:
       damping->mutable_held_out()->mutable_ladder()->Add(from.damping_ladder.begin(),
                                                          from.damping_ladder.end());
+      damping->mutable_held_out()->set_climb(from.damping_climb);
       break;
   }
   damping->set_max_attempts(from.max_attempts);

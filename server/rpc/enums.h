@@ -48,6 +48,12 @@ inline constexpr EnumTable<v1::ScaleRule, engine::ScaleRule, 4> kScaleRules = {{
     {v1::SCALE_RULE_PISO, engine::ScaleRule::kPiso},
     {v1::SCALE_RULE_COMPENSATED, engine::ScaleRule::kCompensated},
 }};
+inline constexpr EnumTable<v1::ScaleObjective, engine::ScaleObjective, 4> kScaleObjectives = {{
+    {v1::SCALE_OBJECTIVE_INPUTS, engine::ScaleObjective::kInputs},
+    {v1::SCALE_OBJECTIVE_QUANTIZED_INPUTS, engine::ScaleObjective::kQuantizedInputs},
+    {v1::SCALE_OBJECTIVE_MIXED, engine::ScaleObjective::kMixed},
+    {v1::SCALE_OBJECTIVE_DATA_FREE, engine::ScaleObjective::kDataFree},
+}};
 inline constexpr EnumTable<v1::Rounding, engine::Rounding, 2> kRoundings = {{
     {v1::ROUNDING_NEAREST, engine::Rounding::kNearest},
     {v1::ROUNDING_STOCHASTIC, engine::Rounding::kStochastic},

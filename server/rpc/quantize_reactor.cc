@@ -416,6 +416,7 @@ void QuantizeReactor::PushProgress(engine::Phase phase, double fraction) {
 }
 
 void QuantizeReactor::OnProgress(engine::Phase phase, double fraction) {
+  if (!progress_gate_.Passes(phase)) return;
   const std::lock_guard lock(mu_);
   if (!status_.ok()) return;
   PushProgress(phase, fraction);

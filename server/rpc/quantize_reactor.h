@@ -21,6 +21,7 @@
 #include "jobs/call_observer.h"
 #include "jobs/layer_intake.h"
 #include "jobs/observer.h"
+#include "jobs/progress_gate.h"
 #include "jobs/quantize_job.h"
 #include "jobs/sha256.h"
 #include "jobs/tenant.h"
@@ -119,6 +120,7 @@ class QuantizeReactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, g
   grpc::ByteBuffer outgoing_;
   std::deque<grpc::ByteBuffer> waiting_;
   std::deque<v1::Progress> progress_;
+  jobs::ProgressGate progress_gate_;
 
   // Read by the intake without mu_; an atomic.
   engine::Cancellation cancellation_;

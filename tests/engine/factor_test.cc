@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "tests/engine/problems.h"
 
@@ -169,6 +170,23 @@ TEST(FactorTest, NamesEachStabilityFailure) {
   EXPECT_EQ(MustFactor(spread, 1e-3).cause, StabilityCause::kNone);
 }
 
+// The pivot of one of two equal features is what rounding leaves, at most 2 (N + 2) u H_ii by the
+// backward error: 1 / d alone is past the limit. The estimate's own vectors may have no part in
+// their difference.
+TEST(FactorTest, RefusesEqualFeaturesHoweverTheirPivotIsRounded) {
+  for (uint64_t seed = 61; seed < 81; ++seed) {
+    for (const auto& [n, twin] : {std::pair<int64_t, int64_t>{48, 1}, {48, 47}, {200, 150}}) {
+      textbook::Matrix x = MakeLayer(2 * n, n, 1, Inputs::kGaussian, seed).x;
+      for (int64_t t = 0; t < x.rows; ++t) x(t, twin) = x(t, 0);
+      const textbook::Matrix h = textbook::Gram(x);
+      const FactorAttempt attempt = MustFactor(h, 1e-18 * h(0, 0));
+      EXPECT_TRUE(attempt.cause == StabilityCause::kPivot ||
+                  attempt.cause == StabilityCause::kCondition)
+          << n << " features, seed " << seed << ", condition " << attempt.factor.condition;
+    }
+  }
+}
+
 TEST(FactorTest, LeavesDeadFeaturesOut) {
   textbook::Matrix h(3, 3);
   h(0, 0) = 2;
@@ -232,13 +250,16 @@ TEST(FactorTest, JudgesAsItCertifies) {
     if (judged->factor.d == full->factor.d) continue;
     ++single;
     ASSERT_GE(share, 1e-5);
+    EXPECT_EQ(judged->factor.narrow.size(), kFeatures);
+    UpperPanels<double> room;
+    const UpperPanels<double>& u = WideU(judged->factor, room, *context.executor);
     const double n = kFeatures;
     const double tolerance = std::sqrt(n) * 0x1p-24 * (largest / lambda + 1) * std::sqrt(n);
     for (int64_t j = 0; j < kFeatures; ++j) {
       const auto at = static_cast<size_t>(j);
       EXPECT_NEAR(judged->factor.d[at], full->factor.d[at], tolerance * full->factor.d[at]);
       for (int64_t i = 0; i < j; ++i) {
-        EXPECT_NEAR(judged->factor.u.at(i, j), full->factor.u.at(i, j),
+        EXPECT_NEAR(u.at(i, j), full->factor.u.at(i, j),
                     tolerance * std::sqrt(h(i, i) / full->factor.d[at]));
       }
     }

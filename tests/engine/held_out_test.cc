@@ -46,7 +46,7 @@ TEST(HeldOutSplitTest, StreamsDifferAndNothingIsHeldOutByDefault) {
 
 TEST(HeldOutSplitTest, ShortStreamsHaveShortBlocks) {
   EXPECT_EQ(HeldOutBlockRows(1 << 20, 0.125, 0), 256);
-  EXPECT_EQ(HeldOutBlockRows(512, 0.125, 0), 64);
+  EXPECT_EQ(HeldOutBlockRows(512, 0.125, 0), 8);
   EXPECT_EQ(HeldOutBlockRows(3, 0.125, 0), 1);
   EXPECT_EQ(HeldOutBlockRows(3, 0.125, 128), 128);
   const HeldOutSplit split(0.125, HeldOutBlockRows(512, 0.125, 0), "");

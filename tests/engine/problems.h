@@ -33,6 +33,14 @@ struct RandomLayer {
   const textbook::Matrix& inputs() const { return x_quantized.rows > 0 ? x_quantized : x; }
 };
 
+// How a layer is rounded, for tables of tests.
+struct ScaleSetting {
+  engine::Method method;
+  engine::ScaleRule scale;
+  int64_t group_size;
+  engine::GroupScales groups;
+};
+
 enum class Inputs {
   kGaussian,
   // Neighbouring features correlate strongly.

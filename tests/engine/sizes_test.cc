@@ -291,7 +291,7 @@ TEST_P(EverySize, RoundsToTheNearestLevel) {
   fit.grid = MakeGrid(spec_, kRows, n_, {});
   FillSteps(spec_, layer_.weights(), context_, fit.grid);
   const NearestRounded rounded =
-      RoundAlone(spec_, {}, fit.grid, input_norm_, layer_.weights(), context_);
+      RoundAlone(spec_, {}, fit.grid, input_norm_, layer_.weights(), nullptr, context_);
   for (int64_t r = 0; r < kRows; ++r) {
     const std::vector<double> w = testing::Row(problem_.w, r);
     const auto grid = textbook::AbsmaxGrid(w, 4, true, 0);

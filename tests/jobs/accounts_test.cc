@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -53,7 +54,7 @@ TEST_F(AccountsTest, LimitsAreThoseLastHeardOf) {
   EXPECT_EQ(&accounts_.Of(Tenant{"a", {.memory_bytes = 40, .jobs = 0}}), &account);
   EXPECT_EQ(held->bytes(), 80);
   EXPECT_FALSE(account.memory.TryReserve(1, "this layer").ok());
-  EXPECT_EQ(RetryAfterOf(account.jobs.Take("jobs").status()), kRetryLate);
+  EXPECT_EQ(RetryAfterOf(account.jobs.Take("jobs").status()), std::nullopt);
 
   accounts_.Of(Tenant{"a", {.memory_bytes = 400, .jobs = 2}});
   EXPECT_TRUE(account.memory.TryReserve(320, "this layer").ok());

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -54,7 +55,7 @@ TEST(ByteBudgetTest, WhatNeverFitsIsSaidToNeverFit) {
   const auto refused = budget.TryReserve(101, "this layer");
   ASSERT_TRUE(absl::IsResourceExhausted(refused.status()));
   EXPECT_CONTAINS(refused.status().message(), "cannot fit");
-  EXPECT_EQ(RetryAfterOf(refused.status()), kRetryLate);
+  EXPECT_EQ(RetryAfterOf(refused.status()), std::nullopt);
 }
 
 TEST(ByteBudgetTest, ExactFitIsTaken) {
@@ -79,7 +80,7 @@ TEST(ByteBudgetTest, ResizeGrowsAndShrinks) {
   EXPECT_EQ(budget.reserved(), 90);
   const absl::Status refused = reservation->Resize(110, "this layer");
   EXPECT_TRUE(absl::IsResourceExhausted(refused));
-  EXPECT_EQ(RetryAfterOf(refused), kRetryLate);
+  EXPECT_EQ(RetryAfterOf(refused), std::nullopt);
   EXPECT_EQ(reservation->bytes(), 90);
   EXPECT_TRUE(reservation->Resize(5, "this layer").ok());
   EXPECT_EQ(budget.reserved(), 5);
@@ -149,7 +150,17 @@ TEST(ByteBudgetTest, SaysWhatCanNeverFit) {
   EXPECT_CONTAINS(share.CheckCanFit(61, "this job").message(), "this tenant's quota of 60");
   const absl::Status refused = wide.CheckCanFit(101, "this job");
   EXPECT_CONTAINS(refused.message(), "the budget of 100");
-  EXPECT_EQ(RetryAfterOf(refused), kRetryLate);
+  EXPECT_EQ(RetryAfterOf(refused), std::nullopt);
+}
+
+TEST(ByteBudgetTest, AShareThatIsFullSaysWhatTheWholeCanNeverHold) {
+  ByteBudget whole(100);
+  ByteBudget wide(500, whole, "this tenant's quota");
+  const auto held = wide.Reserve(480);
+  const auto never = wide.TryReserve(101, "this job");
+  EXPECT_CONTAINS(never.status().message(), "cannot fit");
+  EXPECT_EQ(RetryAfterOf(never.status()), std::nullopt);
+  EXPECT_EQ(RetryAfterOf(wide.TryReserve(100, "this job").status()), kRetrySoon);
 }
 
 TEST(ByteBudgetTest, WhatIsThereAlreadyMayPassTheCapacity) {

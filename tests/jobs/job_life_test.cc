@@ -218,6 +218,24 @@ TEST_P(JobLifeTest, WhatCannotBeStartedCanBeCancelled) {
   EXPECT_EQ(calibration_->View(false).jobs, 0);
 }
 
+TEST_P(JobLifeTest, WhatFailsToStartWhileItIsCancelledIsNotStartedAgain) {
+  Gate inside;
+  Gate go;
+  server_.plan.before_put = [&](const JobRecord& record) {
+    if (record.state != JobState::kRunning) return;
+    server_.plan.FailFrom(1);
+    inside.Open();
+    EXPECT_TRUE(go.Wait());
+  };
+  const auto job = MustSubmit("", "nearest");
+  ASSERT_TRUE(inside.Wait());
+  job->Cancel(absl::StatusCode::kCancelled);
+  go.Open();
+  // No tick comes by.
+  EXPECT_EQ(WaitForEnd(*job), JobState::kCancelled);
+  EXPECT_EQ(calibration_->View(false).jobs, 0);
+}
+
 TEST_P(JobLifeTest, RemovalThatFailsChangesNothing) {
   const auto job = MustSubmit("r", "nearest");
   ASSERT_EQ(WaitForEnd(*job), JobState::kSucceeded);

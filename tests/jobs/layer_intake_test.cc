@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -118,7 +119,7 @@ TEST_F(LayerIntakeTest, OverBudgetIsRefusedWithADelay) {
   EXPECT_EQ(RetryAfterOf(second.status()), kRetrySoon);
   ByteBudget smaller(LayerIntake::BytesFor(request) - 1);
   const auto never = LayerIntake::Create(request, smaller, executor_, cancelled_);
-  EXPECT_EQ(RetryAfterOf(never.status()), kRetryLate);
+  EXPECT_EQ(RetryAfterOf(never.status()), std::nullopt);
 }
 
 TEST_F(LayerIntakeTest, HugeLayerIsCountedWithoutOverflow) {

@@ -146,12 +146,17 @@ TEST_F(QuantizeJobTest, CancelledBeforeItStarts) {
 
 TEST_F(QuantizeJobTest, CancelledWhileItRuns) {
   Gate factoring;
-  const auto job = Make(Take(MakeRandomLayer(512, 1024, 64)), [&](engine::Phase phase, double) {
-    if (phase == engine::Phase::kFactor) factoring.Open();
+  Gate cancelled;
+  const auto job = Make(Take(MakeRandomLayer(64, 128, 64)), [&](engine::Phase phase, double) {
+    if (phase != engine::Phase::kFactor) return;
+    factoring.Open();
+    // However fast the layer is.
+    ASSERT_TRUE(cancelled.Wait());
   });
   job->Start(*pool_.Admit());
   ASSERT_TRUE(factoring.Wait());
   job->Cancel(absl::StatusCode::kCancelled);
+  cancelled.Open();
   ASSERT_TRUE(done_.Wait());
   EXPECT_TRUE(absl::IsCancelled(result_.status())) << result_.status();
   EXPECT_EQ(budget_.reserved(), 0);

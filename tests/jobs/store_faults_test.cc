@@ -157,6 +157,74 @@ TEST(StoreOrderTest, BytesAreSyncedBeforeTheyAreNamed) {
   EXPECT_EQ(plan.trace.back(), "sqlite sync");
 }
 
+// Full until the reserve has made room.
+class FullDisk final : public Disk {
+ public:
+  FullDisk(std::string root, FaultPlan& plan) : Disk(std::move(root)), plan_(plan) {}
+
+  void Fill() {
+    plan_.failure = Failure::kFull;
+    plan_.left = 0;
+    plan_.lasting = true;
+    plan_.struck = false;
+    full_ = true;
+  }
+  // As if everything but the reserve had been in the way.
+  bool full() const { return full_; }
+
+ protected:
+  int Interfere(absl::string_view call, size_t& /*bytes*/) override {
+    if (call == "unlink" && full_) {
+      plan_.failure = Failure::kNone;
+      full_ = false;
+    }
+    const bool takes_room = call == "write" || call == "fallocate";
+    return full_ && takes_room ? ENOSPC : 0;
+  }
+
+ private:
+  FaultPlan& plan_;
+  bool full_ = false;
+};
+
+TEST(StoreFullDiskTest, DeletionsMakeRoom) {
+  const TemporaryDirectory directory;
+  const std::filesystem::path reserve = std::filesystem::path(directory.data()) / "reserve";
+  FaultPlan plan;
+  const auto disk = std::make_shared<FullDisk>(directory.data(), plan);
+  auto store = OpenSqliteStore(disk, FaultyVfs(plan));
+  ASSERT_TRUE(store.ok() && (*store)->Load().ok());
+  ASSERT_EQ(std::filesystem::file_size(reserve), 1 << 20);
+  JobRecord job = FullJob("j", 1);
+  job.weights = {};
+  const auto blob = WriteBlob(**store, Pattern("result", 1000));
+  ASSERT_TRUE(blob.ok());
+  job.result = *blob;
+  ASSERT_TRUE((*store)->PutJob(job).ok());
+
+  disk->Fill();
+  ExpectRefusal((*store)->PutJob(FullJob("k", 2)), Failure::kFull, "another record");
+  ASSERT_TRUE(disk->full());
+  EXPECT_TRUE((*store)->DeleteJob("j").ok());
+  EXPECT_FALSE(std::filesystem::exists(reserve));
+  // What the blob gives back fills it again.
+  (*store)->DeleteBlob(*blob);
+  EXPECT_EQ(std::filesystem::file_size(reserve), 1 << 20);
+  store->reset();
+  ExpectStored(directory.data(), {Model()}, "at the end");
+}
+
+TEST(StoreFullDiskTest, StartsOnAFullDisk) {
+  const TemporaryDirectory directory;
+  FaultPlan plan;
+  ASSERT_TRUE(Start(directory.data(), plan).ok());
+  std::filesystem::remove(std::filesystem::path(directory.data()) / "reserve");
+  const auto disk = std::make_shared<FullDisk>(directory.data(), plan);
+  disk->Fill();
+  plan.failure = Failure::kNone;
+  EXPECT_TRUE(OpenSqliteStore(disk, nullptr).ok());
+}
+
 // Interrupted every other time, and never given more than a few bytes.
 class SlowDisk final : public Disk {
  public:

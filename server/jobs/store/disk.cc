@@ -113,6 +113,14 @@ absl::Status Disk::Lock(const DiskFile& file) {
       absl::StrCat(file.name(), ": the data directory is in use by another process"));
 }
 
+absl::Status Disk::Allocate(const DiskFile& file, int64_t bytes) {
+  const ssize_t result = Try("fallocate", 0, [&](size_t) -> ssize_t {
+    errno = posix_fallocate(file.descriptor(), 0, bytes);
+    return errno == 0 ? 0 : -1;
+  });
+  return result == 0 ? absl::OkStatus() : DiskError(file.name(), "allocate", errno);
+}
+
 absl::Status Disk::Write(const DiskFile& file, std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const ssize_t written = Try("write", bytes.size(), [&](size_t count) {

@@ -68,6 +68,8 @@ class Disk {
   // Until the file is closed. FAILED_PRECONDITION where someone else holds it.
   absl::Status Lock(const DiskFile& file);
 
+  // Takes the space of the first `bytes`, which read as zeros where nothing was written.
+  absl::Status Allocate(const DiskFile& file, int64_t bytes);
   // Appends all of `bytes`.
   absl::Status Write(const DiskFile& file, std::span<const std::byte> bytes);
   absl::Status Sync(const DiskFile& file);

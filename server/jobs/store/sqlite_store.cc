@@ -16,6 +16,18 @@ namespace {
 
 constexpr char kLockName[] = "lock";
 constexpr char kDatabaseName[] = "state.db";
+// Deleting a record writes some pages before anything is freed. Where the disk has no room for
+// them, this file gives its own up.
+constexpr char kReserveName[] = "reserve";
+constexpr int64_t kReserveBytes = int64_t{1} << 20;
+
+absl::Status FillReserve(Disk& disk) {
+  const absl::StatusOr<DiskFile> file = disk.OpenOrCreate(kReserveName);
+  absl::Status status = file.ok() ? disk.Allocate(*file, kReserveBytes) : file.status();
+  // What a full disk had left is not kept from others.
+  if (absl::IsResourceExhausted(status)) disk.Remove(kReserveName).IgnoreError();
+  return status;
+}
 
 // The version of the tables, 0 where there are none. Writes nothing.
 absl::StatusOr<int64_t> CheckVersion(SqlDatabase& database) {
@@ -71,8 +83,12 @@ absl::StatusOr<std::unique_ptr<SqlDatabase>> OpenDatabase(const std::string& pat
 
 class SqliteStore final : public Store {
  public:
-  SqliteStore(std::shared_ptr<Disk> disk, DiskFile lock, std::unique_ptr<SqlDatabase> database)
-      : lock_(std::move(lock)), disk_(std::move(disk)), database_(std::move(database)) {}
+  SqliteStore(std::shared_ptr<Disk> disk, DiskFile lock, std::unique_ptr<SqlDatabase> database,
+              bool reserved)
+      : lock_(std::move(lock)),
+        disk_(std::move(disk)),
+        database_(std::move(database)),
+        reserve_spent_(!reserved) {}
 
   bool durable() const override { return true; }
   absl::StatusOr<StoredState> Load() override;
@@ -85,8 +101,10 @@ class SqliteStore final : public Store {
   void DeleteBlob(const BlobRef& blob) override;
   absl::Status PutCalibration(const CalibrationRecord& record) override;
   absl::Status PutJob(const JobRecord& record) override;
-  absl::Status DeleteCalibration(const std::string& id) override;
-  absl::Status DeleteJob(const std::string& id) override;
+  absl::Status DeleteCalibration(const std::string& id) override {
+    return DeleteRecord(kDeleteCalibration, id);
+  }
+  absl::Status DeleteJob(const std::string& id) override { return DeleteRecord(kDeleteJob, id); }
 
  private:
   // Runs `body` as one transaction.
@@ -94,6 +112,8 @@ class SqliteStore final : public Store {
   void UndoCommit();
   // For `sql` with the id as its parameter. REQUIRES: in a transaction.
   absl::Status Delete(const char* sql, const std::string& id);
+  // In a transaction of its own, with the reserve where the disk is full.
+  absl::Status DeleteRecord(const char* sql, const std::string& id);
   absl::Status RemoveUnnamed(const StoredState& state);
 
   // Given back last.
@@ -103,6 +123,8 @@ class SqliteStore final : public Store {
   const std::unique_ptr<SqlDatabase> database_;  // guarded by mu_
   // A commit failed, but a crash now could still bring it back. Guarded by mu_.
   bool undead_ = false;
+  // The reserve is not there, and to be made once there is room. Guarded by mu_.
+  bool reserve_spent_;
 };
 
 absl::Status SqliteStore::Transact(absl::FunctionRef<absl::Status()> body) {
@@ -175,6 +197,8 @@ void SqliteStore::DeleteBlob(const BlobRef& blob) {
     if (undead_) return;
   }
   RemoveBlobFile(*disk_, blob.name).IgnoreError();
+  const std::lock_guard lock(mu_);
+  if (reserve_spent_) reserve_spent_ = !FillReserve(*disk_).ok();
 }
 
 absl::Status SqliteStore::PutCalibration(const CalibrationRecord& record) {
@@ -191,12 +215,16 @@ absl::Status SqliteStore::PutJob(const JobRecord& record) {
   });
 }
 
-absl::Status SqliteStore::DeleteCalibration(const std::string& id) {
-  return Transact([&] { return Delete(kDeleteCalibration, id); });
-}
-
-absl::Status SqliteStore::DeleteJob(const std::string& id) {
-  return Transact([&] { return Delete(kDeleteJob, id); });
+absl::Status SqliteStore::DeleteRecord(const char* sql, const std::string& id) {
+  const auto body = [&] { return Delete(sql, id); };
+  absl::Status status = Transact(body);
+  if (!absl::IsResourceExhausted(status)) return status;
+  {
+    const std::lock_guard lock(mu_);
+    if (!disk_->Remove(kReserveName).ok()) return status;
+    reserve_spent_ = true;
+  }
+  return Transact(body);
 }
 
 }  // namespace
@@ -219,8 +247,12 @@ absl::StatusOr<std::unique_ptr<Store>> OpenSqliteStore(std::shared_ptr<Disk> dis
   absl::StatusOr<std::unique_ptr<SqlDatabase>> database =
       OpenDatabase(disk->Path(kDatabaseName), vfs);
   if (!database.ok()) return database.status();
+  // A disk that is full already is no reason not to start: what is there can be read.
+  absl::Status reserved = FillReserve(*disk);
+  if (!reserved.ok() && !absl::IsResourceExhausted(reserved)) return reserved;
   if (absl::Status status = disk->SyncDirectory(""); !status.ok()) return status;
-  return std::make_unique<SqliteStore>(std::move(disk), *std::move(lock), *std::move(database));
+  return std::make_unique<SqliteStore>(std::move(disk), *std::move(lock), *std::move(database),
+                                       reserved.ok());
 }
 
 }  // namespace certiq::jobs

@@ -162,7 +162,7 @@ class Store {
   // longer names stay until DeleteBlob.
   virtual absl::Status PutCalibration(const CalibrationRecord& record) = 0;
   virtual absl::Status PutJob(const JobRecord& record) = 0;
-  // No error where there is none.
+  // No error where there is none. A full disk does not keep records from being deleted.
   virtual absl::Status DeleteCalibration(const std::string& id) = 0;
   virtual absl::Status DeleteJob(const std::string& id) = 0;
 };
