@@ -59,7 +59,7 @@ CLI::App* AddQuantizeVerb(CLI::App* app, QuantizeFlags* flags) {
 
 std::string FlagForField(const std::string& field) {
   // Longest first where one is the beginning of another.
-  static constexpr std::array<std::pair<const char*, const char*>, 41> kFlags = {{
+  static constexpr std::array<std::pair<const char*, const char*>, 42> kFlags = {{
       {"spec.method", "--method"},
       {"spec.bits", "--bits"},
       {"spec.symmetric", "--symmetric"},
@@ -67,6 +67,7 @@ std::string FlagForField(const std::string& field) {
       {"spec.scale_dtype", "--scale_dtype"},
       {"spec.group_scales", "--group_scales"},
       {"spec.scale_trials", "--scale_trials"},
+      {"spec.signed_scales", "--signed_scales"},
       {"spec.scale", "--scale"},
       {"spec.polish", "--polish"},
       {"spec.rounding", "--rounding"},

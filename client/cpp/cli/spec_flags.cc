@@ -13,18 +13,17 @@ namespace {
 
 std::optional<std::string> ReadDamping(const std::string& text, v1::Damping* damping) {
   constexpr char kExpected[] =
-      "relative_trace:NUMBER, absolute:NUMBER, relative_sigma_max:NUMBER, held_out or "
-      "held_out:NUMBER,NUMBER,...";
-  if (text == "held_out") {
-    damping->mutable_held_out();
-    return std::nullopt;
-  }
+      "relative_trace:NUMBER, absolute:NUMBER, relative_sigma_max:NUMBER, held_out, "
+      "held_out:NUMBER,NUMBER,..., held_out_climb or held_out_climb:NUMBER,NUMBER,...";
   const std::pair<std::string, std::string> parts = absl::StrSplit(text, absl::MaxSplits(':', 1));
   double value = 0;
-  if (parts.first == "held_out") {
+  if (parts.first == "held_out" || parts.first == "held_out_climb") {
+    v1::HeldOutDamping* const held_out = damping->mutable_held_out();
+    if (parts.first == "held_out_climb") held_out->set_climb(true);
+    if (text == parts.first) return std::nullopt;
     for (const absl::string_view step : absl::StrSplit(parts.second, ',')) {
       if (!ReadNumber(std::string(step), &value)) return kExpected;
-      damping->mutable_held_out()->add_ladder(value);
+      held_out->add_ladder(value);
     }
     return std::nullopt;
   }
@@ -59,6 +58,16 @@ void AddGridFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
       verb, "--scale", Choices<v1::ScaleRule>("SCALE_RULE_"),
       [spec](v1::ScaleRule value) { spec->set_scale(value); },
       "How a scale is found (default absmax)");
+  AddChoice<v1::ScaleObjective>(
+      verb, "--scale_objective", Choices<v1::ScaleObjective>("SCALE_OBJECTIVE_"),
+      [spec](v1::ScaleObjective value) { spec->set_scale_objective(value); },
+      "What piso scales are judged by (default mixed for nearest, else quantized_inputs)");
+  AddNumber<int32_t>(
+      verb, "--scale_passes", "N", [spec](int32_t value) { spec->set_scale_passes(value); },
+      "Passes of piso over the groups of a row, 0: each by itself (default 3 for nearest, else 0)");
+  AddBool(
+      verb, "--signed_scales", [spec](bool value) { spec->set_signed_scales(value); },
+      "true: a search may give a symmetric grid a negative scale (default false)");
   AddNumber<int32_t>(
       verb, "--scale_trials", "N", [spec](int32_t value) { spec->set_scale_trials(value); },
       "Sweeps tried around the scale found");
@@ -94,7 +103,8 @@ void AddMethodFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
       verb, "--damping", "RULE[:VALUE]",
       [spec](const std::string& text) { return ReadDamping(text, spec->mutable_damping()); },
       "relative_trace:0.01 (default), absolute:1, relative_sigma_max:1e-6, held_out, or "
-      "held_out:0.001,0.01,0.1 with candidates of your own");
+      "held_out:0.001,0.01,0.1 with candidates of your own; held_out_climb tries only as many as "
+      "it takes and prefers the most damped of the best");
   AddNumber<int32_t>(
       verb, "--max_attempts", "N",
       [spec](int32_t value) { spec->mutable_damping()->set_max_attempts(value); },

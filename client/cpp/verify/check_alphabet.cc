@@ -20,8 +20,9 @@ struct Clipping {
   Range overshoot;
 };
 
-// Nearest: |e| beyond half a step (1 + 1e-6). Stochastic: a target beyond the outermost levels.
-// `over` is how far beyond, in steps; what lies within the slack of the edge may count or not.
+// Nearest: |e| beyond half a step (1 + 1e-6), outward of the outermost code. Stochastic: a target
+// beyond the outermost levels. `over` is how far beyond, in steps; what lies within the slack of
+// the edge may count or not.
 Clipping CountClipped(const Evidence& evidence) {
   const Quantized& q = evidence.layer.q;
   Clipping clipping;
@@ -36,7 +37,13 @@ Clipping CountClipped(const Evidence& evidence) {
       double over = std::abs(evidence.e(r, i)) / step - 0.5;
       double most_over = over;
       double slack = evidence.ErrorSlack(r, i) / step;
-      if (!evidence.nearest()) {
+      if (evidence.nearest()) {
+        const int32_t code = q.Code(r, evidence.Feature(i));
+        const bool above = evidence.e(r, i) > 0;
+        constexpr double kInside = -1;
+        if (above ? code < *most : code > *least) most_over = kInside;
+        if (above ? code < q.top : code > 0) over = kInside;
+      } else {
         const double position =
             evidence.Target(r, i) / step + q.zero[q.Cell(r, evidence.Feature(i))];
         over = std::max(-position, position - q.top);
@@ -89,15 +96,16 @@ Matrix Margins(const Evidence& evidence) {
   margins = steps * sums;
   if (evidence.nearest()) return margins;
   const double weights = static_cast<double>(q.rows) * static_cast<double>(n);
-  const double likely =
-      0.5 * std::log(2 * weights / evidence.spec().certificate().failure_probability());
+  const double likely = 0.5 * std::log(2 * weights * evidence.trials() /
+                                       evidence.spec().certificate().failure_probability());
   return (likely * margins).cwiseSqrt();
 }
 
 // The levels that leave no target outside: integers L..H with L <= low + 1/2 and H >= high - 1/2 in
 // steps (nearest; unbiased rounding stays between levels: without the halves), where zero points
-// are integers and free; a symmetric grid has as many below zero as at and above. `shift`, relative
-// to the extremes, makes room for (or takes off) what rounding may have done.
+// are integers and free; a symmetric grid has as many below zero as at and above, or, mirrored,
+// above zero as at and below. `shift`, relative to the extremes, makes room for (or takes off) what
+// rounding may have done.
 double LevelsNeeded(const Evidence& evidence, double shift) {
   const Quantized& q = evidence.layer.q;
   const Matrix margins = Margins(evidence);
@@ -119,8 +127,10 @@ double LevelsNeeded(const Evidence& evidence, double shift) {
     for (int64_t g = 0; g < q.groups; ++g) {
       const double bottom = low[g] + beyond - shift * std::abs(low[g]);
       const double top = high[g] - beyond + shift * std::abs(high[g]);
-      const double levels = evidence.spec().symmetric() ? 2 * std::max(-bottom, top + 1)
-                                                        : std::ceil(top) - std::floor(bottom) + 1;
+      const bool mirrored = 2 * q.zero[static_cast<size_t>(r * q.groups + g)] < q.top;
+      const double longer = mirrored ? std::max(top, 1 - bottom) : std::max(-bottom, top + 1);
+      const double levels =
+          evidence.spec().symmetric() ? 2 * longer : std::ceil(top) - std::floor(bottom) + 1;
       most = std::max(most, levels);
     }
   }

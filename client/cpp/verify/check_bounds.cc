@@ -128,7 +128,8 @@ Range LikelyLargest(const Evidence& evidence) {
   const double pairs =
       static_cast<double>(evidence.certificate.tokens()) * static_cast<double>(q.rows);
   const double deviations =
-      std::sqrt(0.5 * std::log(2 * pairs / evidence.spec().certificate().failure_probability()));
+      std::sqrt(0.5 * std::log(2 * pairs * evidence.trials() /
+                               evidence.spec().certificate().failure_probability()));
   Range most;
   for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
     Range widest;

@@ -27,26 +27,49 @@ bool IsOfLadder(const v1::Damping& damping, double lambda, double unit) {
   return false;
 }
 
-// (V2) the least error names the ratio that the final run uses; 0 for an empty ladder.
+// Whether step i is one of those that count, which have all of the spec's searches, or one of the
+// plain runs before them.
+bool HasSearches(const v1::QuantizationSpec& spec, const v1::LadderStep& step) {
+  return step.scale_trials() == std::max(1, spec.scale_trials()) && step.polish() == spec.polish();
+}
+
+bool IsPlain(const v1::LadderStep& step) { return step.scale_trials() == 1 && step.polish() == 0; }
+
+// (V2) the least error, or where the ladder is climbed the largest lambda within 2 % of it, names
+// the ratio that the final run uses; 0 for an empty ladder.
 double CheckLadder(const Evidence& evidence, Ledger& ledger) {
   const v1::Certificate& c = evidence.certificate;
   const double unit = FitUnit(evidence.layer);
   double least = std::numeric_limits<double>::infinity();
-  double ratio = 0;
   bool ours = c.ladder_size() > 0;
   for (const v1::LadderStep& step : c.ladder()) {
-    ours = ours && IsOfLadder(evidence.spec().damping(), step.lambda(), unit);
-    if (step.held_out_relative_error() < least) {
-      least = step.held_out_relative_error();
-      ratio = step.lambda() / unit;
-    }
+    const bool counts = HasSearches(evidence.spec(), step);
+    // What is run with all searches was run plainly before.
+    const bool known = std::any_of(c.ladder().begin(), c.ladder().end(), [&](const auto& other) {
+      return IsPlain(other) && std::abs(other.lambda() / step.lambda() - 1) < 1e-9;
+    });
+    ours = ours && (counts || IsPlain(step)) && known &&
+           IsOfLadder(evidence.spec().damping(), step.lambda(), unit);
+    if (counts) least = std::min(least, step.held_out_relative_error());
+  }
+  const double within = evidence.spec().damping().held_out().climb() ? 1.02 : 1;
+  double ratio = 0;
+  double chosen = 0;
+  for (const v1::LadderStep& step : c.ladder()) {
+    if (!HasSearches(evidence.spec(), step)) continue;
+    if (step.held_out_relative_error() > within * least) continue;
+    // Of equal errors the first step counts.
+    if (within == 1 && ratio > 0) continue;
+    if (step.lambda() / unit <= ratio) continue;
+    ratio = step.lambda() / unit;
+    chosen = step.held_out_relative_error();
   }
   ledger.Claim("ladder[].lambda", ours,
                absl::StrCat(c.ladder_size(), " steps", ours ? ", multiples as the spec says" : ""));
   ledger.NotChecked("ladder[].held_out_relative_error",
-                    "each needs a run of its own; only the least of them is compared");
+                    "each needs a run of its own; only that of the chosen one is compared");
   OptionalClose("held_out_relative_error", c.has_held_out_relative_error(),
-                c.held_out_relative_error(), least, 1e-12, ledger);
+                c.held_out_relative_error(), chosen, 1e-12, ledger);
   return ratio;
 }
 

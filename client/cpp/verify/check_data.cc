@@ -33,6 +33,11 @@ void CheckGroups(const Evidence& evidence, Ledger& ledger) {
 
 // Every code is the nearest one, or one of the two around the target, or an outermost one.
 void CheckRounding(const Evidence& evidence, Ledger& ledger) {
+  if (evidence.certificate.has_polish()) {
+    ledger.NotChecked("codes",
+                      "each in its grid; polish moved them away from where they were rounded");
+    return;
+  }
   const Quantized& q = evidence.layer.q;
   const auto [least, most] = std::minmax_element(q.codes.begin(), q.codes.end());
   // Rounded levels lie at most half a unit of bfloat16 off their multiple.
@@ -64,7 +69,8 @@ void CheckRounding(const Evidence& evidence, Ledger& ledger) {
 namespace {
 
 // certificate.proto, held_out_rows.
-constexpr Eigen::Index kLadderRows = 256;
+constexpr Eigen::Index kLeastLadderRows = 64;
+constexpr Eigen::Index kMostLadderRows = 256;
 
 }  // namespace
 
@@ -84,7 +90,8 @@ void CheckData(const Evidence& evidence, Ledger& ledger) {
   // A ladder runs on a sample of rows.
   const Eigen::Index rows = layer.w.rows();
   const bool measured = layer.held_out.x.rows() > 0;
-  const Eigen::Index sampled = std::min<Eigen::Index>(rows, kLadderRows);
+  const Eigen::Index sampled =
+      std::min(rows, std::clamp(rows / 8, kLeastLadderRows, kMostLadderRows));
   const Eigen::Index measured_rows = !measured ? 0 : layer.ladder ? sampled : rows;
   ledger.Count("held_out_rows", c.held_out_rows(), measured_rows, measured_rows);
   ledger.Claim(

@@ -3,6 +3,7 @@
 #include <optional>
 #include <utility>
 
+#include "absl/strings/str_format.h"
 #include "checks.h"
 
 namespace certiq::verify {
@@ -43,6 +44,24 @@ void CheckNearest(const Evidence& evidence, Ledger& ledger) {
                 c.nearest_relative_error(), expected, kPromise, ledger);
 }
 
+// What is there before polishing is not stored; that no row got worse cannot be seen, but that the
+// sum did not.
+void CheckPolish(const Evidence& evidence, Ledger& ledger) {
+  const v1::Certificate& c = evidence.certificate;
+  const bool polished = evidence.spec().polish() > 0 && c.outcome() == v1::OUTCOME_QUANTIZED;
+  if (c.has_polish() != polished) {
+    ledger.Claim("polish", false,
+                 polished ? "missing, though the spec has some" : "there, though there was none");
+    return;
+  }
+  if (!polished) return;
+  ledger.Count("polish.passes", c.polish().passes(), 1, evidence.spec().polish());
+  const double before = c.polish().damped_squared_error_before();
+  ledger.Claim("polish.damped_squared_error_before", before >= c.damped_squared_error(),
+               absl::StrFormat("%.6g, %.6g afterwards", before, c.damped_squared_error()));
+  ledger.NotChecked("how much polish gained", "what was there before is not stored");
+}
+
 }  // namespace
 
 void CheckErrors(const Evidence& evidence, Ledger& ledger) {
@@ -55,6 +74,7 @@ void CheckErrors(const Evidence& evidence, Ledger& ledger) {
   const double lambda = evidence.feedback.has_value() ? c.lambda_used() : 0;
   ledger.Close("damped_squared_error", c.damped_squared_error(),
                squared + lambda * LiveChange(layer), evidence.tolerance());
+  CheckPolish(evidence, ledger);
   ledger.Close("reference_energy", c.reference_energy(), energy, kPromise);
   ledger.Close("relative_error", c.relative_error(), Relative(squared, energy),
                evidence.tolerance());

@@ -2,6 +2,7 @@
 #ifndef CERTIQ_CLIENT_CPP_VERIFY_CHECKS_H_
 #define CERTIQ_CLIENT_CPP_VERIFY_CHECKS_H_
 
+#include <algorithm>
 #include <optional>
 
 #include "certiq/v1/certificate.pb.h"
@@ -36,6 +37,8 @@ struct Evidence {
 
   const v1::QuantizationSpec& spec() const { return certificate.spec(); }
   bool nearest() const { return spec().rounding() != v1::ROUNDING_STOCHASTIC; }
+  // Sweeps of which each row kept one.
+  double trials() const { return std::max(1, spec().scale_trials()); }
   bool mismatched() const { return layer.fit.x_quantized.has_value(); }
   // kPromise, and what the service's sums may be off.
   double tolerance() const { return kPromise + (feedback.has_value() ? 2 * feedback->slack : 0); }

@@ -128,7 +128,8 @@ absl::StatusOr<Feedback> RecomputeIn(const std::vector<int64_t>& order, const La
 // Returns how many pairs were the other way round, and swaps them in `order`.
 int64_t SettleTies(const Layer& layer, const v1::QuantizationSpec& spec, const Feedback& f,
                    std::vector<int64_t>& order) {
-  if (spec.order() != v1::ORDER_DECREASING_NORM) return 0;
+  // Polished codes leave their cells whatever the order.
+  if (spec.order() != v1::ORDER_DECREASING_NORM || spec.polish() > 0) return 0;
   // Each norm is off by at most 9e-7.
   constexpr double kNear = 2e-6;
   const double cell = spec.rounding() == v1::ROUNDING_STOCHASTIC ? 1 : 0.5;

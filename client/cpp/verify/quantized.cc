@@ -95,11 +95,12 @@ absl::Status Reader::Scales(const std::string& role, v1::DataType dtype, bool gr
     for (int64_t g = 0; g < q_.groups; ++g) {
       const float scale =
           values[static_cast<size_t>(groups_first ? g * q_.rows + r : r * q_.groups + g)];
-      if (!(scale > 0) || !std::isfinite(scale) ||
-          RoundToType(spec_.scale_dtype(), scale) != scale) {
+      const bool sign = scale > 0 || (scale < 0 && spec_.signed_scales());
+      if (!sign || !std::isfinite(scale) || RoundToType(spec_.scale_dtype(), scale) != scale) {
         return absl::InvalidArgumentError(
             absl::StrCat(tensor->name, ": the scale of row ", r, ", group ", g, " is ", scale,
-                         ", expected a positive finite ", DataTypeName(spec_.scale_dtype())));
+                         ", expected a ", spec_.signed_scales() ? "finite " : "positive finite ",
+                         DataTypeName(spec_.scale_dtype())));
       }
       q_.scale[static_cast<size_t>(r * q_.groups + g)] = scale;
     }
@@ -232,6 +233,22 @@ absl::Status Reader::Compressed() {
   return absl::OkStatus();
 }
 
+// Grids of negative scales, mirrored.
+void TurnOver(Quantized& q) {
+  for (int64_t r = 0; r < q.rows; ++r) {
+    for (int64_t j = 0; j < q.features; ++j) {
+      if (q.scale[q.Cell(r, j)] > 0) continue;
+      int32_t& code = q.codes[static_cast<size_t>(r * q.features + j)];
+      code = q.top - code;
+    }
+  }
+  for (size_t at = 0; at < q.scale.size(); ++at) {
+    if (q.scale[at] > 0) continue;
+    q.scale[at] = -q.scale[at];
+    q.zero[at] = q.top - q.zero[at];
+  }
+}
+
 }  // namespace
 
 float Quantized::Level(int64_t row, int64_t feature, int32_t code) const {
@@ -306,6 +323,7 @@ absl::StatusOr<Quantized> ReadQuantized(const v1::QuantizationSpec& spec, int64_
                                                    " throughout a symmetric grid, got ", q.zero[at],
                                                    " at ", at));
   }
+  TurnOver(q);
   q.levels.resize(rows, features);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < features; ++j) {

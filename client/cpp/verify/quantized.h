@@ -15,7 +15,9 @@
 namespace certiq::verify {
 
 // Code u of row r at feature j stands for the level scale[r, g] (u - zero[r, g]), g = group_of[j],
-// computed in float32 and rounded to level_type. Features are in their original order.
+// computed in float32 and rounded to level_type. Features are in their original order. A negative
+// scale of a symmetric grid is read as the mirrored grid that it stands for: the scale's magnitude,
+// zero 2^(b-1) - 1 and code 2^b - 1 - u.
 struct Quantized {
   int64_t rows = 0;
   int64_t features = 0;

@@ -16,46 +16,32 @@ from types import TracebackType
 from typing import Any, Self
 
 from certiq._aio_transport import AioTransport
-from certiq._channel import Tls, connect
-from certiq._core import Core, calibration_request, job_request, layer_request, state_of
+from certiq._client_base import ClientBase
+from certiq._core import Core
+from certiq._job_state import state_of
 from certiq._proto import calibration_service_pb2 as c
+from certiq._requests import calibration_request, job_request, layer_request
 from certiq._rows import RowStream
 from certiq._sender import WINDOW_BYTES
 from certiq._tries import Deadline
-from certiq.calibration import CalibrationInfo, calibration_id
-from certiq.client import CHUNK_BYTES
-from certiq.errors import Error, NotFound
+from certiq.calibration import CalibrationInfo, StreamInfo, calibration_id
+from certiq.errors import Error
 from certiq.jobs import JobBar, JobInfo
 from certiq.layer import Layer
 from certiq.progress import ProgressLike
-from certiq.retry import Retry
 from certiq.spec import SpecLike
 from certiq.statistics import Statistics, sums_of
 from certiq.tensors import TensorLike
 
 
-class ActivationStream:
+class ActivationStream(StreamInfo):
     """certiq.ActivationStream, for one task at a time."""
-
-    def __init__(self, rows: RowStream) -> None:
-        self._rows = rows
-
-    @property
-    def stream_id(self) -> str:
-        return self._rows.stream_id
-
-    @property
-    def progress(self) -> c.StreamProgress:
-        return self._rows.progress
 
     async def send(self, x: TensorLike, x_quantized: TensorLike | None = None) -> None:
         await self._rows.send(x, x_quantized)
 
     async def close(self) -> c.StreamProgress:
         return await self._rows.close()
-
-    def abort(self) -> None:
-        self._rows.abort()
 
     async def __aenter__(self) -> Self:
         return self
@@ -171,12 +157,8 @@ class NewCalibration:
             return
         try:
             await made.delete()
-        except NotFound:
-            pass  # Somebody else did it, or it expired.
         except Error as failed:
-            if error is None:
-                raise
-            error.add_note(f"and calibration {made.id} could not be deleted: {failed}")
+            made._could_not_delete(failed, error)
 
 
 class Job(JobInfo):
@@ -224,30 +206,10 @@ class Job(JobInfo):
         return await self._core.read_result(self.id, deadline.remaining())
 
 
-class Client:
+class Client(ClientBase):
     """certiq.Client for asyncio; of any number of event loops, one after the other or at once."""
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        tls: Tls | None = None,
-        token: str | None = None,
-        allow_cleartext: bool = False,
-        retry: Retry | None = None,
-        connect_timeout: float = 5.0,
-        chunk_bytes: int = CHUNK_BYTES,
-    ) -> None:
-        connection = connect(
-            address,
-            tls,
-            token,
-            allow_cleartext=allow_cleartext,
-            connect_timeout=connect_timeout,
-            chunk_bytes=chunk_bytes,
-        )
-        transport = AioTransport(connection.channel, connection.metadata)
-        self._core = Core(transport, retry or Retry(), connection.chunk_bytes)
+    _transport = AioTransport
 
     async def close(self) -> None:
         await self._core.transport.close()

@@ -58,6 +58,14 @@ class CalibrationInfo:
         state = "finalized" if self.finalized else "open"
         return f"<{type(self).__name__} {self.id}: {state}, {self.tokens} x {self.features}>"
 
+    def _could_not_delete(self, failed: Error, error: BaseException | None) -> None:
+        """At the end of a `with` block; an `error` that ended it is what counts."""
+        if isinstance(failed, NotFound):
+            return  # Somebody else did it, or it expired.
+        if error is None:
+            raise failed
+        error.add_note(f"and calibration {self.id} could not be deleted: {failed}")
+
 
 def calibration_id(calibration: CalibrationInfo | str | None) -> str:
     if calibration is None:
@@ -65,14 +73,8 @@ def calibration_id(calibration: CalibrationInfo | str | None) -> str:
     return calibration if isinstance(calibration, str) else calibration.id
 
 
-class ActivationStream:
-    """A resumable writer; what it sends counts once, whatever breaks meanwhile.
-
-    The rows of all send() calls, one after the other, are cut into chunks whatever the sizes of
-    the calls, so that the same rows are the same chunks. Where the server has a stream of this
-    name already, as many chunks as it has are skipped: a process that was restarted sends the
-    same rows again from the first one on, in the same types.
-    """
+class StreamInfo:
+    """A stream of rows; common to the blocking and the asynchronous one."""
 
     def __init__(self, rows: RowStream) -> None:
         self._rows = rows
@@ -85,6 +87,20 @@ class ActivationStream:
     def progress(self) -> c.StreamProgress:
         """How far the server is, as it said last."""
         return self._rows.progress
+
+    def abort(self) -> None:
+        """Ends the call; what the server received stays, and the stream may be taken up again."""
+        self._rows.abort()
+
+
+class ActivationStream(StreamInfo):
+    """A resumable writer; what it sends counts once, whatever breaks meanwhile.
+
+    The rows of all send() calls, one after the other, are cut into chunks whatever the sizes of
+    the calls, so that the same rows are the same chunks. Where the server has a stream of this
+    name already, as many chunks as it has are skipped: a process that was restarted sends the
+    same rows again from the first one on, in the same types.
+    """
 
     def send(self, x: TensorLike, x_quantized: TensorLike | None = None) -> None:
         """Adds rows x [..., N], with the same rows of X~ where inputs are mismatched; the memory
@@ -102,10 +118,6 @@ class ActivationStream:
         """Sends what is left and waits until all of it is durable. Raises as send(), and
         FailedPrecondition where the server holds more of this stream than was sent now."""
         return run(self._rows.close())
-
-    def abort(self) -> None:
-        """Ends the call; what the server received stays, and the stream may be taken up again."""
-        self._rows.abort()
 
     def __enter__(self) -> Self:
         return self
@@ -214,9 +226,5 @@ class Calibration(CalibrationInfo):
             return
         try:
             self.delete()
-        except NotFound:
-            pass  # Somebody else did it, or it expired.
         except Error as failed:
-            if error is None:
-                raise
-            error.add_note(f"and calibration {self.id} could not be deleted: {failed}")
+            self._could_not_delete(failed, error)

@@ -4,21 +4,19 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
-from certiq._channel import Tls, connect
-from certiq._core import Core, calibration_request, job_request, layer_request, state_of
+from certiq._client_base import ClientBase
+from certiq._job_state import state_of
+from certiq._requests import calibration_request, job_request, layer_request
 from certiq._transport import BlockingTransport, iterate, run
 from certiq.calibration import Calibration, CalibrationInfo, calibration_id
 from certiq.jobs import Job
 from certiq.layer import Layer
 from certiq.progress import ProgressLike
-from certiq.retry import Retry
 from certiq.spec import SpecLike
 from certiq.tensors import TensorLike
 
-CHUNK_BYTES = 2 << 20
 
-
-class Client:
+class Client(ClientBase):
     """A connection to a certiq server, made when it is needed.
 
     Thread-safe, but for one stream or job object at a time; not to be used in a child process
@@ -30,30 +28,7 @@ class Client:
     `timeout` is for the whole call in seconds, retries included; then DeadlineExceeded.
     """
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        tls: Tls | None = None,
-        token: str | None = None,
-        allow_cleartext: bool = False,
-        retry: Retry | None = None,
-        connect_timeout: float = 5.0,
-        chunk_bytes: int = CHUNK_BYTES,
-    ) -> None:
-        """`address` is HOST:PORT. Without `tls` the connection is in clear text, and a token goes
-        to this machine only, unless `allow_cleartext`. `connect_timeout` is for one attempt;
-        `chunk_bytes` are those of tensors in a message, a row that is larger travels alone."""
-        connection = connect(
-            address,
-            tls,
-            token,
-            allow_cleartext=allow_cleartext,
-            connect_timeout=connect_timeout,
-            chunk_bytes=chunk_bytes,
-        )
-        transport = BlockingTransport(connection.channel, connection.metadata)
-        self._core = Core(transport, retry or Retry(), connection.chunk_bytes)
+    _transport = BlockingTransport
 
     def close(self) -> None:
         """Ends the calls that still run with Cancelled."""

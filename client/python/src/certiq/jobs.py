@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, Self
 
-from certiq._core import Core, is_final, job_error, state_name
+from certiq._core import Core
+from certiq._job_state import is_final, job_error, state_name
 from certiq._proto import job_service_pb2 as j
 from certiq._transport import iterate, run
 from certiq._tries import Deadline

@@ -11,6 +11,7 @@ from certiq.errors import invalid
 MethodName = Literal["nearest", "optq", "qronos"]
 GroupScalesName = Literal["static", "dynamic"]
 ScaleName = Literal["absmax", "mse", "piso", "compensated"]
+ScaleObjectiveName = Literal["inputs", "quantized_inputs", "mixed", "data_free"]
 RoundingName = Literal["nearest", "stochastic"]
 OrderName = Literal["natural", "decreasing_norm"]
 OnFailureName = Literal["fail", "nearest"]
@@ -65,14 +66,23 @@ class Spec:
     grid: Grid | None = None
     group_scales: GroupScalesName | None = None
     scale: ScaleName | None = None
+    scale_objective: ScaleObjectiveName | None = None
+    """What piso scales are judged by."""
+    scale_passes: int | None = None
+    """Of piso over the groups of a row; 0: each by itself."""
     scale_trials: int | None = None
+    """Sweeps, each with other scales around those found; each row keeps its best."""
+    signed_scales: bool | None = None
+    """Whether a search may turn a symmetric grid over by a negative scale."""
     polish: int | None = None
+    """Passes that refit scales and move codes, at most."""
     rounding: RoundingName | None = None
     seed: int | None = None
     order: OrderName | None = None
     damping: str | None = None
     """"relative_trace:0.01", "absolute:1", "relative_sigma_max:1e-6", "held_out", or
-    "held_out:0.001,0.01,0.1" with candidates of your own, multiples of trace / N."""
+    "held_out:0.001,0.01,0.1" with candidates of your own, multiples of trace / N;
+    "held_out_climb", alone or with candidates, tries only as many as it takes."""
     max_attempts: int | None = None
     """Damping attempts in all, 1 to 20."""
     damping_factor: float | None = None
@@ -151,12 +161,16 @@ _ENUMS: dict[str, Any] = {
     "method": spec_pb2.Method,
     "group_scales": spec_pb2.GroupScales,
     "scale": spec_pb2.ScaleRule,
+    "scale_objective": spec_pb2.ScaleObjective,
     "rounding": spec_pb2.Rounding,
     "order": spec_pb2.Order,
     "format": spec_pb2.Format,
     "quality": spec_pb2.Quality,
 }
-_PLAIN = (*("bits", "symmetric", "group_size", "scale_trials", "polish", "seed", "min_tokens"),)
+_PLAIN = (
+    *("bits", "symmetric", "group_size", "scale_passes", "scale_trials", "signed_scales"),
+    *("polish", "seed", "min_tokens"),
+)
 _REPORT = ("per_row", "failure_probability", "compare_nearest")
 
 
@@ -173,14 +187,17 @@ def _number(field: str, value: object, enum: _Enum) -> Any:
 def _read_damping(text: object, spec: QuantizationSpec) -> None:
     error = invalid(
         "spec.damping",
-        "expected relative_trace:NUMBER, absolute:NUMBER, relative_sigma_max:NUMBER, held_out or "
-        f"held_out:NUMBER,NUMBER,..., got {text!r}",
+        "expected relative_trace:NUMBER, absolute:NUMBER, relative_sigma_max:NUMBER, held_out, "
+        "held_out:NUMBER,NUMBER,..., held_out_climb or held_out_climb:NUMBER,NUMBER,..., "
+        f"got {text!r}",
     )
     if not isinstance(text, str):
         raise error
     rule, colon, rest = text.partition(":")
     try:
-        if rule == "held_out":
+        if rule in ("held_out", "held_out_climb"):
+            if rule == "held_out_climb":
+                spec.damping.held_out.climb = True
             spec.damping.held_out.ladder.extend(float(v) for v in rest.split(",") if colon)
             spec.damping.held_out.SetInParent()
             return

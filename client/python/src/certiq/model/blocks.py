@@ -101,9 +101,12 @@ class BlockStack:
                 hidden = keywords.pop("hidden_states")
             calls.append(BlockCall(positional, keywords))
             first.append(hidden)
+            if len(calls) == len(self.blocks):
+                # Nothing reads what the head would say.
+                raise _CapturedError
             return self._wrap(hidden)
 
-        with self._forwards(lambda index: record):
+        with self._forwards(lambda index: record), suppress(_CapturedError):
             self._forward(ids)
         self._calls[tuple(ids.shape)] = calls
         return first[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,13 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from certiq.model.blocks import find_stack
 from certiq.model.errors import UsageError
 from certiq.model.journal import Journal, write_text
 from certiq.model.naming import LinearName
 from certiq.model.settings import RunSettings
 from certiq.model.source import ModelSource
-from certiq.torch.linears import is_conv1d
+from certiq.torch.linears import is_conv1d, is_linear
 
 SHARD_BYTES = 4 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -99,7 +101,7 @@ class CheckpointWriter:
         return [
             name
             for name, module in self._source.model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name not in quantized
+            if is_linear(module) and name not in quantized
         ]
 
     def _write_shards(self, output: Path) -> tuple[dict[str, str], int]:
@@ -189,6 +191,7 @@ class CheckpointWriter:
                 "checkpoint_format": spec.format,
                 "pack_dtype": "int32",
                 "meta": {"quantizer": ["certiq"]},
+                **self._left_in_blocks(),
             }
         if spec.format == "compressed_tensors":
             weights = {
@@ -215,6 +218,18 @@ class CheckpointWriter:
                 "kv_cache_scheme": None,
             }
         return None
+
+    def _left_in_blocks(self) -> dict[str, Any]:
+        """Loaders of GPTQ take every linear of a block for packed unless they are told otherwise:
+        GPTQModel what is not, transformers what is."""
+        stack, _ = find_stack(self._source.model)
+        left = [name for name in self.left_float() if name.startswith(f"{stack}.")]
+        if not left:
+            return {}
+        return {
+            "dynamic": {f"-:^{re.escape(name)}$": {} for name in left},
+            "modules_in_block_to_quantize": [list(self._names)],
+        }
 
 
 def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module | None:

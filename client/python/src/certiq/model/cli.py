@@ -41,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
     spec.add_argument("--group-size", type=int, default=0, help="0: one scale a row")
     spec.add_argument("--asymmetric", action="store_true", help="grids with zero points")
     spec.add_argument("--scale", choices=("absmax", "mse", "piso", "compensated"))
+    spec.add_argument(
+        "--scale-objective", choices=("inputs", "quantized_inputs", "mixed", "data_free")
+    )
+    spec.add_argument("--scale-passes", type=int)
     spec.add_argument("--scale-trials", type=int)
     spec.add_argument("--polish", type=int)
     spec.add_argument("--group-scales", choices=("static", "dynamic"))
@@ -85,6 +89,8 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
         group_size=arguments.group_size,
         group_scales=arguments.group_scales,
         scale=arguments.scale,
+        scale_objective=arguments.scale_objective,
+        scale_passes=arguments.scale_passes,
         scale_trials=arguments.scale_trials,
         polish=arguments.polish,
         rounding=arguments.rounding,

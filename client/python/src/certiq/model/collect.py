@@ -117,21 +117,21 @@ class Collector:
     def _pass(
         self, block: nn.Module, batch: torch.Tensor, level: Level, linears: dict[str, nn.Module]
     ) -> None:
-        """Runs the block until all of the level has read its inputs, where that can be told."""
+        """Runs the block until all of the level has read its inputs, where that can be told: the
+        last one that reads is not computed any more."""
         waiting = set(level.linears)
 
         def read(name: str) -> Callable[..., None]:
-            return lambda *_: waiting.discard(name)
+            def hook(*_: object) -> None:
+                waiting.discard(name)
+                if not waiting:
+                    raise _StopError
 
-        def stop(*_: object) -> None:
-            if not waiting:
-                raise _StopError
+            return hook
 
-        handles = []
-        if not level.repeated:
-            for name, module in linears.items():
-                hook = read(name) if name in waiting else stop
-                handles.append(module.register_forward_pre_hook(hook))
+        # Behind the hooks of the tap, which was entered before.
+        watched = () if level.repeated else level.linears
+        handles = [linears[name].register_forward_pre_hook(read(name)) for name in watched]
         try:
             self._run(block, batch)
         except _StopError:

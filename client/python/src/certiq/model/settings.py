@@ -46,13 +46,17 @@ class RunSettings:
 
     @property
     def effective_held_out_fraction(self) -> float:
-        """1/8 where the spec judges by held-out tokens, as the certiq command does."""
+        """1/8 where the spec judges by held-out tokens, as the certiq command does, or one of few
+        sequences."""
         if self.held_out_fraction is not None:
             return self.held_out_fraction
         damping = self.spec.damping
         chooses = damping is not None and damping.startswith("held_out")
-        by_default = damping is None and self.spec.method == "qronos"
-        return 0.125 if chooses or by_default or self.spec.quality is not None else 0.0
+        # What chooses by them where nothing else is said: Qronos, and these presets.
+        by_default = damping is None and (
+            self.spec.method == "qronos" or self.spec.quality in ("balanced", "best")
+        )
+        return max(0.125, 1 / max(self.sequences, 2)) if chooses or by_default else 0.0
 
     def check(self) -> None:
         """Raises UsageError for what no server and no loader could do."""
@@ -70,7 +74,7 @@ class RunSettings:
             spec.format == "compressed_tensors"
             and spec.group_size
             and spec.group_scales == "dynamic"
-            and spec.order == "decreasing_norm"
+            and (spec.order or ("decreasing_norm" if spec.quality else None)) == "decreasing_norm"
         ):
             raise UsageError(
                 "compressed-tensors 0.20 and later do not read groups in another order "
@@ -79,6 +83,11 @@ class RunSettings:
         for name in ("sequences", "sequence_length", "batch_size", "evaluation_window"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        fraction = self.effective_held_out_fraction
+        if 0 < fraction * self.sequences < 1:
+            raise UsageError(
+                f"held_out_fraction: {fraction:g} of the sequences ({self.sequences}) is not one"
+            )
 
     def described(self) -> dict[str, Any]:
         """For reports: everything, as plain values."""

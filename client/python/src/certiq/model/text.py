@@ -28,16 +28,14 @@ def calibration_sequences(
 
     Encoders that end a sequence with special tokens ([CLS], [SEP]) get them, within `length`.
     """
-    special = tokenizer.num_special_tokens_to_add(pair=False) if _is_encoder(tokenizer) else 0
-    own = length - special
+    before, after = _frame(tokenizer) if _is_encoder(tokenizer) else ([], [])
+    own = length - len(before) - len(after)
     if own < 1 or len(ids) < own:
         raise UsageError(
             f"{source}: expected at least {own} tokens for sequences of {length}, got {len(ids)}"
         )
     starts = [index * (len(ids) - own) // max(1, count - 1) for index in range(count)]
-    rows = [ids[start : start + own].tolist() for start in starts]
-    if special:
-        rows = [tokenizer.build_inputs_with_special_tokens(row) for row in rows]
+    rows = [[*before, *ids[start : start + own].tolist(), *after] for start in starts]
     return torch.tensor(rows, dtype=torch.int64)
 
 
@@ -53,3 +51,14 @@ def evaluation_windows(ids: torch.Tensor, tokens: int, window: int, *, source: s
 
 def _is_encoder(tokenizer: Any) -> bool:
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a text."""
+    text = "a"
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    framed = tokenizer(text)["input_ids"]
+    for start in range(len(framed) - len(own) + 1):
+        if framed[start : start + len(own)] == own:
+            return framed[:start], framed[start + len(own) :]
+    raise UsageError(f"the tokenizer makes {framed} of {text!r}, in which {own} is not found")
