@@ -15,7 +15,8 @@ RUN --mount=type=cache,id=certiq-ccache,target=/ccache \
       -DCERTIQ_TESTS=OFF -DCERTIQ_BENCHMARKS=OFF && \
     cmake --build /build --target certiq-server && \
     cmake --install /build --component server --strip && \
-    install -D -m 644 LICENSE /opt/certiq/share/LICENSE
+    install -D -m 644 LICENSE /opt/certiq/share/LICENSE && \
+    dpkg-query -W -f '${Package}\t${Version}\n' >/opt/certiq/share/build-packages.tsv
 
 FROM ${DEBIAN}
 # The libraries that the server was built with. Their upstream versions are pinned; Debian's

@@ -48,7 +48,13 @@ JSON
 call CalibrationService/FinalizeCalibration <<<"{\"calibration_id\": \"$calibration\", \"expected_tokens\": 1024}"
 call CalibrationService/ListCalibrations <<<'{"label": "walk"}' | field id
 call CalibrationService/GetCalibration <<<"{\"calibration_id\": \"$calibration\"}" | field sums_sha256
-call CalibrationService/ExportStatistics <<<"{\"calibration_id\": \"$calibration\"}" | field tokens
+
+say "Its sums for the fit go into another calibration: what is exported is imported as it is, under a name"
+copy="$(call CalibrationService/CreateCalibration <<<'{"features": 384, "labels": ["walk-copy"]}' | field id)"
+call CalibrationService/ExportStatistics <<<"{\"calibration_id\": \"$calibration\"}" |
+  sed "s/\"calibration_id\": \"$calibration\"/\"calibration_id\": \"$copy\", \"stream_id\": \"sums\"/" |
+  call CalibrationService/ImportStatistics | field tokens
+call CalibrationService/DeleteCalibration <<<"{\"calibration_id\": \"$copy\"}"
 
 say "A job: queued, watched, read"
 job="$(

@@ -4,6 +4,8 @@ import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import beacon
+import numpy as np
 import pytest
 import scaling
 from compare import Ratio, Samples, against_itself, table
@@ -190,3 +192,41 @@ def test_scaling_refuses_sizes_that_are_none(text: str) -> None:
     with pytest.raises(SystemExit) as refused:
         scaling.parse([text])
     assert refused.value.code == 2
+
+
+# beacon.py
+
+
+def cosines(gram: np.ndarray, weight: np.ndarray, quantized: np.ndarray) -> np.ndarray:
+    inner = np.einsum("ij,ij->i", weight @ gram, quantized)
+    return inner / np.sqrt(np.einsum("ij,ij->i", quantized @ gram, quantized))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_beacon_ends_where_no_code_and_no_scale_can_be_bettered(bits: int) -> None:
+    random = np.random.default_rng(bits)
+    x = random.standard_normal((40, 12))
+    weight = random.standard_normal((6, 12))
+    gram = x.T @ x
+    quantized = beacon.quantize(gram, weight, bits, sweeps=50)
+    levels = beacon.alphabet(bits)
+    # With so many codes some is 1/2.
+    codes = quantized / (2 * np.abs(quantized).min(axis=1, keepdims=True))
+    np.testing.assert_allclose(codes, np.rint(codes - 0.5) + 0.5, atol=1e-9)
+    found = cosines(gram, weight, quantized)
+    for j in range(12):
+        for level in levels:
+            other = codes.copy()
+            other[:, j] = level
+            assert (cosines(gram, weight, other) <= found * (1 + 1e-12)).all()
+    for factor in (0.999, 1.001):
+        error = np.linalg.norm(x @ (weight - quantized).T, axis=0)
+        assert (error <= np.linalg.norm(x @ (weight - factor * quantized).T, axis=0)).all()
+
+
+def test_beacon_finds_weights_that_are_on_a_grid() -> None:
+    random = np.random.default_rng(3)
+    x = random.standard_normal((60, 8))
+    weight = 0.37 * random.choice(beacon.alphabet(2), (5, 8))
+    quantized = beacon.quantize(x.T @ x, weight, 2, sweeps=20)
+    np.testing.assert_allclose(quantized, weight, rtol=1e-9)

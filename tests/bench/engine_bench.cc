@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <exception>
 #include <functional>
-#include <iterator>
+#include <latch>
 #include <map>
 #include <memory>
 #include <optional>
@@ -17,9 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "engine/damping.h"
 #include "engine/factor.h"
 #include "engine/grid.h"
@@ -28,6 +26,7 @@
 #include "engine/statistics.h"
 #include "jobs/worker_pool.h"
 #include "tests/bench/layers.h"
+#include "tests/bench/one_run_cache.h"
 #include "tests/bench/peak.h"
 
 namespace certiq::bench {
@@ -95,6 +94,15 @@ engine::ResolvedSpec Spec(engine::Method method) {
   asked.bits = 4;
   asked.damping_rule = engine::DampingRule::kRelativeTrace;
   asked.damping_value = kDampingShare;
+  absl::StatusOr<engine::ResolvedSpec> spec = engine::ResolveSpec(asked);
+  CheckOk(spec.status());
+  return *std::move(spec);
+}
+
+engine::ResolvedSpec Preset(engine::Quality quality) {
+  engine::QuantizationSpec asked;
+  asked.bits = 4;
+  asked.quality = quality;
   absl::StatusOr<engine::ResolvedSpec> spec = engine::ResolveSpec(asked);
   CheckOk(spec.status());
   return *std::move(spec);
@@ -177,6 +185,24 @@ void BenchRounding(benchmark::State& state, const Shape& shape, int64_t tokens, 
   SetRate(state, n * n * static_cast<double>(shape.rows), peak);
 }
 
+// A rule's search over all rows; the rule that needs them gets |X~_j|^2 for weights.
+void BenchScales(benchmark::State& state, const Shape& shape, int64_t tokens,
+                 const engine::ResolvedSpec& spec, int workers) {
+  const SharedStatistics sums = Sums(shape.features, tokens, Data::kMatched);
+  const engine::StripMatrix weights = Weights(shape, kSeed);
+  engine::StepRules rules;
+  for (int64_t j = 0; j < shape.features; ++j) rules.metric.push_back(sums->gram.at(j, j));
+  WorkerPool pool(workers, 1);
+  OnWorker(pool, [&] {
+    const RunContext context = On(pool);
+    for (auto _ : state) {
+      engine::Grid grid = engine::MakeGrid(spec, shape.rows, shape.features, {});
+      engine::FillSteps(spec, weights, context, grid, rules);
+      benchmark::DoNotOptimize(grid.scale.data());
+    }
+  });
+}
+
 // Milliseconds of each phase, means over the runs.
 void AddSeconds(const engine::LayerCertificate& certificate, benchmark::State& state) {
   const auto add = [&state](const char* name, double seconds) {
@@ -189,24 +215,6 @@ void AddSeconds(const engine::LayerCertificate& certificate, benchmark::State& s
   add("reference_ms", certificate.seconds.reference);
   add("pack_ms", certificate.seconds.pack);
 }
-
-// A cache of one run: three layers of a calibration come one after another.
-class OneRunCache final : public engine::FactorCache {
- public:
-  absl::StatusOr<engine::SharedFactor> Get(
-      const engine::FactorKey& key,
-      const std::function<absl::StatusOr<engine::DampedFactor>()>& make) override {
-    engine::SharedFactor& factor = factors_[key];
-    if (factor != nullptr) return factor;
-    absl::StatusOr<engine::DampedFactor> made = make();
-    if (!made.ok()) return made.status();
-    factor = std::make_shared<const engine::DampedFactor>(*std::move(made));
-    return factor;
-  }
-
- private:
-  std::map<engine::FactorKey, engine::SharedFactor> factors_;
-};
 
 struct Job {
   engine::ResolvedSpec spec;
@@ -240,14 +248,37 @@ void BenchJob(benchmark::State& state, const Shape& shape, const std::function<J
   });
 }
 
-std::optional<Shape> ParseShape(const std::string& text) {
-  int64_t sides[2] = {};
-  const std::vector<std::string> parts = absl::StrSplit(text, 'x');
-  if (parts.size() != std::size(sides)) return std::nullopt;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    if (!absl::SimpleAtoi(parts[i], &sides[i]) || sides[i] < 1) return std::nullopt;
+// Many small layers, each a job of its own, as a server has them.
+void BenchMany(benchmark::State& state, const Shape& shape, int64_t tokens, int workers) {
+  constexpr int kJobs = 16;
+  const SharedStatistics sums = Sums(shape.features, tokens, Data::kMatched);
+  const engine::ResolvedSpec spec = Spec(engine::Method::kOptq);
+  const engine::StripMatrix weights = Weights(shape, kSeed);
+  WorkerPool pool(workers, kJobs);
+  for (auto _ : state) {
+    std::latch ended(kJobs);
+    for (int i = 0; i < kJobs; ++i) {
+      absl::StatusOr<WorkerPool::Slot> slot = pool.Admit();
+      CheckOk(slot.status());
+      CheckOk(
+          pool.Enqueue(*std::move(slot),
+                       {.cancellation = std::make_shared<engine::Cancellation>(),
+                        .run =
+                            [&] {
+                              engine::LayerProblem problem{spec, weights, sums, nullptr, nullptr};
+                              return engine::QuantizeLayer(std::move(problem), On(pool)).status();
+                            },
+                        .done =
+                            [&ended](const absl::Status& status) {
+                              CheckOk(status);
+                              ended.count_down();
+                            }})
+              .status());
+    }
+    ended.wait();
   }
-  return Shape{sides[0], sides[1]};
+  state.counters["layers"] = benchmark::Counter(static_cast<double>(kJobs * state.iterations()),
+                                                benchmark::Counter::kIsRate);
 }
 
 // For CLI11: what is wrong with a shape, or nothing.
@@ -273,6 +304,20 @@ void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
            [=](benchmark::State& state) { BenchFactor(state, n, tokens, workers); });
   Register(absl::StrCat("rounding", layer, tail),
            [=](benchmark::State& state) { BenchRounding(state, shape, tokens, workers); });
+  const auto scales = [&](const char* name, engine::ScaleRule rule, bool symmetric,
+                          int64_t group_size) {
+    engine::ResolvedSpec spec = Spec(engine::Method::kOptq);
+    spec.scale = rule;
+    spec.symmetric = symmetric;
+    spec.group_size = group_size;
+    Register(absl::StrCat(name, layer, tail),
+             [=](benchmark::State& state) { BenchScales(state, shape, tokens, spec, workers); });
+  };
+  scales("scales_mse", engine::ScaleRule::kMse, true, 0);
+  scales("scales_compensated", engine::ScaleRule::kCompensated, true, 0);
+  scales("scales_compensated_asymmetric", engine::ScaleRule::kCompensated, false, 0);
+  scales("scales_compensated_groups", engine::ScaleRule::kCompensated, true, 64);
+  scales("scales_compensated_asymmetric_groups", engine::ScaleRule::kCompensated, false, 64);
   const auto job = [&](const char* name, const std::function<Job()>& make) {
     Register(absl::StrCat(name, layer, tail),
              [=](benchmark::State& state) { BenchJob(state, shape, make, workers); });
@@ -283,6 +328,11 @@ void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
   job("qronos", [=] {
     return Job{Spec(engine::Method::kQronos), Sums(n, tokens, Data::kMismatched)};
   });
+  constexpr int64_t kSmall = 1024;
+  if (n <= kSmall && shape.rows <= kSmall) {
+    Register(absl::StrCat("many", layer, tail),
+             [=](benchmark::State& state) { BenchMany(state, shape, tokens, workers); });
+  }
   job("shared", [=] {
     return Job{
         .spec = Spec(engine::Method::kOptq), .sums = Sums(n, tokens, Data::kMatched), .layers = 3};
@@ -298,6 +348,14 @@ void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
     ladder.spec.damping_ladder = {0.001, 0.01, 0.03, 0.1, 0.3, 1};
     return ladder;
   });
+  for (const auto& [name, quality] : {std::pair{"fast", engine::Quality::kFast},
+                                      std::pair{"balanced", engine::Quality::kBalanced},
+                                      std::pair{"best", engine::Quality::kBest}}) {
+    job(name, [=, quality = quality] {
+      return Job{Preset(quality), Sums(n, tokens, Data::kMatched),
+                 Sums(n, tokens / 8, Data::kMatched, kSeed + 7)};
+    });
+  }
 }
 
 int Main(int argc, char** argv) {

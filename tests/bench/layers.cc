@@ -2,6 +2,10 @@
 
 #include <cmath>
 #include <cstring>
+#include <iterator>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_split.h"
 
 namespace certiq::bench {
 namespace {
@@ -34,6 +38,16 @@ class Generator {
 constexpr int64_t kDirections = 8;
 
 }  // namespace
+
+std::optional<Shape> ParseShape(const std::string& text) {
+  int64_t sides[2] = {};
+  const std::vector<std::string> parts = absl::StrSplit(text, 'x');
+  if (parts.size() != std::size(sides)) return std::nullopt;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (!absl::SimpleAtoi(parts[i], &sides[i]) || sides[i] < 1) return std::nullopt;
+  }
+  return Shape{sides[0], sides[1]};
+}
 
 std::vector<std::byte> Activations(int64_t tokens, int64_t features, uint64_t seed) {
   Generator random(seed);

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "engine/quantize_layer.h"
@@ -15,6 +17,9 @@ struct Shape {
   int64_t rows = 0;
   int64_t features = 0;
 };
+
+// "ROWSxFEATURES", both at least 1; none from anything else.
+std::optional<Shape> ParseShape(const std::string& text);
 
 // Activations [tokens, features] as binary16: a few directions that all features share, noise, and
 // features of very different size, as in a transformer.

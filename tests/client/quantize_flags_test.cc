@@ -87,6 +87,12 @@ INSTANTIATE_TEST_SUITE_P(
         SpecCase{"--scale", "mse", "scale: SCALE_RULE_MSE"},
         SpecCase{"--scale", "piso", "scale: SCALE_RULE_PISO"},
         SpecCase{"--scale", "compensated", "scale: SCALE_RULE_COMPENSATED"},
+        SpecCase{"--scale_objective", "inputs", "scale_objective: SCALE_OBJECTIVE_INPUTS"},
+        SpecCase{"--scale_objective", "quantized_inputs",
+                 "scale_objective: SCALE_OBJECTIVE_QUANTIZED_INPUTS"},
+        SpecCase{"--scale_objective", "mixed", "scale_objective: SCALE_OBJECTIVE_MIXED"},
+        SpecCase{"--scale_objective", "data_free", "scale_objective: SCALE_OBJECTIVE_DATA_FREE"},
+        SpecCase{"--scale_passes", "2", "scale_passes: 2"},
         SpecCase{"--rounding", "nearest", "rounding: ROUNDING_NEAREST"},
         SpecCase{"--rounding", "stochastic", "rounding: ROUNDING_STOCHASTIC"},
         SpecCase{"--order", "natural", "order: ORDER_NATURAL"},
@@ -122,6 +128,7 @@ INSTANTIATE_TEST_SUITE_P(
         SpecCase{"--group_size", "3", "group_size: 3"},
         SpecCase{"--group_size", "0", "group_size: 0"},
         SpecCase{"--scale_trials", "9", "scale_trials: 9"},
+        SpecCase{"--signed_scales", "true", "signed_scales: true"},
         SpecCase{"--scale_trials", "-9", "scale_trials: -9"},
         SpecCase{"--polish", "2", "polish: 2"},
         SpecCase{"--seed", "18446744073709551615", "seed: 18446744073709551615"},
@@ -133,6 +140,9 @@ INSTANTIATE_TEST_SUITE_P(
         SpecCase{"--damping", "relative_sigma_max:1e-6", "damping { relative_sigma_max: 1e-6 }"},
         SpecCase{"--damping", "held_out", "damping { held_out { } }"},
         SpecCase{"--damping", "held_out:0.01,3", "damping { held_out { ladder: [0.01, 3] } }"},
+        SpecCase{"--damping", "held_out_climb", "damping { held_out { climb: true } }"},
+        SpecCase{"--damping", "held_out_climb:0.01,3",
+                 "damping { held_out { ladder: [0.01, 3] climb: true } }"},
         SpecCase{"--damping", "held_out:1", "damping { held_out { ladder: 1 } }"},
         SpecCase{"--max_attempts", "7", "damping { max_attempts: 7 }"},
         SpecCase{"--damping_factor", "2.5", "damping { factor: 2.5 }"},
@@ -255,6 +265,7 @@ TEST(FlagForFieldTest, FindsTheFlagOfWhatTheServerNames) {
   EXPECT_EQ(FlagForField("header.spec.bits"), "--bits");
   EXPECT_EQ(FlagForField("spec.scale"), "--scale");
   EXPECT_EQ(FlagForField("spec.scale_trials"), "--scale_trials");
+  EXPECT_EQ(FlagForField("spec.signed_scales"), "--signed_scales");
   EXPECT_EQ(FlagForField("spec.damping.relative_trace"), "--damping");
   EXPECT_EQ(FlagForField("spec.damping.on_failure"), "--on_failure");
   EXPECT_EQ(FlagForField("weight.shape"), "--weight");

@@ -58,6 +58,13 @@ void FillSpec(const engine::ResolvedSpec& spec, v1::QuantizationSpec* to) {
   to->set_scale_dtype(ToProto(spec.scale_dtype));
   to->set_group_scales(Enum<v1::GroupScales>(spec.group_scales));
   to->set_scale(Enum<v1::ScaleRule>(spec.scale));
+  if (spec.scale_objective.has_value()) {
+    to->set_scale_objective(Enum<v1::ScaleObjective>(*spec.scale_objective));
+    to->set_scale_passes(spec.scale_passes);
+  }
+  to->set_scale_trials(spec.scale_trials);
+  to->set_signed_scales(spec.signed_scales);
+  to->set_polish(spec.polish);
   to->set_rounding(Enum<v1::Rounding>(spec.rounding));
   to->set_seed(spec.seed);
   to->set_order(Enum<v1::Order>(spec.order));
@@ -75,6 +82,7 @@ void FillSpec(const engine::ResolvedSpec& spec, v1::QuantizationSpec* to) {
       break;
     case engine::DampingRule::kHeldOut:
       for (const double step : spec.damping_ladder) damping->mutable_held_out()->add_ladder(step);
+      damping->mutable_held_out()->set_climb(spec.damping_climb);
       break;
   }
   damping->set_max_attempts(spec.max_attempts);
@@ -139,6 +147,8 @@ v1::Certificate ToProto(const engine::LayerCertificate& from) {
     v1::LadderStep* const added = to.add_ladder();
     added->set_lambda(step.lambda);
     added->set_held_out_relative_error(step.held_out_relative_error);
+    added->set_scale_trials(step.scale_trials);
+    added->set_polish(step.polish);
   }
   set(from.predicted_squared_error, [&](double v) { to.set_predicted_squared_error(v); });
   set(from.rate_gap_bits, [&](double v) { to.set_rate_gap_bits(v); });
@@ -147,6 +157,10 @@ v1::Certificate ToProto(const engine::LayerCertificate& from) {
   set(from.qronos_initial, [&](double v) { to.set_qronos_initial(v); });
   set(from.optq_initial, [&](double v) { to.set_optq_initial(v); });
   set(from.floor, [&](double v) { to.set_floor(v); });
+  if (from.polish.has_value()) {
+    to.mutable_polish()->set_passes(from.polish->passes);
+    to.mutable_polish()->set_damped_squared_error_before(from.polish->damped_before);
+  }
   to.mutable_phase_seconds()->set_factor(from.seconds.factor);
   return to;
 }

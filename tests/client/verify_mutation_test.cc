@@ -37,11 +37,15 @@ const std::set<std::string>& Uncheckable() {
       // Another split by the same rule may be the same split.
       "held_out_fraction", "held_out_block_rows",
       // How scales were found; the scales are checked as they are. The type only sets a precision.
-      "spec.scale", "spec.scale_dtype", "spec.group_scales",
+      "spec.scale", "spec.scale_dtype", "spec.group_scales", "spec.scale_trials", "spec.polish",
+      // That negative scales would have been allowed.
+      "spec.signed_scales", "spec.quality",
+      // The result before polishing is not stored.
+      "polish.damped_squared_error_before",
       // What would have been done.
       "spec.damping.max_attempts", "spec.damping.factor", "spec.damping.on_failure",
       // A ladder's ratio that was a candidate and not the best.
-      "spec.damping.held_out.ladder",
+      "spec.damping.held_out.ladder", "spec.damping.held_out.climb",
       // Where nothing is stochastic.
       "spec.certificate.failure_probability"};
   return *kFields;
@@ -128,7 +132,9 @@ void ExpectEveryChangeCaught(const LayerOptions& options, const engine::Quantiza
                              const std::set<std::string>& without_trace = {}) {
   const auto layer = QuantizeRandom(options, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
-  ASSERT_TRUE(Holds(*layer, layer->certificate));
+  const auto ledger = Verify(layer->Sources(), layer->certificate);
+  ASSERT_TRUE(ledger.ok()) << ledger.status();
+  ASSERT_EQ(ledger->count(Verdict::kWrong), 0) << FindingsText(*ledger);
   int64_t changed = 0;
   ForEachChange(layer->certificate, "", [&](const std::string& name, const auto& change) {
     if (Uncheckable().contains(name) || without_trace.contains(name)) return;
@@ -163,10 +169,54 @@ TEST(VerifyMutationTest, QronosWithALadder) {
   ExpectEveryChangeCaught(options, spec);
 }
 
+TEST(VerifyMutationTest, TrialsAndPolishWithALadder) {
+  engine::QuantizationSpec spec;
+  spec.group_size = 16;
+  spec.order = engine::Order::kDecreasingNorm;
+  spec.scale_trials = 3;
+  spec.polish = 1;
+  spec.damping_rule = engine::DampingRule::kHeldOut;
+  spec.damping_ladder = {0.01, 0.03, 0.1, 0.3, 1};
+  spec.damping_climb = true;
+  LayerOptions options;
+  options.mismatched = true;
+  options.held_out_fraction = 0.125;
+  options.dead = {5};
+  ExpectEveryChangeCaught(options, spec);
+}
+
+TEST(VerifyMutationTest, PolishedNearest) {
+  engine::QuantizationSpec spec;
+  spec.method = engine::Method::kNearest;
+  spec.group_size = 16;
+  spec.symmetric = false;
+  spec.polish = 1;
+  ExpectEveryChangeCaught({}, spec, {"spec.order", "spec.damping.relative_trace"});
+}
+
+// A polished result that got worse, or polish that is not told.
+TEST(VerifyMutationTest, PolishThatDidNotHelp) {
+  engine::QuantizationSpec spec;
+  spec.polish = 2;
+  const auto layer = QuantizeRandom({}, spec);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  ASSERT_TRUE(Holds(*layer, layer->certificate));
+  v1::Certificate copy = layer->certificate;
+  copy.mutable_polish()->set_damped_squared_error_before(0.99 * copy.damped_squared_error());
+  EXPECT_FALSE(Holds(*layer, copy));
+  copy = layer->certificate;
+  copy.clear_polish();
+  EXPECT_FALSE(Holds(*layer, copy));
+  copy = layer->certificate;
+  copy.mutable_spec()->set_polish(0);
+  EXPECT_FALSE(Holds(*layer, copy));
+}
+
 TEST(VerifyMutationTest, Stochastic) {
   engine::QuantizationSpec spec;
   spec.rounding = engine::Rounding::kStochastic;
   spec.seed = 9;
+  spec.scale_trials = 4;
   spec.group_size = 16;
   spec.order = engine::Order::kDecreasingNorm;
   LayerOptions options;

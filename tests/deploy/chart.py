@@ -17,12 +17,30 @@ KUBERNETES_VERSION = "1.36"
 # Known to the Prometheus operator, not to Kubernetes.
 CUSTOM_KINDS = frozenset({"ServiceMonitor", "PrometheusRule"})
 
+# Values that say how clients reach the servers, as every release must.
+CLEAR = {"allowCleartext": True}
+TLS = {"tls": {"secretName": "certificate"}}
+MUTUAL = {"tls": {"secretName": "certificate", "clientCASecretName": "authority"}}
+
 Manifest = dict[str, Any]
 
 # It reads all of Kubernetes' definitions again for every manifest, and changes none.
 kubernetes_validate.utils.schema_contents = functools.cache(
     kubernetes_validate.utils.schema_contents
 )
+
+
+def merge(*parts: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def autoscaling(**settings: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {"quantize": {"autoscaling": {"enabled": True, **settings}}}
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,13 @@ spec:
 YAML
 done
 k wait --for=condition=Ready nodes --all --timeout "${patience}s" >/dev/null
+k create -f - >/dev/null <<YAML
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {name: block}
+provisioner: kubernetes.io/no-provisioner
+allowVolumeExpansion: true
+YAML
 k create namespace certiq >/dev/null
 k label namespace certiq pod-security.kubernetes.io/enforce=restricted >/dev/null
 k apply --server-side -f "$(echo "$tools"/crds-*)" >/dev/null
@@ -371,5 +378,28 @@ done
 h uninstall release --wait --timeout "${patience}s" >"$logs/helm.log" 2>&1 || fail "helm uninstall"
 [[ -n "$(k -n certiq get pvc -o name)" ]] || fail "the store's volume went with the release"
 step "helm uninstall --wait: the store's volume stays"
+
+# --- the guide's way, with TLS and tokens (deploy/README.md)
+
+k -n certiq create secret tls certificate --cert "$work/metrics.crt" --key "$work/metrics.key" >/dev/null
+echo "$token reader read" >"$work/tokens"
+k -n certiq create secret generic tokens --from-file "$work/tokens" >/dev/null
+guide=(--set image.repository=registry.example/certiq --set tls.secretName=certificate
+  --set tokens.secretName=tokens)
+k -n certiq delete pvc --all --wait >/dev/null
+h install release "$chart" "${guide[@]}" --set store.persistence.storageClass=block --wait \
+  --timeout "${patience}s" >"$logs/helm.log" 2>&1 || fail "helm install with TLS: $(<"$logs/helm.log")"
+ready statefulset release-certiq-store 1
+step "helm install --wait with TLS and tokens from secrets"
+
+k -n certiq patch pvc data-release-certiq-store-0 \
+  --patch '{"spec": {"resources": {"requests": {"storage": "80Gi"}}}}' >/dev/null || fail "the claim does not grow"
+k -n certiq delete statefulset release-certiq-store --cascade=orphan >/dev/null
+h upgrade release "$chart" --reuse-values --set store.persistence.size=80Gi --wait --timeout "${patience}s" \
+  >"$logs/helm.log" 2>&1 || fail "helm upgrade to a larger volume: $(<"$logs/helm.log")"
+ready statefulset release-certiq-store 1
+[[ "$(of_pods store '.spec.containers[0].env[?(@.name=="CERTIQ_DISK_BUDGET_BYTES")].value')" == 77309411328 ]] ||
+  fail "the disk budget did not grow with the volume"
+step "a larger volume: claim patched, StatefulSet made anew around its pod, disk budget moved"
 
 echo "cluster: $steps steps, $SECONDS s"

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Builds the Dockerfile with buildah and unpacks what came out:
 #
-#   bash tests/deploy/image.sh          builds it if these sources were not built before
-#   bash tests/deploy/image.sh --have   builds nothing; were they?
+#   bash tests/deploy/image.sh    builds it, unless these sources were built before
 #
 # No registry is asked for the base: it is debootstrap's, cut down the way
 # Debian's own slim image is, under that image's name. Takes root, and minutes
@@ -14,8 +13,8 @@
 #   seconds    what building took
 #
 # Folders are $CERTIQ_TOOLS or ${XDG_CACHE_HOME:-$HOME/.cache}/certiq-tools, as
-# with tools.sh. Exit status: 0; 1 the build failed; 3 not there (with --have),
-# or building it is not possible here.
+# with tools.sh. Exit status: 0; 1 the build failed; 3 building it is not
+# possible here, the last line on stderr says why.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -30,7 +29,7 @@ storage=(--root "$tools/containers" --runroot "$tools/containers-run")
 # The sources that .dockerignore lets in, by content; names of folders count, dates do not.
 key() {
   tar --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=a=rX \
-    --exclude=__pycache__ --exclude='.*_cache' Dockerfile .dockerignore CMakeLists.txt LICENSE client \
+    --exclude='*.md' Dockerfile .dockerignore CMakeLists.txt LICENSE client/cpp \
     deploy/install_packages.sh deploy/packages.txt proto server | sha256sum | cut -c 1-16
 }
 
@@ -51,28 +50,33 @@ slim() {
   echo 'APT::Install-Recommends "false";' >"$tree/etc/apt/apt.conf.d/50slim"
 }
 
-make_base() {
-  local work
+# A subshell, so that its folder goes whatever happens.
+make_base() (
   work="$(mktemp -d "$tools/.base.XXXXXX")"
-  debootstrap --variant=minbase --arch=amd64 bookworm "$work/tree" "$mirror" >"$work/log" 2>&1 ||
-    { tail -n 20 "$work/log" >&2; rm -rf "$work"; return 1; }
+  trap 'rm -rf "$work"' EXIT
+  # It mounts /proc in there; in a namespace of its own that goes with it.
+  if ! unshare --mount --propagation private debootstrap --variant=minbase --arch=amd64 \
+    bookworm "$work/tree" "$mirror" >"$work/log" 2>&1; then
+    tail -n 20 "$work/log" >&2
+    if grep -q 'Failed getting release file' "$work/log"; then
+      echo "image: the base cannot be had, $mirror does not answer" >&2
+      exit 3
+    fi
+    exit 1
+  fi
   slim "$work/tree"
   rm -f "$work/tree/etc/apt/sources.list"
   printf 'deb %s bookworm main\ndeb %s bookworm-updates main\ndeb %s-security bookworm-security main\n' \
     "$mirror" "$mirror" "$mirror" >"$work/tree/etc/apt/sources.list"
   tar --create --directory "$work/tree" --one-file-system --numeric-owner --file "$work/base.tar" .
   mv "$work/base.tar" "$base_tar"
-  rm -rf "$work"
-}
+)
 
 image="$tools/image-$(key)"
 if [[ -d "$image" ]]; then
+  touch "$image"
   echo "$image"
   exit 0
-fi
-if [[ "${1:-}" == --have ]]; then
-  echo "image: not built of these sources yet; bash tests/deploy/image.sh does, in minutes" >&2
-  exit 3
 fi
 for program in buildah debootstrap; do
   if ! command -v "$program" >/dev/null; then
@@ -84,6 +88,10 @@ if [[ "$(id -u)" -ne 0 ]]; then
   echo "image: unpacking Debian takes root" >&2
   exit 3
 fi
+if ! unshare --mount --propagation private true 2>/dev/null; then
+  echo "image: root may not mount here (CAP_SYS_ADMIN), and buildah's steps take it" >&2
+  exit 3
+fi
 
 # The machine's own mirror of Debian.
 # Words of apt-get's, not ours.
@@ -93,9 +101,18 @@ mirror="$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 2>/dev/
 mirror="${mirror%/}"
 
 mkdir -p "$tools"
+# Where copies of files are not shared, each layer takes all of its size.
+if [[ "$(df --output=avail --block-size=1G "$tools" | tail -n 1)" -lt 8 ]]; then
+  echo "image: building it takes 8 GB, and $tools has less" >&2
+  exit 3
+fi
 exec 8>"$tools/.image.lock"
 flock 8
 SECONDS=0
+# What is kept of earlier sources adds up, where copies of files are not shared.
+if [[ -d "$tools/containers" && "$(du --summarize --block-size=1G "$tools/containers" | cut -f 1)" -ge 10 ]]; then
+  rm -rf "$tools/containers"
+fi
 if [[ ! -f "$base_tar" ]]; then
   echo "image: debootstrap" >&2
   make_base
@@ -117,6 +134,13 @@ if ! buildah "${storage[@]}" inspect --type image "$base_name" >/dev/null 2>&1; 
   buildah "${storage[@]}" commit --quiet --rm --timestamp 0 "$container" "$base_name" >/dev/null
   container=""
 fi
+container="$(buildah "${storage[@]}" from --pull-never "$base_name")"
+if ! buildah "${storage[@]}" run "$container" true >"$work/log" 2>&1; then
+  echo "image: buildah runs no commands here: $(tail -n 1 "$work/log")" >&2
+  exit 3
+fi
+buildah "${storage[@]}" rm "$container" >/dev/null
+container=""
 # Network and names are the host's: chroot isolation has no others. --layers keeps the stage with
 # the build's packages for the next time.
 buildah "${storage[@]}" build --pull-never --layers --format docker --timestamp 0 \
@@ -129,8 +153,8 @@ buildah "${storage[@]}" inspect --type image localhost/certiq:test >"$work/image
 # As "docker images" counts: every file's bytes, those of links once.
 tar --create --directory "$work/image/root" . | wc -c >"$work/image/size"
 echo "$SECONDS" >"$work/image/seconds"
-# One image is enough.
-find "$tools" -maxdepth 1 -name 'image-*' -exec rm -rf {} +
+# Other clones may be at work with theirs, but not for days.
+find "$tools" -maxdepth 1 -name 'image-*' -mmin +2880 -exec rm -rf {} +
 mv "$work/image" "$image"
 echo "image: $(basename "$image") took $SECONDS s" >&2
 echo "$image"

@@ -10,4 +10,4 @@ def test_installs_upgrades_rolls_back_evicts_and_scales() -> None:
     last = script("cluster.sh", "--have", timeout=1500)
     match = re.fullmatch(r"cluster: (\d+) steps, \d+ s", last)
     assert match, last
-    assert int(match.group(1)) == 19
+    assert int(match.group(1)) == 21

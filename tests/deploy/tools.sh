@@ -2,8 +2,7 @@
 # Builds the pinned tools of the deployment tests, each once, into a folder
 # outside the repository:
 #
-#   bash tests/deploy/tools.sh helm            what every test run takes
-#   bash tests/deploy/tools.sh clients         grpcurl and ghz, for test_ecosystem.py
+#   bash tests/deploy/tools.sh helm clients    what every test run takes: helm, grpcurl, ghz
 #   bash tests/deploy/tools.sh cluster         what tests/deploy/cluster.sh takes
 #   bash tests/deploy/tools.sh --have cluster  builds nothing; is everything there?
 #

@@ -17,16 +17,6 @@ USAGE = 2
 
 MakeLayer = Callable[[Tensor, Tensor], Layer]
 
-# Part of the contract, built by a later issue: flags, and the field that the answer names.
-# A value that is built leaves this list, and no other.
-NOT_YET_OFFERED = [
-    (["--scale", "piso"], "spec.scale"),
-    (["--scale", "compensated"], "spec.scale"),
-    (["--scale_trials", "3"], "spec.scale_trials"),
-    (["--polish", "2"], "spec.polish"),
-    (["--quality", "best"], "spec.quality"),
-]
-
 
 @pytest.fixture
 def layer(make_layer: MakeLayer, random: np.random.Generator) -> Layer:
@@ -58,14 +48,24 @@ def test_good_input_is_accepted(server: Server, layer: Layer, tmp_path: Path) ->
     assert status == 0, errors
 
 
-@pytest.mark.parametrize(("flags", "field"), NOT_YET_OFFERED, ids=lambda v: str(v).replace(" ", ""))
-def test_what_is_not_built_says_so(
-    server: Server, layer: Layer, tmp_path: Path, flags: list[str], field: str
+@pytest.mark.parametrize(
+    ("flags", "field", "expected"),
+    [
+        (["--scale_trials", "0"], "spec.scale_trials", "1 to 32"),
+        (["--scale_trials", "3", "--method", "nearest"], "spec.scale_trials", "METHOD_NEAREST"),
+        (["--polish", "-1"], "spec.polish", "0 to 64"),
+        (["--polish", "2", "--rounding", "stochastic"], "spec.polish", "unbiased"),
+    ],
+    ids=lambda v: str(v).replace(" ", ""),
+)
+def test_searches_that_cannot_be(
+    server: Server, layer: Layer, tmp_path: Path, flags: list[str], field: str, expected: str
 ) -> None:
     status, errors = quantize(server, layer, tmp_path, *flags)
     assert status == REFUSED
-    assert "UNIMPLEMENTED" in errors
+    assert "INVALID_ARGUMENT" in errors
     assert field in errors
+    assert expected in errors
 
 
 @pytest.mark.parametrize("bits", ["1", "9", "0", "-4"])
@@ -355,7 +355,8 @@ def test_help_and_version() -> None:
     assert help_text.returncode == 0
     for flag in (
         *("server", "weights", "weight", "activations", "x", "x_quantized", "method", "bits"),
-        *("group_size", "symmetric", "group_scales", "scale", "scale_trials", "polish"),
+        *("group_size", "symmetric", "group_scales", "scale", "scale_objective"),
+        *("scale_passes", "scale_trials", "polish"),
         *("rounding", "seed", "order", "damping", "held_out_fraction", "on_failure", "quality"),
         *("scale_dtype", "format", "compare_nearest", "per_row", "calibration", "output"),
         "report",

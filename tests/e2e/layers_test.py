@@ -5,12 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from conftest import Layer, Quantizer, Settings
+from grid_oracle import check_everything
 from oracle import (
     NOISE,
     check_bounds,
     check_damping,
     check_errors,
-    check_everything,
     check_identity,
 )
 from programs import Server, certiq
@@ -70,6 +70,37 @@ def test_sizes_that_fit_no_block(
     x = tensor(random.standard_normal((tokens, features)), "F32")
     run = quantizer.run(server, make_layer(weight, x), settings)
     check_everything(run)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(4, True, 0, ("--scale", "mse")),
+        Settings(3, False, 16, ("--scale", "mse", "--group_scales", "dynamic")),
+        Settings(3, False, 0, ("--scale", "compensated")),
+        Settings(3, True, 16, ("--scale", "compensated", "--order", "decreasing_norm")),
+        Settings(3, True, 0, ("--scale", "compensated", "--scale_trials", "5")),
+        Settings(2, False, 16, ("--scale", "compensated", "--scale_trials", "3", "--polish", "2")),
+        Settings(2, True, 16, ("--scale", "compensated", "--group_scales", "dynamic")),
+        Settings(3, True, 0, ("--scale", "piso", "--order", "decreasing_norm")),
+        Settings(3, False, 16, ("--scale", "piso", "--scale_passes", "2")),
+        Settings(2, False, 16, ("--scale", "piso", "--group_scales", "dynamic")),
+        Settings(4, True, 0, ("--scale", "piso", "--scale_objective", "data_free")),
+        Settings(2, True, 16, ("--scale", "compensated", "--signed_scales", "true")),
+        Settings(3, True, 0, ("--scale", "mse", "--signed_scales", "true")),
+    ],
+    ids=str,
+)
+def test_scale_rules(
+    server: Server,
+    quantizer: Quantizer,
+    make_layer: MakeLayer,
+    random: np.random.Generator,
+    settings: Settings,
+) -> None:
+    weight = tensor(random.standard_normal((24, 80)), "F32")
+    x = tensor(random.standard_normal((300, 80)), "F32")
+    check_everything(quantizer.run(server, make_layer(weight, x), settings))
 
 
 def test_dead_features_become_zero_and_are_counted(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import Layer, Quantizer, Settings
 from google.protobuf.descriptor import FieldDescriptor
-from oracle import Run, check_bounds, check_damping, check_errors, check_grid, check_identity
+from grid_oracle import check_grid
+from oracle import Run, check_bounds, check_damping, check_errors, check_identity
 from programs import Server, certiq
 from stubs import certificate_pb2
 

@@ -2,122 +2,21 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from cluster import Client, JobRequest, Pipe, refusal
-from ledger import Key, Ledger, key
+from cluster import JobRequest, refusal
+from counted import Counted, Upload, compare, quantized_bytes
+from families import COUNTER, FAMILIES, HISTOGRAM, OUTCOMES, family_of
+from ledger import Ledger
 from programs import Metrics, Server, http_get, wait_until
-from raw import Layer, collect, connect
-from stubs import (
-    calibration_pb2_grpc,
-    certificate_pb2,
-    job_pb2_grpc,
-    service_pb2_grpc,
-    spec_pb2,
-)
-from sums import MISMATCHED, Source, Sums, made_up
+from raw import Layer, connect
+from stubs import certificate_pb2, spec_pb2
+from sums import MISMATCHED, Sums, made_up
 from work import BIG, CANCELLED, EXPIRED, FAILED, SUCCEEDED, big_job, busy
-
-COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
-METHODS = {"nearest", "optq", "qronos"}
-BITS = {str(bits) for bits in range(2, 9)}
-OUTCOMES = {"succeeded", "failed", "cancelled", "expired"}
-CALL = {
-    "grpc_service": {
-        "certiq.v1.QuantizationService",
-        "certiq.v1.CalibrationService",
-        "certiq.v1.JobService",
-    },
-    "grpc_method": set(
-        "Quantize CreateCalibration Accumulate ImportStatistics ExportStatistics"
-        " FinalizeCalibration GetCalibration ListCalibrations DeleteCalibration CreateJob GetJob"
-        " ListJobs CancelJob DeleteJob WatchJob ReadResult".split()
-    ),
-    "grpc_type": {"unary", "client_stream", "server_stream", "bidi_stream"},
-}
-CODE = set(
-    "OK Canceled Unknown InvalidArgument DeadlineExceeded NotFound AlreadyExists PermissionDenied"
-    " ResourceExhausted FailedPrecondition Aborted OutOfRange Unimplemented Internal Unavailable"
-    " DataLoss Unauthenticated".split()
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    type: str
-    # A word of the HELP text that tells what is counted, or its unit.
-    unit: str
-    # Every value that a label may have.
-    labels: dict[str, set[str]]
-
-
-# The contract: names, types, labels and all of their values.
-FAMILIES = {
-    "certiq_jobs": Family(GAUGE, "jobs", {"state": {"queued", "running", *OUTCOMES}}),
-    "certiq_jobs_total": Family(COUNTER, "jobs", {"method": METHODS, "outcome": OUTCOMES}),
-    "certiq_job_seconds": Family(
-        HISTOGRAM,
-        "seconds",
-        {
-            "method": METHODS,
-            "phase": {"queue", "factor", "round", "certify", "reference", "pack"},
-        },
-    ),
-    "certiq_job_duration_seconds": Family(
-        HISTOGRAM, "seconds", {"method": METHODS, "outcome": OUTCOMES}
-    ),
-    "certiq_queue_depth": Family(GAUGE, "jobs", {}),
-    "certiq_queue_limit": Family(GAUGE, "places", {}),
-    "certiq_workers_busy": Family(GAUGE, "workers", {}),
-    "certiq_workers": Family(GAUGE, "threads", {}),
-    "certiq_weights_quantized_total": Family(COUNTER, "weights", {"method": METHODS, "bits": BITS}),
-    "certiq_activation_rows_total": Family(COUNTER, "rows", {}),
-    "certiq_activation_bytes_total": Family(COUNTER, "bytes", {}),
-    "certiq_flops_total": Family(
-        COUNTER, "operations", {"phase": {"statistics", "factor", "round"}}
-    ),
-    "certiq_lambda_stability_failures_total": Family(
-        COUNTER, "attempts", {"method": METHODS, "cause": {"pivot", "non_finite", "condition"}}
-    ),
-    "certiq_lambda_fallbacks_total": Family(COUNTER, "layers", {"method": METHODS}),
-    "certiq_lambda_ratio": Family(HISTOGRAM, "divided", {}),
-    "certiq_relative_error": Family(HISTOGRAM, "ratio", {"method": METHODS, "bits": BITS}),
-    "certiq_bound_tightness": Family(HISTOGRAM, "ratio", {"method": METHODS, "bits": BITS}),
-    "certiq_clipped_weights_total": Family(COUNTER, "weights", {}),
-    "certiq_dead_features_total": Family(COUNTER, "features", {}),
-    "certiq_memory_budget_bytes": Family(GAUGE, "bytes", {}),
-    "certiq_memory_reserved_bytes": Family(GAUGE, "bytes", {}),
-    "certiq_rejected_total": Family(
-        COUNTER,
-        "not taken on",
-        {
-            "reason": {
-                *("invalid", "not_offered", "queue_full", "over_budget", "quota", "draining"),
-            }
-        },
-    ),
-    "certiq_factor_cache_total": Family(COUNTER, "factors", {"result": {"hit", "miss"}}),
-    "certiq_drain_start_time_seconds": Family(GAUGE, "seconds", {}),
-    "certiq_drain_limit_seconds": Family(GAUGE, "seconds", {}),
-    "certiq_build_info": Family(GAUGE, "always 1", {"version": set(), "isa": set()}),
-    "grpc_server_started_total": Family(COUNTER, "rpcs", CALL),
-    "grpc_server_handled_total": Family(COUNTER, "rpcs", CALL | {"grpc_code": CODE}),
-    "grpc_server_msg_received_total": Family(COUNTER, "messages", CALL),
-    "grpc_server_msg_sent_total": Family(COUNTER, "messages", CALL),
-    "grpc_server_handling_seconds": Family(HISTOGRAM, "seconds", CALL),
-}
-CLOCKS = ("certiq_job_duration_seconds", "grpc_server_handling_seconds", "certiq_job_seconds")
-
-
-def family_of(sample: str) -> str:
-    if sample in FAMILIES:
-        return sample
-    return re.sub("_(bucket|count|sum)$", "", sample)
 
 
 def test_every_family_has_its_type_unit_and_labels(server: Server) -> None:
@@ -142,33 +41,6 @@ def test_every_family_has_its_type_unit_and_labels(server: Server) -> None:
             assert found[name] == family.labels, name
 
 
-class Counted(Client):
-    """One whose calls are all in the ledger."""
-
-    def __init__(self, address: str, ledger: Ledger, token: str = "") -> None:
-        super().__init__(address, token)
-        self.ledger = ledger
-        channel = grpc.intercept_channel(self.channel, ledger)
-        self.calibrations = calibration_pb2_grpc.CalibrationServiceStub(channel)
-        self.jobs = job_pb2_grpc.JobServiceStub(channel)
-        self.quantization = service_pb2_grpc.QuantizationServiceStub(channel)
-
-    def quantize(self, frames: Iterable[object]) -> certificate_pb2.Certificate:
-        return collect(self.quantization.Quantize(iter(frames), **self._options)).certificate
-
-    def refused(self, frames: Iterable[object]) -> grpc.StatusCode:
-        return refusal(lambda: self.quantize(frames)).code
-
-    def filled(self, calibration: str, source: Source) -> None:
-        """Sends all of it, waiting for the answer to the header and reading to the end."""
-        self.accumulate(calibration, source)
-        self.ledger.folded(*source.x.shape, source.x.nbytes + quantized_bytes(source))
-
-
-def quantized_bytes(source: Source) -> int:
-    return 0 if source.x_quantized is None else source.x_quantized.nbytes
-
-
 @pytest.fixture
 def ledger() -> Ledger:
     return Ledger()
@@ -185,75 +57,6 @@ def server_of(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield start
     for started in servers:
         assert started.stop() == 0, started.log()
-
-
-def deltas(before: Metrics, after: Metrics) -> dict[Key, float]:
-    """Of every counter and histogram."""
-    start = {key(name, **labels): value for name, labels, value in before.samples}
-    return {
-        key(name, **labels): value - start[key(name, **labels)]
-        for name, labels, value in after.samples
-        if FAMILIES[family_of(name)].type != GAUGE
-    }
-
-
-def only_clocks_know(sample: Key, ledger: Ledger) -> bool:
-    """Sums of seconds and the buckets they fall into, where no certificate tells them."""
-    name, labels = sample
-    family = family_of(name)
-    if family not in CLOCKS or name.endswith("_count"):
-        return False
-    labelled = (family, frozenset(pair for pair in labels if pair[0] != "le"))
-    return labelled not in ledger.observed or labelled in ledger.untimed
-
-
-def compare(ledger: Ledger, server: Server, before: Metrics) -> Metrics:
-    """Every sample of every counter and histogram moved by what the clients saw; the page."""
-    handled = sum(
-        value for (name, _), value in ledger.expected.items() if name == "grpc_server_handled_total"
-    )
-    # A call is counted a moment after its client has heard.
-    start = before.sum("grpc_server_handled_total")
-    wait_until(
-        lambda: server.metrics().sum("grpc_server_handled_total") - start >= handled,
-        "calls are counted",
-    )
-    page = server.metrics()
-    moved = deltas(before, page)
-    expected = ledger.expected + ledger.buckets(page)
-    assert [known for known in expected if known not in moved] == []
-    wrong = {}
-    for sample, value in moved.items():
-        known = expected.get(sample, 0)
-        if only_clocks_know(sample, ledger):
-            assert value >= known
-        # Whole numbers are exact; sums of doubles are added up in another order.
-        elif value != pytest.approx(known, rel=1e-9, abs=0):
-            wrong[sample] = (value, known)
-    assert wrong == {}
-    return page
-
-
-class Upload:
-    """A Quantize call that has sent its header and waits."""
-
-    def __init__(self, channel: grpc.Channel, layer: Layer, token: str, ledger: Ledger) -> None:
-        self._layer, self._ledger, self._pipe = layer, ledger, Pipe()
-        self._pipe.send(layer.header_frame())
-        stub = service_pb2_grpc.QuantizationServiceStub(grpc.intercept_channel(channel, ledger))
-        self._call = stub.Quantize(
-            iter(self._pipe), timeout=120, metadata=(("authorization", f"Bearer {token}"),)
-        )
-        # The header was taken.
-        next(self._call)
-
-    def finish(self) -> None:
-        for frame in self._layer.frames():
-            if not frame.HasField("header"):
-                self._pipe.send(frame)
-        self._pipe.close()
-        self._ledger.certified(collect(self._call).certificate)
-        self._ledger.folded(*self._layer.X.shape, self._layer.X.nbytes)
 
 
 def layer_of(

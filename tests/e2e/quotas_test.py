@@ -26,6 +26,14 @@ def exhausted(call: Callable[[], object]) -> Failure:
     return failed
 
 
+def never_fits(call: Callable[[], object]) -> None:
+    """No RetryInfo: whoever waits for room waits for ever."""
+    failed = refusal(call)
+    assert failed.code == EXHAUSTED, failed
+    assert "cannot fit, however long you wait" in failed.message
+    assert failed.retry is None, failed
+
+
 def fill(client: Client, features: int) -> list[str]:
     """Calibrations until there is no room for more."""
     made = []
@@ -58,7 +66,7 @@ def test_a_memory_budget(start_server: StartServer) -> None:
     server = start_server("--memory_budget_bytes", str(16 << 20))
     client = Client.of(server)
     # Sums of 2048 features take 32 MiB.
-    exhausted(lambda: client.create(2048))
+    never_fits(lambda: client.create(2048))
     # A few small ones fit, of 1 MiB and more.
     made = fill(client, 512)
     assert 1 <= len(made) <= 16
@@ -69,7 +77,7 @@ def test_a_memory_budget(start_server: StartServer) -> None:
         client.delete(calibration)
     request = small(client)
     W = np.zeros((1 << 17, 32), "<f4")
-    exhausted(lambda: client.create_job(JobRequest(request.calibration_id, W)))
+    never_fits(lambda: client.create_job(JobRequest(request.calibration_id, W)))
     assert client.wait_job(client.create_job(request).id).state == SUCCEEDED
     assert server.metrics().sum("certiq_rejected_total", reason="over_budget") > 0
 
@@ -79,7 +87,7 @@ def test_a_disk_budget(start_server: StartServer, tmp_path: Path) -> None:
         *("--data_dir", str(tmp_path / "data"), "--disk_budget_bytes", str(10 << 20))
     )
     client = Client.of(server)
-    exhausted(lambda: client.create(2048))
+    never_fits(lambda: client.create(2048))
     calibration = calibrated(client, made_up(np.random.default_rng(1), "rank-0", 64, 32))
     W = np.random.default_rng(1).standard_normal((20000, 32)).astype("<f4")
     request = JobRequest(calibration, W)
@@ -204,7 +212,7 @@ def test_a_quota_of_streams(tenants: Server) -> None:
 
 def test_quotas_of_memory_and_disk(tenants: Server) -> None:
     alice, bob = Client.of(tenants, ALICE), Client.of(tenants, BOB)
-    exhausted(lambda: alice.create(4096))
+    never_fits(lambda: alice.create(4096))
     bob.delete(bob.create(4096).id)
     # The upper triangle of 1400 features takes 7.5 MiB, and twice that on the disk.
     made = fill(alice, 1400)

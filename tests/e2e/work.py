@@ -35,7 +35,8 @@ def small(client: Client, features: int = 32, rows: int = 16, seed: int = 1) -> 
 
 
 def big_job(client: Client) -> JobRequest:
-    """A job of many seconds that uploads little: a ladder of damping on a large layer."""
+    """A job that outlasts every test, on any machine, and uploads little: on a large layer the
+    longest search there is. Whoever makes it cancels it."""
     calibration = client.create(BIG, fraction=0.25).id
     random = np.random.default_rng(7)
     X = random.standard_normal((64, BIG))
@@ -43,8 +44,8 @@ def big_job(client: Client) -> JobRequest:
     for portion, name in ((1, "fit"), (HELD_OUT, "held-out")):
         client.import_sums(calibration, name, sums, portion=portion, chunk_bytes=1 << 20)
     client.finalize(calibration)
-    spec = spec_pb2.QuantizationSpec(bits=4)
-    spec.damping.held_out.ladder[:] = [0.01 * step for step in range(1, 21)]
+    spec = spec_pb2.QuantizationSpec(bits=4, scale_trials=32, polish=64)
+    spec.damping.held_out.ladder[:] = [0.01 * step for step in range(1, 33)]
     return JobRequest(calibration, random.standard_normal((BIG, BIG)).astype("<f4"), spec)
 
 

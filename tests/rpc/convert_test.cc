@@ -43,10 +43,11 @@ TEST(ConvertTest, SpecKeepsPresence) {
   ASSERT_TRUE(empty.ok());
   EXPECT_FALSE(empty->method || empty->bits || empty->symmetric || empty->group_size ||
                empty->scale_dtype || empty->grid || empty->group_scales || empty->scale ||
-               empty->scale_trials || empty->polish || empty->rounding || empty->seed ||
-               empty->order || empty->damping_rule || empty->damping_value || empty->max_attempts ||
-               empty->damping_factor || empty->on_failure || empty->format || empty->quality ||
-               empty->per_row || empty->failure_probability || empty->compare_nearest);
+               empty->scale_trials || empty->signed_scales || empty->polish || empty->rounding ||
+               empty->seed || empty->order || empty->damping_rule || empty->damping_value ||
+               empty->max_attempts || empty->damping_factor || empty->on_failure || empty->format ||
+               empty->quality || empty->per_row || empty->failure_probability ||
+               empty->compare_nearest);
 }
 
 TEST(ConvertTest, SpecArrivesWhole) {
@@ -61,12 +62,16 @@ TEST(ConvertTest, SpecArrivesWhole) {
   spec.mutable_grid()->set_lowest_code(1);
   spec.set_group_scales(v1::GROUP_SCALES_DYNAMIC);
   spec.set_scale(v1::SCALE_RULE_PISO);
+  spec.set_scale_objective(v1::SCALE_OBJECTIVE_DATA_FREE);
+  spec.set_scale_passes(0);
   spec.set_scale_trials(3);
+  spec.set_signed_scales(false);
   spec.set_polish(2);
   spec.set_rounding(v1::ROUNDING_STOCHASTIC);
   spec.set_seed(~uint64_t{0});
   spec.set_order(v1::ORDER_DECREASING_NORM);
   spec.mutable_damping()->mutable_held_out()->add_ladder(0.25);
+  spec.mutable_damping()->mutable_held_out()->set_climb(true);
   spec.mutable_damping()->set_max_attempts(7);
   spec.mutable_damping()->set_factor(3);
   spec.mutable_damping()->set_on_failure(v1::ON_FAILURE_NEAREST);
@@ -89,13 +94,17 @@ TEST(ConvertTest, SpecArrivesWhole) {
   EXPECT_FALSE(out->grid->highest_code.has_value());
   EXPECT_EQ(out->group_scales, engine::GroupScales::kDynamic);
   EXPECT_EQ(out->scale, engine::ScaleRule::kPiso);
+  EXPECT_EQ(out->scale_objective, engine::ScaleObjective::kDataFree);
+  EXPECT_EQ(out->scale_passes, 0);
   EXPECT_EQ(out->scale_trials, 3);
+  EXPECT_EQ(out->signed_scales, false);
   EXPECT_EQ(out->polish, 2);
   EXPECT_EQ(out->rounding, engine::Rounding::kStochastic);
   EXPECT_EQ(out->seed, ~uint64_t{0});
   EXPECT_EQ(out->order, engine::Order::kDecreasingNorm);
   EXPECT_EQ(out->damping_rule, engine::DampingRule::kHeldOut);
   EXPECT_EQ(out->damping_ladder, std::vector{0.25});
+  EXPECT_EQ(out->damping_climb, true);
   EXPECT_EQ(out->max_attempts, 7);
   EXPECT_EQ(out->damping_factor, 3);
   EXPECT_EQ(out->on_failure, engine::OnFailure::kNearest);
@@ -257,6 +266,10 @@ TEST(ConvertTest, CertificateEchoesTheSpec) {
   const v1::QuantizationSpec echo = ToProto(certificate, CallFacts())[0].spec();
   v1::QuantizationSpec expected = spec;
   expected.set_scale_dtype(v1::DATA_TYPE_F16);
+  expected.set_scale_trials(1);
+  expected.set_signed_scales(false);
+  expected.set_polish(0);
+  expected.mutable_damping()->mutable_held_out()->set_climb(false);
   expected.set_min_tokens(1);
   expected.mutable_damping()->set_factor(10);
   expected.mutable_damping()->set_on_failure(v1::ON_FAILURE_FAIL);

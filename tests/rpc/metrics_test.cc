@@ -119,13 +119,13 @@ TEST(MetricsTest, CountsRefusals) {
   header.mutable_header()->mutable_spec()->set_bits(9);
   Quantize(server, {header});
   header.mutable_header()->mutable_spec()->set_bits(4);
-  header.mutable_header()->mutable_spec()->set_polish(3);
+  header.mutable_header()->mutable_spec()->set_polish(-1);
   Quantize(server, {header});
   ASSERT_TRUE(TestServer::Eventually([&] { return server.finished().size() == 2; }));
-  EXPECT_EQ(server.Metric(R"(certiq_rejected_total{reason="invalid"})"), 1);
-  EXPECT_EQ(server.Metric(R"(certiq_rejected_total{reason="not_offered"})"), 1);
-  EXPECT_EQ(server.Metric(Handled("InvalidArgument")), 1);
-  EXPECT_EQ(server.Metric(Handled("Unimplemented")), 1);
+  EXPECT_EQ(server.Metric(R"(certiq_rejected_total{reason="invalid"})"), 2);
+  // Nothing of the contract is left that a server does not offer.
+  EXPECT_EQ(server.Metric(R"(certiq_rejected_total{reason="not_offered"})"), 0);
+  EXPECT_EQ(server.Metric(Handled("InvalidArgument")), 2);
 }
 
 TEST(MetricsTest, CertificateOfAFallback) {

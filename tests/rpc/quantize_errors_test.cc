@@ -66,10 +66,11 @@ TEST_F(QuantizeErrorsTest, HeaderThatMakesNoSense) {
   ExpectRefused({header}, "weight.shape", "expected 1 to");
 }
 
-TEST_F(QuantizeErrorsTest, NotOffered) {
+TEST_F(QuantizeErrorsTest, PolishOfWhatIsToStayUnbiased) {
   v1::QuantizeRequest header = HeaderFor(layer_);
   header.mutable_header()->mutable_spec()->set_polish(2);
-  ExpectRefused({header}, "spec.polish", "not offer", StatusCode::UNIMPLEMENTED);
+  header.mutable_header()->mutable_spec()->set_rounding(v1::ROUNDING_STOCHASTIC);
+  ExpectRefused({header}, "spec.polish", "unbiased");
 }
 
 TEST_F(QuantizeErrorsTest, ChunkBeyondTheShape) {
@@ -254,7 +255,7 @@ TEST(QuantizeLimitsTest, OverBudget) {
   TestServer server({.budget = bytes - 1});
   const Outcome never = Quantize(server, QuantizeRequestsFor(layer));
   EXPECT_EQ(never.status.error_code(), StatusCode::RESOURCE_EXHAUSTED);
-  EXPECT_EQ(DetailsOf(never.status).retry.retry_delay().seconds(), 3600);
+  EXPECT_FALSE(DetailsOf(never.status).retry.has_retry_delay());
 }
 
 }  // namespace

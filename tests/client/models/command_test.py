@@ -1,5 +1,6 @@
 """What certiq-quantize-model says to what cannot be done."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def run(server: Server, source: Path, text: Path, output: Path, *more: str) -> i
         ),
         (["--ignore", "."], "all are ignored"),
         (["--sequences", "0"], "sequences: expected at least 1, got 0"),
+        (["--sequences", "1", "--damping", "held_out"], "0.5 of the sequences (1) is not one"),
+        (["--held-out-fraction", "0.125"], "0.125 of the sequences (4) is not one"),
         (["--sequence-length", "100000"], "expected at least 100000 tokens"),
         (["--model", "nowhere"], "nowhere: no such file or folder"),
     ],
@@ -54,6 +57,15 @@ def test_mistakes_are_named(
 ) -> None:
     assert run(server, source, text, tmp_path / "output", *more) == 2
     assert said in capsys.readouterr().err
+
+
+def test_one_of_few_sequences_is_held_out(
+    server: Server, source: Path, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    assert run(server, source, text, output, "--damping", "held_out") == 0
+    settings = json.loads((output / "report.json").read_text())["settings"]
+    assert settings["held_out_fraction"] == 0.25
 
 
 def test_the_servers_refusal_is_passed_on(

@@ -33,7 +33,12 @@ def run_ranks(server: Server, folder: Path, sums: str, mode: str = "plain") -> l
         )
         for rank in range(RANKS)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        # A rank that hangs would hang us; on a busy machine importing torch three times is minutes.
+        outputs = [process.communicate(timeout=1800)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,28 @@ def test_experts_with_few_tokens_or_none_are_named(quantize: Quantize) -> None:
     assert torch.allclose(logits(loaded), logits(with_weights(apart, weights)), atol=1e-5)
 
 
+def test_nothing_is_computed_that_nobody_reads(
+    quantize: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[tuple[int, int]] = Counter()
+    forward = torch.nn.Linear.forward
+
+    def counted(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        calls[module.in_features, module.out_features] += 1
+        return forward(module, x)
+
+    model = models.make("llama")
+    config = model.config
+    monkeypatch.setattr(torch.nn.Linear, "forward", counted)
+    quantize(model)
+    batches = 3
+    # To see which linears share inputs, and for what the next block reads; the first block once
+    # more, to see what it returns. The pass that calibrates down_proj ends where it would begin.
+    down = (config.intermediate_size, config.hidden_size)
+    assert calls[down] == (1 + batches) * config.num_hidden_layers + 1
+    assert calls[config.hidden_size, models.VOCABULARY] == 0
+
+
 def test_report_speaks_of_every_linear(quantize: Quantize) -> None:
     output, report = quantize(models.make("llama"), "--damping", "held_out", "--ignore", "v_proj")
     assert len(report["linears"]) == 12
@@ -263,3 +286,37 @@ def test_qronos_corrects_what_earlier_layers_left(quantize: Quantize, tmp_path: 
         if method == "qronos":
             assert certificate["qronos_initial"] < certificate["optq_initial"]
     assert expected["qronos"] < expected["optq"]
+
+
+# Whether held-out tokens choose the damping; trials; passes of polish.
+PRESETS = {"fast": (False, 0, 0), "balanced": (True, 0, 0), "best": (True, 5, 2)}
+
+
+@pytest.mark.parametrize("quality", PRESETS)
+def test_presets_reach_the_server(quality: str, quantize: Quantize) -> None:
+    _, report = quantize(models.make("llama"), "--quality", quality, "--bits", "2")
+    chosen, trials, polish = PRESETS[quality]
+    for linear in report["linears"]:
+        certificate = linear["certificate"]
+        spec = certificate["spec"]
+        assert spec["quality"] == f"QUALITY_{quality.upper()}"
+        assert spec["order"] == "ORDER_DECREASING_NORM"
+        assert spec["scale"] == "SCALE_RULE_COMPENSATED"
+        assert bool(certificate["ladder"]) == chosen
+        assert ("held_out_relative_error" in certificate) == chosen
+        assert max(1, trials) == max(1, spec.get("scale_trials", 0))
+        assert polish == spec.get("polish", 0)
+
+
+def test_what_is_given_wins_over_the_preset(quantize: Quantize) -> None:
+    _, report = quantize(
+        models.make("llama"),
+        *("--quality", "best", "--damping", "relative_trace:0.05", "--polish", "0"),
+        *("--scale", "piso", "--scale-objective", "data_free"),
+    )
+    for linear in report["linears"]:
+        certificate = linear["certificate"]
+        assert certificate["spec"]["scale"] == "SCALE_RULE_PISO"
+        assert certificate["spec"]["scale_objective"] == "SCALE_OBJECTIVE_DATA_FREE"
+        assert certificate["ladder"] == []
+        assert "held_out_relative_error" not in certificate

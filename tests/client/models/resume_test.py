@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import models
 import pytest
 import unpack
 from certiq.model.cli import main
-from programs import Server, wait_until
+from programs import Server
 
 LINEARS = 28
 # At most so many were on their way when it was killed: q, k and v.
@@ -54,10 +55,9 @@ def test_a_killed_run_goes_on(server: Server, source: Path, text: Path, tmp_path
     )
     linears = output / "unfinished" / "linears"
     try:
-        wait_until(
-            lambda: process.poll() is not None or len(list(linears.glob("*.safetensors"))) >= 10,
-            "ten linears are done",
-        )
+        # However long that takes: importing torch alone can be minutes on a busy machine.
+        while process.poll() is None and len(list(linears.glob("*.safetensors"))) < 10:
+            time.sleep(0.02)
     finally:
         process.kill()
     assert process.wait() != 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from certiq import aio
 from conftest import StartServer
-from programs import Server, wait_until
+from programs import PATIENCE_SECONDS, Server, wait_until
 from relay import Relay
 from streams_test import QUICK, rows
 from sums import Sums
@@ -92,14 +92,18 @@ def test_connections_that_are_cut(server: Server, random: np.random.Generator) -
         async def body(client: aio.Client) -> None:
             async with client.calibration(64) as calibration:
                 async with calibration.stream("a", chunk_rows=50) as stream:
-                    for at in range(0, len(X), 500):
+                    for cut, at in enumerate(range(0, len(X), 500), start=1):
                         relay.cut_after(60_000 + at)
                         await stream.send(X[at : at + 500])
+                        # Rows leave after send has returned.
+                        async with asyncio.timeout(PATIENCE_SECONDS):
+                            while relay.cuts < cut:
+                                await asyncio.sleep(0.01)
                 found = await calibration.export_statistics()
                 Sums(found.tokens, (found.gram,)).assert_equals(Sums.of(X))
 
         within(relay.address, body, QUICK)
-        assert relay.cuts >= 5
+        assert relay.cuts == len(X) // 500
 
 
 def test_a_cancelled_task_cancels_its_call(start_server: StartServer) -> None:

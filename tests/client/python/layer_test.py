@@ -11,6 +11,7 @@ import pytest
 from certiq.layer import unpack_bits
 from certiq.progress import Event, Stage, Upload
 from certiq.spec import FormatName
+from grid_oracle import check_everything
 from oracle import Run
 from programs import Server
 from safetensors_file import Tensor
@@ -76,7 +77,7 @@ def test_the_certificate_holds(
         g_idx=found.get("g_idx"),
         certificate=layer.certificate,
     )
-    oracle.check_everything(run)
+    check_everything(run)
     assert layer.name == "carried"
     assert layer.shape == carried_weight.array.shape
     assert layer.relative_error < layer.certificate.nearest_relative_error

@@ -26,7 +26,10 @@ def test_every_field_of_the_contract() -> None:
         grid=certiq.Grid(np.array([[0.5, 1]]), np.array([[3, 4]]), 0, 7),
         group_scales="dynamic",
         scale="compensated",
+        scale_objective="data_free",
+        scale_passes=4,
         scale_trials=0,
+        signed_scales=False,
         polish=2,
         rounding="stochastic",
         seed=2**63,
@@ -53,7 +56,10 @@ def test_every_field_of_the_contract() -> None:
         ),
         group_scales=spec_pb2.GROUP_SCALES_DYNAMIC,
         scale=spec_pb2.SCALE_RULE_COMPENSATED,
+        scale_objective=spec_pb2.SCALE_OBJECTIVE_DATA_FREE,
+        scale_passes=4,
         scale_trials=0,
+        signed_scales=False,
         polish=2,
         rounding=spec_pb2.ROUNDING_STOCHASTIC,
         seed=2**63,
@@ -89,6 +95,10 @@ def test_rules_of_damping() -> None:
     assert damping("held_out").WhichOneof("rule") == "held_out"
     ladder = damping("held_out:0.001,0.01,1").held_out.ladder
     assert list(ladder) == [0.001, 0.01, 1]
+    climb = damping("held_out_climb").held_out
+    assert climb == spec_pb2.HeldOutDamping(climb=True)
+    climb = damping("held_out_climb:0.01,1").held_out
+    assert climb == spec_pb2.HeldOutDamping(ladder=[0.01, 1], climb=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""A disk without a byte left: what is refused, and that deleting makes room."""
+
+import errno
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from cluster import Client, JobRequest, refusal
+from programs import SERVER, Server
+from sums import made_up
+from work import SUCCEEDED, calibrated
+
+MOUNT = ["unshare", "--mount", "--propagation", "private"]
+DISK_BYTES = 16 << 20
+
+
+class SmallDisk:
+    """A server whose data directory is a disk of its own, seen by nobody else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        self.data.mkdir()
+        self._program = folder / "certiq-server"
+        self._program.write_text(
+            f"#!/bin/sh\nmount -t tmpfs -o size={DISK_BYTES} disk '{self.data}' && "
+            f"exec '{SERVER}' \"$@\"\n"
+        )
+        self._program.chmod(0o755)
+        wrapped = folder / "wrapped"
+        wrapped.write_text(f"#!/bin/sh\nexec {' '.join(MOUNT)} '{self._program}' \"$@\"\n")
+        wrapped.chmod(0o755)
+        flags = ["--data_dir", str(self.data / "store"), "--workers", "1"]
+        self.server = Server(folder / "server", flags, program=wrapped)
+
+    def inside(self) -> Path:
+        """The disk, through the eyes of the server."""
+        return Path(f"/proc/{self.server.process.pid}/root{self.data}")
+
+    def fill(self) -> None:
+        """To the last byte, by somebody else."""
+        with (self.inside() / "others").open("ab", buffering=0) as others:
+            for size in (1 << 20, 1 << 12):
+                try:
+                    while others.write(b"x" * size) > 0:
+                        pass
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+        assert shutil.disk_usage(self.inside()).free == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    if subprocess.run([*MOUNT, "mount", "-t", "tmpfs", "disk", str(tmp_path)]).returncode != 0:
+        pytest.skip("mounting a small disk takes root that may mount (CAP_SYS_ADMIN)")
+    made = SmallDisk(tmp_path)
+    yield made
+    assert made.server.stop() == 0, made.server.log()
+
+
+def test_deleting_makes_room(disk: SmallDisk) -> None:
+    client = Client.of(disk.server)
+    random = np.random.default_rng(1)
+    calibrations = [calibrated(client, made_up(random, "rank-0", 128, 64)) for _ in range(3)]
+    # Results of 2 MiB each.
+    W = random.standard_normal((1 << 13, 64)).astype("<f4")
+    jobs = [client.create_job(JobRequest(calibration, W)).id for calibration in calibrations]
+    assert {client.wait_job(job).state for job in jobs} == {SUCCEEDED}
+    reserve = disk.inside() / "store" / "reserve"
+    assert reserve.stat().st_size == 1 << 20
+
+    disk.fill()
+    for call in (
+        lambda: client.create(64),
+        lambda: client.create_job(JobRequest(calibrations[0], W)),
+    ):
+        failed = refusal(call)
+        assert failed.code == grpc.StatusCode.RESOURCE_EXHAUSTED, failed
+        assert failed.retry is not None
+    # What is there can be read.
+    assert client.read(jobs[0]).tensors["weight"].shape == W.shape
+
+    # Every time, also where others take at once what was freed.
+    for job, calibration in zip(jobs, calibrations, strict=True):
+        client.delete_job(job)
+        disk.fill()
+        client.delete(calibration)
+        disk.fill()
+    assert client.list_jobs() == []
+    assert client.list_calibrations() == []
+
+    (disk.inside() / "others").unlink()
+    again = calibrated(client, made_up(random, "rank-0", 128, 64))
+    job = client.create_job(JobRequest(again, W)).id
+    assert client.wait_job(job).state == SUCCEEDED
+    client.delete_job(job)
+    assert reserve.stat().st_size == 1 << 20
