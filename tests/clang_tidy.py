@@ -1,8 +1,9 @@
 """Runs clang-tidy over our own sources, and only over those that changed since they passed.
 
 python3 tests/clang_tidy.py BUILD_DIR, where BUILD_DIR has compile_commands.json and the
-generated headers. A source that passed leaves a stamp in BUILD_DIR/tidy under a hash of all it
-depends on: itself, our headers it reaches, the contract, its flags and the configuration.
+generated headers. A source that passed leaves a stamp under a hash of all it depends on: itself,
+our headers it reaches, the contract, its flags, the configuration and the system's libraries.
+Stamps are kept in $XDG_CACHE_HOME/certiq/tidy (~/.cache where that is not set), for all clones.
 """
 
 import concurrent.futures
@@ -78,9 +79,19 @@ def dependencies(source: Path, folders: list[Path]) -> list[Path]:
     return sorted(seen)
 
 
+def common_parts() -> bytes:
+    """What every source depends on."""
+    queries = ([PROGRAM, "--version"], ["dpkg-query", "-W", "lib*-dev"])
+    parts = [subprocess.run(query, capture_output=True, check=True).stdout for query in queries]
+    parts.append((ROOT / ".clang-tidy").read_bytes())
+    parts += [contract.read_bytes() for contract in sorted((ROOT / "proto").glob("**/*.proto"))]
+    return b"".join(parts)
+
+
 def key(source: Path, arguments: list[str], common: bytes) -> str:
     digest = hashlib.sha256(common)
-    digest.update(shlex.join(arguments).encode())
+    # The same in every clone.
+    digest.update(shlex.join(arguments).replace(str(ROOT), ".").encode())
     for file in dependencies(source, include_folders(arguments)):
         digest.update(str(file.relative_to(ROOT)).encode())
         digest.update(hashlib.sha256(content(file)).digest())
@@ -122,21 +133,11 @@ def main(arguments: list[str]) -> int:
             ]
         )
     )
-    common = subprocess.run([PROGRAM, "--version"], capture_output=True, check=True).stdout
-    common += (ROOT / ".clang-tidy").read_bytes()
-    for contract in sorted((ROOT / "proto").glob("**/*.proto")):
-        common += contract.read_bytes()
-
-    stamps = {
-        source: database / f"{source.relative_to(ROOT).as_posix().replace('/', '.')}.passed"
-        for source in commands
-    }
-    keys = {source: key(source, flags, common) for source, flags in commands.items()}
-    stale = [
-        source
-        for source in commands
-        if not stamps[source].is_file() or stamps[source].read_text() != keys[source]
-    ]
+    common = common_parts()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "certiq" / "tidy"
+    folder.mkdir(parents=True, exist_ok=True)
+    stamps = {source: folder / key(source, flags, common) for source, flags in commands.items()}
+    stale = [source for source in commands if not stamps[source].is_file()]
     # The largest first: none of them starts when the others are done.
     stale.sort(key=lambda source: -source.stat().st_size)
     print(f"clang-tidy: {len(commands)} sources, {len(stale)} to check", flush=True)
@@ -148,7 +149,7 @@ def main(arguments: list[str]) -> int:
             source = runs[run]
             passed, output = run.result()
             if passed:
-                stamps[source].write_text(keys[source])
+                stamps[source].touch()
             else:
                 failed += 1
                 print(f"clang-tidy: {source.relative_to(ROOT)}\n{output}", flush=True)

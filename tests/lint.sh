@@ -7,6 +7,10 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 stages="${1:-/dev/null}"
+if [[ $# -gt 1 || "$stages" == -* ]]; then
+  echo "lint.sh: expected one file name or none, got '$*'" >&2
+  exit 2
+fi
 bin=build/venv/bin
 build=build/release
 

@@ -3,8 +3,8 @@
 #   lint     formats, linters, clang-tidy                        build/release
 #   release  all of ctest, optimized                             build/release
 #   asan     all of ctest, Address- and UndefinedBehaviorSanitizer  build/asan
+#   fuzz     libFuzzer targets, a bounded number of inputs       build/asan
 #   tsan     engine and jobs under ThreadSanitizer               build/tsan
-#   fuzz     libFuzzer targets, a bounded number of inputs       build/fuzz
 #   e2e      the two programs from outside, and the include arrows
 #   python   the Python client against a server
 #   deploy   the image, the chart, the rules and dashboards, with the tools they are for
@@ -23,11 +23,11 @@ results="$root/build/results"
 stages="$results/stages.tsv"
 
 if [[ $# -eq 0 ]]; then
-  set -- lint release asan tsan fuzz e2e python models deploy
+  set -- lint release asan fuzz tsan e2e python models deploy
 fi
 for name in "$@"; do
-  if [[ ! "$name" =~ ^(lint|release|asan|tsan|fuzz|e2e|python|deploy|models)$ ]]; then
-    echo "run.sh: no stage '$name'; there are lint, release, asan, tsan, fuzz, e2e, python, deploy, models" >&2
+  if [[ ! "$name" =~ ^(lint|release|asan|fuzz|tsan|e2e|python|deploy|models)$ ]]; then
+    echo "run.sh: no stage '$name'; there are lint, release, asan, fuzz, tsan, e2e, python, deploy, models" >&2
     exit 2
   fi
 done
@@ -96,8 +96,12 @@ sanitizer_flags=(
   "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -D_GLIBCXX_ASSERTIONS"
   -DCERTIQ_BENCHMARKS=OFF
 )
-# gcc's warning misfires on instrumented code, <regex> for one; the release build has it.
-gcc_flags=("-DCMAKE_CXX_FLAGS=-Wno-maybe-uninitialized")
+
+# build_asan TARGETS: one tree for the tests and the fuzzers, which need clang and its coverage.
+build_asan() {
+  build asan "$1" "${sanitizer_flags[@]}" -DCMAKE_CXX_COMPILER=clang++-14 -DCERTIQ_FUZZ=ON \
+    -DCERTIQ_SANITIZE=address,undefined,fuzzer-no-link
+}
 
 stage_lint() {
   # Its checks record themselves.
@@ -111,19 +115,8 @@ stage_release() {
 }
 
 stage_asan() {
-  if build asan all "${sanitizer_flags[@]}" "${gcc_flags[@]}" \
-    -DCERTIQ_SANITIZE=address,undefined; then
+  if build_asan all; then
     run_ctest asan
-  fi
-}
-
-stage_tsan() {
-  # Only what holds no prebuilt gRPC: ThreadSanitizer cannot see into that.
-  if build tsan "engine_tests jobs_tests" "${sanitizer_flags[@]}" "${gcc_flags[@]}" \
-    -DCERTIQ_SANITIZE=thread; then
-    # Comparisons with every scale there is, on one thread, take minutes here and show nothing.
-    run_ctest tsan --label-regex '^(engine|jobs)$' \
-      --exclude-regex '^(DynamicScales|PisoLayer|PisoSearch|ScaleSearch)Test[.]'
   fi
 }
 
@@ -134,15 +127,14 @@ fuzz_one() {
   if [[ -d "tests/fuzz/corpus/$name" ]]; then
     folders+=("tests/fuzz/corpus/$name")
   fi
-  "build/fuzz/bin/$name" -seed=1 -runs=200000 -max_total_time=60 -timeout=20 \
+  "build/asan/bin/$name" -seed=1 -runs=200000 -max_total_time=60 -timeout=20 \
     -rss_limit_mb=2048 -artifact_prefix=build/fuzz/artifacts/ "${folders[@]}" \
     >"build/fuzz/$name.log" 2>&1
 }
 
 stage_fuzz() {
   local source name status
-  if ! build fuzz fuzz_targets "${sanitizer_flags[@]}" -DCMAKE_CXX_COMPILER=clang++-14 \
-    -DCERTIQ_TESTS=OFF -DCERTIQ_FUZZ=ON -DCERTIQ_SANITIZE=address,undefined,fuzzer-no-link; then
+  if ! build_asan fuzz_targets; then
     return
   fi
   for source in tests/fuzz/*_fuzz.cc; do
@@ -160,6 +152,17 @@ stage_fuzz() {
       echo "FAILED  $name (status $status)"
     fi
   done
+}
+
+stage_tsan() {
+  # Only what holds no prebuilt gRPC: ThreadSanitizer cannot see into that. gcc's warning
+  # misfires on instrumented code, <regex> for one; the release build has it.
+  if build tsan "engine_tests jobs_tests" "${sanitizer_flags[@]}" \
+    -DCMAKE_CXX_FLAGS=-Wno-maybe-uninitialized -DCERTIQ_SANITIZE=thread; then
+    # Comparisons with every scale there is, on one thread, take minutes here and show nothing.
+    run_ctest tsan --label-regex '^(engine|jobs)$' \
+      --exclude-regex '^(DynamicScales|PisoLayer|PisoSearch|ScaleSearch)Test[.]'
+  fi
 }
 
 # run_pytest NAME PYTHON PATH...
