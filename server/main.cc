@@ -28,31 +28,30 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "backend.h"
+#include "base/clock.h"
+#include "base/memory_limit.h"
 #include "engine/quantize_layer.h"
-#include "jobs/backend.h"
-#include "jobs/ids.h"
-#include "jobs/memory_limit.h"
-#include "jobs/store/memory_store.h"
-#include "jobs/store/sqlite_store.h"
-#include "metrics/http_server.h"
-#include "metrics/log.h"
-#include "metrics/metrics.h"
-#include "rpc/address.h"
-#include "rpc/auth.h"
-#include "rpc/call_summary.h"
-#include "rpc/convert_job.h"
-#include "rpc/credentials.h"
-#include "rpc/file.h"
-#include "rpc/library_log.h"
-#include "rpc/probe.h"
-#include "rpc/server.h"
+#include "observability/http_server.h"
+#include "observability/log.h"
+#include "observability/metrics.h"
+#include "rpc/calls/call_summary.h"
+#include "rpc/services/convert_job.h"
+#include "rpc/transport/address.h"
+#include "rpc/transport/auth.h"
+#include "rpc/transport/credentials.h"
+#include "rpc/transport/file.h"
+#include "rpc/transport/library_log.h"
+#include "rpc/transport/probe.h"
+#include "rpc/transport/server.h"
+#include "store/memory_store.h"
+#include "store/sqlite_store.h"
 
 namespace {
 
+namespace base = certiq::base;
 namespace engine = certiq::engine;
-namespace jobs = certiq::jobs;
-namespace metrics = certiq::metrics;
-namespace rpc = certiq::rpc;
+namespace server = certiq::server;
 
 constexpr int kExitFailure = 1;
 constexpr int kExitUsage = 2;
@@ -64,10 +63,10 @@ struct Flags {
   std::string data_dir;
   int workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   int queue_limit = 256;
-  int64_t memory_budget_bytes = jobs::MemoryLimitBytes() / 5 * 4;
+  int64_t memory_budget_bytes = base::MemoryLimitBytes() / 5 * 4;
   int64_t disk_budget_bytes = int64_t{1} << 60;
   double commit_seconds = 5;
-  rpc::TlsFiles tls;
+  server::TlsFiles tls;
   std::string token_file;
   double drain_seconds = 30;
   std::string log_format = "text";
@@ -219,9 +218,9 @@ class StopSignals {
   std::thread thread_;  // last: it uses the rest
 };
 
-rpc::CallLog LogCallsTo(const metrics::Log& log) {
-  return [&log](const rpc::CallSummary& call) {
-    metrics::LogFields fields = {
+server::CallLog LogCallsTo(const server::Log& log) {
+  return [&log](const server::CallSummary& call) {
+    server::LogFields fields = {
         {"method", std::string(call.method)},
         {"tenant", call.tenant},
         {"request_id", call.request_id},
@@ -245,16 +244,16 @@ rpc::CallLog LogCallsTo(const metrics::Log& log) {
 }
 
 // The process's log, for those who may write until the very end.
-const metrics::Log* process_log = nullptr;
+const server::Log* process_log = nullptr;
 
-double Seconds(jobs::UnixMicros from, jobs::UnixMicros to) {
+double Seconds(base::UnixMicros from, base::UnixMicros to) {
   return from == 0 ? 0 : 1e-6 * static_cast<double>(to - from);
 }
 
-std::function<void(const jobs::JobRecord&, const absl::Status&)> LogJobsTo(
-    const metrics::Log& log) {
-  return [&log](const jobs::JobRecord& job, const absl::Status& outcome) {
-    metrics::LogFields fields = {
+std::function<void(const server::JobRecord&, const absl::Status&)> LogJobsTo(
+    const server::Log& log) {
+  return [&log](const server::JobRecord& job, const absl::Status& outcome) {
+    server::LogFields fields = {
         {"id", job.id},
         {"tenant", job.tenant},
         {"request_id", job.request_id},
@@ -274,17 +273,17 @@ std::function<void(const jobs::JobRecord&, const absl::Status&)> LogJobsTo(
   };
 }
 
-const char* TlsMode(const rpc::TlsFiles& tls) {
+const char* TlsMode(const server::TlsFiles& tls) {
   if (!tls.enabled()) return "off";
   return tls.client_ca.empty() ? "on" : "on, with client certificates";
 }
 
-absl::StatusOr<std::unique_ptr<jobs::Store>> OpenStore(const Flags& flags) {
-  if (flags.data_dir.empty()) return jobs::NewMemoryStore();
-  return jobs::OpenSqliteStore(flags.data_dir);
+absl::StatusOr<std::unique_ptr<server::Store>> OpenStore(const Flags& flags) {
+  if (flags.data_dir.empty()) return server::NewMemoryStore();
+  return server::OpenSqliteStore(flags.data_dir);
 }
 
-int Serve(const Flags& flags, const metrics::Log& log) {
+int Serve(const Flags& flags, const server::Log& log) {
   // Before the first thread: all inherit it.
   const sigset_t stop_signals = StopSignals::Set();
   pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
@@ -303,50 +302,50 @@ int Serve(const Flags& flags, const metrics::Log& log) {
     std::filesystem::remove(flags.port_file + ".metrics", ignored);
   }
 
-  metrics::Metrics counters({.version = engine::EngineVersion(),
-                             .isa = engine::EngineIsa(),
-                             .drain_limit = flags.drain_seconds});
+  server::Metrics counters({.version = engine::EngineVersion(),
+                            .isa = engine::EngineIsa(),
+                            .drain_limit = flags.drain_seconds});
   auto store = OpenStore(flags);
   if (!store.ok()) return failed(absl::StrCat("--data_dir: ", store.status().message()));
   const std::chrono::milliseconds commit(std::llround(flags.commit_seconds * 1000));
-  auto backend = jobs::Backend::Start({.workers = flags.workers,
-                                       .queue_limit = flags.queue_limit,
-                                       .memory_bytes = flags.memory_budget_bytes,
-                                       .disk_bytes = flags.disk_budget_bytes,
-                                       .cache_bytes = flags.memory_budget_bytes / 4,
-                                       .commit_interval = commit,
-                                       .observer = &counters,
-                                       .job_log = LogJobsTo(log)},
-                                      *std::move(store), std::make_unique<rpc::JobCodec>());
+  auto backend = server::Backend::Start({.workers = flags.workers,
+                                         .queue_limit = flags.queue_limit,
+                                         .memory_bytes = flags.memory_budget_bytes,
+                                         .disk_bytes = flags.disk_budget_bytes,
+                                         .cache_bytes = flags.memory_budget_bytes / 4,
+                                         .commit_interval = commit,
+                                         .observer = &counters,
+                                         .job_log = LogJobsTo(log)},
+                                        *std::move(store), std::make_unique<server::JobCodec>());
   if (!backend.ok()) return failed(absl::StrCat("--data_dir: ", backend.status().message()));
-  const rpc::Warn warn = [&log](const std::string& message) {
+  const server::Warn warn = [&log](const std::string& message) {
     log.Warning("security", {{"message", message}});
   };
-  auto auth = std::make_unique<rpc::Authenticator>();
+  auto auth = std::make_unique<server::Authenticator>();
   if (!flags.token_file.empty()) {
-    auto opened = rpc::Authenticator::Open(flags.token_file, warn);
+    auto opened = server::Authenticator::Open(flags.token_file, warn);
     if (!opened.ok()) return failed(std::string(opened.status().message()));
     auth = *std::move(opened);
   }
-  const auto server = rpc::Server::Start({.listen = flags.listen,
-                                          .tls = flags.tls,
-                                          .allow_cleartext = flags.allow_cleartext,
-                                          .reflection = flags.reflection,
-                                          .backend = backend->get(),
-                                          .calls = &counters,
-                                          .log = LogCallsTo(log),
-                                          .auth = auth.get(),
-                                          .warn = warn});
+  const auto server = server::Server::Start({.listen = flags.listen,
+                                             .tls = flags.tls,
+                                             .allow_cleartext = flags.allow_cleartext,
+                                             .reflection = flags.reflection,
+                                             .backend = backend->get(),
+                                             .calls = &counters,
+                                             .log = LogCallsTo(log),
+                                             .auth = auth.get(),
+                                             .warn = warn});
   if (!server.ok()) {
     const std::string why(server.status().message());
     return failed(why.rfind("--", 0) == 0 ? why : "--listen: " + why);
   }
-  std::unique_ptr<metrics::HttpServer> http;
+  std::unique_ptr<server::HttpServer> http;
   if (!flags.metrics_listen.empty()) {
     auto started =
-        metrics::HttpServer::Start({.listen = flags.metrics_listen,
-                                    .metrics_text = [&counters] { return counters.Text(); },
-                                    .healthy = [&server] { return (*server)->serving(); }});
+        server::HttpServer::Start({.listen = flags.metrics_listen,
+                                   .metrics_text = [&counters] { return counters.Text(); },
+                                   .healthy = [&server] { return (*server)->serving(); }});
     if (!started.ok())
       return failed(absl::StrCat("--metrics_listen: ", started.status().message()));
     http = *std::move(started);
@@ -376,7 +375,7 @@ int Serve(const Flags& flags, const metrics::Log& log) {
 
   const int signal = signals.Wait();
   // Before the log line, which waits for whoever reads the log.
-  counters.DrainStarted(1e-6 * static_cast<double>(jobs::Now()));
+  counters.DrainStarted(1e-6 * static_cast<double>(base::Now()));
   log.Info("draining", {{"signal", int64_t{signal}}, {"drain_seconds", flags.drain_seconds}});
   const auto deadline = std::chrono::steady_clock::now() +
                         std::chrono::milliseconds(std::llround(flags.drain_seconds * 1000));
@@ -402,7 +401,7 @@ int Run(int argc, char** argv) {
     if (flags.log_format != "text" && flags.log_format != "json") {
       throw CLI::ValidationError("--log_format", "expected text or json, got " + flags.log_format);
     }
-    if (const auto address = rpc::ParseAddress(flags.listen); !address.ok()) {
+    if (const auto address = server::ParseAddress(flags.listen); !address.ok()) {
       throw CLI::ValidationError("--listen", std::string(address.status().message()));
     }
   } catch (const CLI::ParseError& error) {
@@ -410,18 +409,18 @@ int Run(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : kExitUsage;
   }
   if (flags.probe) {
-    const absl::Status healthy = rpc::Probe(flags.listen, flags.tls, kProbeLimit);
+    const absl::Status healthy = server::Probe(flags.listen, flags.tls, kProbeLimit);
     if (!healthy.ok()) std::cerr << healthy.message() << '\n';
     return healthy.ok() ? 0 : kExitFailure;
   }
-  const metrics::Log log(flags.log_format == "json" ? metrics::LogFormat::kJson
-                                                    : metrics::LogFormat::kText);
+  const server::Log log(flags.log_format == "json" ? server::LogFormat::kJson
+                                                   : server::LogFormat::kText);
   process_log = &log;
-  rpc::SetLibraryLog([](const char* library, const std::string& message) {
+  server::SetLibraryLog([](const char* library, const std::string& message) {
     process_log->Warning("library", {{"name", std::string(library)}, {"message", message}});
   });
   const int code = Serve(flags, log);
-  rpc::SetLibraryLog(nullptr);
+  server::SetLibraryLog(nullptr);
   return code;
 }
 

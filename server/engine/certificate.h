@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/damping.h"
+#include "engine/damping/damping.h"
 #include "engine/spec.h"
 
 namespace certiq::engine {

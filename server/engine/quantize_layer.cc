@@ -7,17 +7,17 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "engine/certify.h"
-#include "engine/fit.h"
-#include "engine/ladder.h"
-#include "engine/nearest.h"
-#include "engine/polish.h"
-#include "engine/quadratic_form.h"
-#include "engine/rounding.h"
-#include "engine/simd.h"
-#include "engine/status.h"
-#include "engine/step_objective.h"
-#include "engine/stopwatch.h"
+#include "base/status.h"
+#include "base/stopwatch.h"
+#include "engine/certify/certify.h"
+#include "engine/damping/damping_search.h"
+#include "engine/kernels/simd.h"
+#include "engine/linalg/quadratic_form.h"
+#include "engine/methods/feedback_sweep.h"
+#include "engine/methods/refine.h"
+#include "engine/methods/rtn.h"
+#include "engine/methods/run_method.h"
+#include "engine/scales/scale_objective.h"
 
 namespace certiq::engine {
 namespace {
@@ -27,30 +27,31 @@ constexpr double kQronosSigma = 1e-6;
 
 absl::Status CheckProblem(const LayerProblem& problem) {
   if (problem.weights.rows() < 1 || problem.weights.features() < 1) {
-    return InvalidField(
+    return base::InvalidField(
         "weight.shape",
         absl::StrCat("expected at least one row and one feature, got [", problem.weights.rows(),
                      ", ", problem.weights.features(), "]"));
   }
   if (problem.statistics->features() != problem.weights.features()) {
-    return InvalidField("x.shape", absl::StrCat("expected ", problem.weights.features(),
-                                                " features as the weights have, got ",
-                                                problem.statistics->features()));
+    return base::InvalidField("x.shape", absl::StrCat("expected ", problem.weights.features(),
+                                                      " features as the weights have, got ",
+                                                      problem.statistics->features()));
   }
   if (problem.statistics->tokens < 1) {
-    return PreconditionError("TOKENS", "x", "there are no calibration tokens to fit");
+    return base::PreconditionError("TOKENS", "x", "there are no calibration tokens to fit");
   }
   if (problem.statistics->tokens < problem.spec.min_tokens) {
-    return PreconditionError(
+    return base::PreconditionError(
         "TOKENS", "spec.min_tokens",
         absl::StrCat("the spec asks for ", problem.spec.min_tokens, " tokens to fit, there are ",
                      problem.statistics->tokens));
   }
   const bool held_out = problem.held_out != nullptr && problem.held_out->tokens > 0;
   if (problem.spec.NeedsHeldOut() && problem.spec.method != Method::kNearest && !held_out) {
-    return PreconditionError("HELD_OUT", "spec.damping.held_out",
-                             "no tokens were held out, and damping by held-out error needs some: "
-                             "set held_out_fraction");
+    return base::PreconditionError(
+        "HELD_OUT", "spec.damping.held_out",
+        "no tokens were held out, and damping by held-out error needs some: "
+        "set held_out_fraction");
   }
   return CheckSpecForLayer(problem.spec, problem.weights.rows(), problem.weights.features());
 }
@@ -96,7 +97,7 @@ void RestoreOrder(const std::vector<int64_t>& order, Executor& executor, Grid& g
 // What W itself gives, before the fit takes it.
 absl::Status CertifyReference(const RunContext& context, const WorkingLayer& layer,
                               LayerCertificate& certificate) {
-  const Stopwatch watch(certificate.seconds.reference);
+  const base::Stopwatch watch(certificate.seconds.reference);
   context.Report(Phase::kReference, 0);
   const auto energies =
       ReferenceEnergies(layer.statistics(), layer.reference, Phase::kReference, context);
@@ -107,7 +108,7 @@ absl::Status CertifyReference(const RunContext& context, const WorkingLayer& lay
 
 absl::Status CompareNearest(const ResolvedSpec& spec, const WorkingLayer& layer, const Fit& fit,
                             const RunContext& context, LayerCertificate& certificate) {
-  const Stopwatch watch(certificate.seconds.reference);
+  const base::Stopwatch watch(certificate.seconds.reference);
   ResolvedSpec nearest = spec;
   nearest.rounding = Rounding::kNearest;
   const std::vector<double> norms(layer.dead.size());
@@ -153,12 +154,12 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   layer.factors = problem.factors;
   layer.with_held_out = with_held_out;
   if (std::find(layer.dead.begin(), layer.dead.end(), false) == layer.dead.end()) {
-    return PreconditionError("ACTIVATIONS", "x",
-                             "all calibration activations are zero: there is nothing to fit");
+    return base::PreconditionError("ACTIVATIONS", "x",
+                                   "all calibration activations are zero: there is nothing to fit");
   }
   double lambda = 0;
   if (spec.method != Method::kNearest) {
-    const Stopwatch watch(certificate.seconds.factor);
+    const base::Stopwatch watch(certificate.seconds.factor);
     const absl::StatusOr<double> asked = LambdaOf(rule, value, layer.statistics().gram, context);
     if (!asked.ok()) return asked.status();
     lambda = *asked;
@@ -168,7 +169,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   }
   std::optional<Unseen> unseen;
   if (problem.held_out != nullptr && problem.held_out->tokens > 0) {
-    const Stopwatch watch(certificate.seconds.certify);
+    const base::Stopwatch watch(certificate.seconds.certify);
     absl::StatusOr<Unseen> made = MakeUnseen(problem.held_out, layer, context);
     if (!made.ok()) return made.status();
     unseen = *std::move(made);
@@ -187,7 +188,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     if (!compared.ok()) return compared;
   }
   {
-    const Stopwatch watch(certificate.seconds.certify);
+    const base::Stopwatch watch(certificate.seconds.certify);
     context.Report(Phase::kCertify, 0);
     if (absl::Status status = Certify(spec, layer, *fit, context, certificate); !status.ok()) {
       return status;
@@ -210,7 +211,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   RestoreOrder(order, *context.executor, fit->grid, fit->output.codes);
   TurnMirrored(spec, *context.executor, fit->grid, fit->output.codes);
   {
-    const Stopwatch watch(certificate.seconds.pack);
+    const base::Stopwatch watch(certificate.seconds.pack);
     result.tensors =
         PackResult(spec, fit->grid, fit->output.codes, certificate.features, *context.executor);
   }

@@ -8,12 +8,12 @@
 
 #include "absl/status/statusor.h"
 #include "engine/certificate.h"
-#include "engine/damping.h"
-#include "engine/packing.h"
+#include "engine/damping/damping.h"
+#include "engine/export/packing.h"
+#include "engine/gram/gram.h"
+#include "engine/kernels/strip_matrix.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
-#include "engine/statistics.h"
-#include "engine/strip_matrix.h"
 
 namespace certiq::engine {
 

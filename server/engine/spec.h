@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "engine/dtype.h"
+#include "engine/kernels/dtype.h"
 
 namespace certiq::engine {
 

@@ -18,13 +18,13 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "engine/damping.h"
-#include "engine/factor.h"
-#include "engine/grid.h"
+#include "engine/damping/damping.h"
+#include "engine/gram/gram.h"
+#include "engine/linalg/udu_factor.h"
+#include "engine/methods/feedback_sweep.h"
 #include "engine/quantize_layer.h"
-#include "engine/rounding.h"
-#include "engine/statistics.h"
-#include "jobs/worker_pool.h"
+#include "engine/scales/qparams.h"
+#include "runtime/worker_pool.h"
 #include "tests/bench/layers.h"
 #include "tests/bench/one_run_cache.h"
 #include "tests/bench/peak.h"
@@ -34,7 +34,7 @@ namespace {
 
 using engine::RunContext;
 using engine::SharedStatistics;
-using jobs::WorkerPool;
+using server::WorkerPool;
 
 constexpr double kDampingShare = 0.01;
 constexpr uint64_t kSeed = 1;

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
-#include "engine/damping.h"
+#include "engine/damping/damping.h"
 
 namespace certiq::bench {
 

@@ -2,7 +2,7 @@
 
 #include "tests/bench/peak_kernel.h"
 
-#include "engine/simd.h"
+#include "engine/kernels/simd.h"
 
 namespace certiq::bench::CERTIQ_PEAK_LEVEL {
 namespace {

@@ -6,7 +6,7 @@
 #include <random>
 #include <utility>
 
-#include "engine/held_out.h"
+#include "engine/gram/held_out_split.h"
 #include "tensors.h"
 
 namespace certiq::testing {

@@ -8,7 +8,8 @@
 #include <limits>
 #include <string>
 
-#include "engine/status.h"
+#include "base/status.h"
+#include "engine/damping/failed_attempts.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {
@@ -19,13 +20,13 @@ using testing::MakeLayer;
 using Causes = std::vector<StabilityCause>;
 
 TEST(FailedAttemptsTest, TravelWithAStatus) {
-  absl::Status status = PreconditionError("DAMPING", "spec.damping", "three attempts");
+  absl::Status status = base::PreconditionError("DAMPING", "spec.damping", "three attempts");
   EXPECT_EQ(FailedAttemptsOf(status), Causes());
   const Causes causes{StabilityCause::kPivot, StabilityCause::kPivot, StabilityCause::kNonFinite,
                       StabilityCause::kCondition};
   AttachFailedAttempts(causes, status);
   EXPECT_EQ(FailedAttemptsOf(status), causes);
-  EXPECT_EQ(PreconditionOf(status)->type, "DAMPING") << "other payloads stay";
+  EXPECT_EQ(base::PreconditionOf(status)->type, "DAMPING") << "other payloads stay";
   AttachFailedAttempts({StabilityCause::kPivot}, status);
   EXPECT_EQ(FailedAttemptsOf(status), Causes{StabilityCause::kPivot});
 }
@@ -115,7 +116,7 @@ TEST_P(CauseTest, NonFinite) {
     relative.damping_rule = DampingRule::kRelativeTrace;
     const auto none = Run(Diagonal(broken), relative);
     EXPECT_EQ(none.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_EQ(FieldOf(none.status()), "spec.damping");
+    EXPECT_EQ(base::FieldOf(none.status()), "spec.damping");
   }
 }
 
@@ -141,7 +142,7 @@ TEST(DampingTest, RefusesALambdaBeyondFloat64) {
   spec.damping_value = 1e300;
   const auto result = testing::Quantize(layer, spec);
   EXPECT_EQ(result.status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(FieldOf(result.status()), "spec.damping");
+  EXPECT_EQ(base::FieldOf(result.status()), "spec.damping");
 }
 
 TEST(DampingTest, EveryStepOfALadderIsCountedWhereAllFail) {
@@ -152,7 +153,7 @@ TEST(DampingTest, EveryStepOfALadderIsCountedWhereAllFail) {
   spec.damping_ladder = {1e-30, 1e-29, 1e-28};
   spec.max_attempts = 2;
   const auto result = testing::Quantize(layer, spec);
-  EXPECT_EQ(PreconditionOf(result.status())->type, "DAMPING");
+  EXPECT_EQ(base::PreconditionOf(result.status())->type, "DAMPING");
   EXPECT_EQ(FailedAttemptsOf(result.status()).size(), 6u);
 }
 
@@ -188,7 +189,7 @@ TEST(InputTest, RefusesWhatFloat32CannotHold) {
   const absl::Status beyond = sums.Append(
       {DType::kF64, reinterpret_cast<const std::byte*>(wide.data()), "x"}, 0, 2, executor);
   EXPECT_EQ(beyond.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(FieldOf(beyond), "x");
+  EXPECT_EQ(base::FieldOf(beyond), "x");
   EXPECT_NE(beyond.message().find("row 1, column 1"), absl::string_view::npos) << beyond;
 
   // Each fits, their difference does not.
@@ -200,7 +201,7 @@ TEST(InputTest, RefusesWhatFloat32CannotHold) {
       {DType::kF32, reinterpret_cast<const std::byte*>(x_quantized.data()), "x_quantized"}, 0, 1,
       executor);
   EXPECT_EQ(apart.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(FieldOf(apart), "x");
+  EXPECT_EQ(base::FieldOf(apart), "x");
 }
 
 // float16 subnormals arrive as what they are.

@@ -1,4 +1,4 @@
-#include "engine/dtype.h"
+#include "engine/kernels/dtype.h"
 
 #include <gtest/gtest.h>
 

@@ -1,11 +1,10 @@
-#include "engine/factor.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
+#include "engine/linalg/udu_factor.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "engine/factor.h"
-#include "engine/statistics.h"
+#include "engine/gram/gram.h"
+#include "engine/linalg/udu_factor.h"
 #include "tests/engine/textbook.h"
 
 namespace certiq::testing {

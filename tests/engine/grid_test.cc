@@ -1,11 +1,10 @@
-#include "engine/grid.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <vector>
 
-#include "engine/status.h"
+#include "base/status.h"
+#include "engine/scales/qparams.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {
@@ -106,7 +105,7 @@ TEST(GridTest, RefusesScalesThatTheirTypeCannotHold) {
     spec.scale_dtype = DType::kF16;
     const auto grid = GridOf(w, spec);
     EXPECT_EQ(grid.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_EQ(FieldOf(grid.status()), "spec.scale_dtype");
+    EXPECT_EQ(base::FieldOf(grid.status()), "spec.scale_dtype");
     EXPECT_NE(std::string(grid.status().message()).find("row 1, group 0"), std::string::npos)
         << grid.status();
   }

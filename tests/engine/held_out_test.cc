@@ -1,6 +1,6 @@
-#include "engine/held_out.h"
-
 #include <gtest/gtest.h>
+
+#include "engine/gram/held_out_split.h"
 
 namespace certiq::engine {
 namespace {

@@ -1,13 +1,12 @@
 // The ladder of damping: climbed, and with trials and polish.
 
-#include "engine/ladder.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
+#include "engine/damping/damping_search.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {

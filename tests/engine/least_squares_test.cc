@@ -1,6 +1,6 @@
 // The two ways to what least squares adds to W: row by row, and through one matrix for all rows.
 
-#include "engine/least_squares.h"
+#include "engine/methods/least_squares.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "engine/damping.h"
+#include "engine/damping/damping.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {

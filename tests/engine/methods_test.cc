@@ -7,9 +7,9 @@
 #include <functional>
 #include <numeric>
 
-#include "engine/order.h"
-#include "engine/spectrum.h"
-#include "engine/status.h"
+#include "base/status.h"
+#include "engine/gram/feature_order.h"
+#include "engine/linalg/sigma_max.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {
@@ -248,7 +248,7 @@ TEST(HeldOutTest, NeedsTokens) {
   spec.damping_rule = DampingRule::kHeldOut;
   const auto layer = testing::Quantize(MakeLayer(50, 10, 2, Inputs::kGaussian, 269), spec);
   EXPECT_EQ(layer.status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(PreconditionOf(layer.status())->type, "HELD_OUT");
+  EXPECT_EQ(base::PreconditionOf(layer.status())->type, "HELD_OUT");
 }
 
 TEST(OrderTest, DecreasingNormIsThePermutedProblem) {
@@ -512,7 +512,7 @@ TEST(ExplicitGridTest, IsUsedAsGivenWithinItsCodes) {
   }
   spec.grid->scales.pop_back();
   const auto refused = testing::Quantize(problem, spec);
-  EXPECT_EQ(FieldOf(refused.status()), "spec.grid.scales") << refused.status();
+  EXPECT_EQ(base::FieldOf(refused.status()), "spec.grid.scales") << refused.status();
 }
 
 TEST(LevelsTest, HalfFormatsQuantizeToTheRoundedLevels) {

@@ -1,6 +1,6 @@
 // The engine's OPTQ against the textbook's, code by code.
 
-#include "engine/optq.h"
+#include "engine/methods/optq.h"
 
 #include <gtest/gtest.h>
 

@@ -1,13 +1,13 @@
 // Layouts against a reader written from their description.
 
-#include "engine/packing.h"
+#include "engine/export/packing.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <cstring>
 
-#include "engine/status.h"
+#include "base/status.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {
@@ -196,7 +196,7 @@ TEST(PackingTest, RefusesWhatAFormatCannotExpress) {
     const auto layer =
         testing::Quantize(MakeLayer(80, refusal.features, 32, Inputs::kGaussian, 379), spec);
     EXPECT_EQ(layer.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_EQ(FieldOf(layer.status()), refusal.field) << layer.status();
+    EXPECT_EQ(base::FieldOf(layer.status()), refusal.field) << layer.status();
   }
 }
 

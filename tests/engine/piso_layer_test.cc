@@ -11,7 +11,7 @@
 
 #include "engine/certificate.h"
 #include "engine/quantize_layer.h"
-#include "engine/scale_search.h"
+#include "engine/scales/diagonal_scale_search.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {

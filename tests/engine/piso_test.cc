@@ -1,7 +1,5 @@
 // PiSO against every scale there is, one group and many.
 
-#include "engine/piso.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,8 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "engine/piso_search.h"
-#include "engine/scale_search.h"
+#include "engine/scales/diagonal_scale_search.h"
+#include "engine/scales/piso_layer.h"
+#include "engine/scales/piso_row.h"
 #include "tests/engine/alphabets.h"
 #include "tests/engine/problems.h"
 

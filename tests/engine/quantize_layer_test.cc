@@ -7,7 +7,7 @@
 #include <limits>
 #include <utility>
 
-#include "engine/status.h"
+#include "base/status.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {
@@ -112,8 +112,8 @@ TEST(QuantizeLayerTest, FailsWithTheNumbersWhenEveryAttemptFailed) {
   spec.max_attempts = 2;
   const auto layer = testing::Quantize(problem, spec);
   ASSERT_EQ(layer.status().code(), absl::StatusCode::kFailedPrecondition);
-  ASSERT_TRUE(PreconditionOf(layer.status()).has_value());
-  EXPECT_EQ(PreconditionOf(layer.status())->type, "DAMPING");
+  ASSERT_TRUE(base::PreconditionOf(layer.status()).has_value());
+  EXPECT_EQ(base::PreconditionOf(layer.status())->type, "DAMPING");
   EXPECT_NE(layer.status().message().find("lambda 0"), absl::string_view::npos) << layer.status();
 }
 
@@ -167,7 +167,7 @@ TEST(QuantizeLayerTest, NothingThatIsNotFiniteLeavesTheEngine) {
     EXPECT_TRUE(std::isfinite(layer->certificate.squared_error));
   } else {
     EXPECT_EQ(layer.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_EQ(FieldOf(layer.status()), "weight");
+    EXPECT_EQ(base::FieldOf(layer.status()), "weight");
   }
 }
 
@@ -181,7 +181,7 @@ TEST(QuantizeLayerTest, RefusesSizesThatDoNotFit) {
                        std::make_shared<const Statistics>(testing::Accumulate(b.x))};
   const auto layer = QuantizeLayer(std::move(problem), context);
   EXPECT_EQ(layer.status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(FieldOf(layer.status()), "x.shape");
+  EXPECT_EQ(base::FieldOf(layer.status()), "x.shape");
 }
 
 // Cancelled at every phase in turn, it stops with the reason.

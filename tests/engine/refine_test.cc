@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/grid.h"
+#include "engine/scales/qparams.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {

@@ -1,7 +1,5 @@
 // The search for a step against every step there is.
 
-#include "engine/scale_search.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "engine/scales/diagonal_scale_search.h"
 #include "tests/engine/alphabets.h"
 
 namespace certiq::engine {

@@ -7,9 +7,9 @@
 #include <functional>
 #include <vector>
 
+#include "base/status.h"
 #include "engine/certificate.h"
 #include "engine/quantize_layer.h"
-#include "engine/status.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {
@@ -252,7 +252,7 @@ TEST(ScalesTest, RefusesWhatARuleCannotMean) {
     b.spoil(spec);
     const auto resolved = ResolveSpec(spec);
     EXPECT_EQ(resolved.status().code(), absl::StatusCode::kInvalidArgument) << b.field;
-    EXPECT_EQ(FieldOf(resolved.status()), b.field);
+    EXPECT_EQ(base::FieldOf(resolved.status()), b.field);
   }
 }
 

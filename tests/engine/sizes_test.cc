@@ -9,11 +9,11 @@
 #include <random>
 #include <utility>
 
-#include "engine/certify.h"
-#include "engine/nearest.h"
-#include "engine/optq.h"
-#include "engine/qronos.h"
-#include "engine/quadratic_form.h"
+#include "engine/certify/certify.h"
+#include "engine/linalg/quadratic_form.h"
+#include "engine/methods/optq.h"
+#include "engine/methods/qronos.h"
+#include "engine/methods/rtn.h"
 #include "tests/engine/follow.h"
 #include "tests/engine/problems.h"
 

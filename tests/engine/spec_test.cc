@@ -5,7 +5,7 @@
 #include <cmath>
 #include <functional>
 
-#include "engine/status.h"
+#include "base/status.h"
 
 namespace certiq::engine {
 namespace {
@@ -100,7 +100,7 @@ TEST(SpecTest, RefusesEveryBadValueByItsField) {
     b.spoil(spec);
     const auto resolved = ResolveSpec(spec);
     EXPECT_EQ(resolved.status().code(), absl::StatusCode::kInvalidArgument) << b.field;
-    EXPECT_EQ(FieldOf(resolved.status()), b.field);
+    EXPECT_EQ(base::FieldOf(resolved.status()), b.field);
   }
 }
 

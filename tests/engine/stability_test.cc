@@ -11,7 +11,8 @@
 #include <string>
 #include <tuple>
 
-#include "engine/status.h"
+#include "base/status.h"
+#include "engine/damping/failed_attempts.h"
 #include "tests/engine/follow.h"
 #include "tests/engine/problems.h"
 
@@ -359,8 +360,8 @@ TEST_P(Stability, HoldsOrSaysWhyNot) {
   spec.max_attempts = static_cast<int32_t>(failed);
   const auto refused = testing::Quantize(layer, spec);
   ASSERT_EQ(refused.status().code(), absl::StatusCode::kFailedPrecondition);
-  ASSERT_TRUE(PreconditionOf(refused.status()).has_value());
-  EXPECT_EQ(PreconditionOf(refused.status())->type, "DAMPING");
+  ASSERT_TRUE(base::PreconditionOf(refused.status()).has_value());
+  EXPECT_EQ(base::PreconditionOf(refused.status())->type, "DAMPING");
   EXPECT_EQ(FailedAttemptsOf(refused.status()), causes);
 
   spec.on_failure = OnFailure::kNearest;

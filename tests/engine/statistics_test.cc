@@ -1,11 +1,10 @@
-#include "engine/statistics.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <string>
 
-#include "engine/status.h"
+#include "base/status.h"
+#include "engine/gram/gram.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {
@@ -137,7 +136,7 @@ TEST(StatisticsTest, RefusesNonFiniteValuesWithTheirPosition) {
   rows[4] = NAN;
   const absl::Status status = sums.Append({DType::kF32, bytes, "x"}, 2, 2, executor);
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(FieldOf(status), "x");
+  EXPECT_EQ(base::FieldOf(status), "x");
   EXPECT_NE(std::string(status.message()).find("row 3, column 1"), std::string::npos) << status;
 }
 

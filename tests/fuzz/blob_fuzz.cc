@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "jobs/store/blob_file.h"
-#include "jobs/store/disk.h"
+#include "store/blob_file.h"
+#include "store/disk.h"
 
 namespace {
 
@@ -22,7 +22,7 @@ constexpr char kName[] = "0123456789abcdef0123456789abcdef";
 std::string MakeRoot() {
   for (std::string root : {"/dev/shm/certiq_fuzz_XXXXXX", "/tmp/certiq_fuzz_XXXXXX"}) {
     if (mkdtemp(root.data()) == nullptr) continue;
-    if (mkdir((root + "/" + certiq::jobs::kBlobDirectory).c_str(), 0700) == 0) return root;
+    if (mkdir((root + "/" + certiq::server::kBlobDirectory).c_str(), 0700) == 0) return root;
   }
   std::abort();
 }
@@ -31,8 +31,8 @@ std::string MakeRoot() {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::string root = MakeRoot();
-  static const auto disk = std::make_shared<certiq::jobs::Disk>(root);
-  static const std::string path = root + "/" + certiq::jobs::kBlobDirectory + "/" + kName;
+  static const auto disk = std::make_shared<certiq::server::Disk>(root);
+  static const std::string path = root + "/" + certiq::server::kBlobDirectory + "/" + kName;
   std::ofstream(path, std::ios::binary | std::ios::trunc)
       .write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(size));
   // The record's idea of the length: right for one block, and others near it.
@@ -40,7 +40,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
        {int64_t{-24}, int64_t{-16}, int64_t{0}, int64_t{1}, int64_t{1} << 40}) {
     const int64_t length = bytes < 0 ? static_cast<int64_t>(size) + bytes : bytes;
     if (length < 0) continue;
-    const auto reader = certiq::jobs::OpenBlobFile(disk, {kName, length});
+    const auto reader = certiq::server::OpenBlobFile(disk, {kName, length});
     if (!reader.ok()) continue;
     if ((*reader)->bytes() != length) std::abort();
     std::vector<std::byte> all(static_cast<size_t>(length));

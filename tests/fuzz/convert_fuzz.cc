@@ -10,12 +10,12 @@
 #include <utility>
 
 #include "certiq/v1/quantization_service.pb.h"
+#include "contract/convert.h"
+#include "contract/rpc_status.h"
 #include "engine/quantize_layer.h"
 #include "engine/run_context.h"
-#include "jobs/byte_budget.h"
-#include "jobs/layer_intake.h"
-#include "rpc/convert.h"
-#include "rpc/status.h"
+#include "job/layer_intake.h"
+#include "runtime/byte_budget.h"
 
 namespace {
 
@@ -34,7 +34,7 @@ bool Next(std::span<const uint8_t>& input, certiq::v1::QuantizeRequest& request)
   return parsed;
 }
 
-void Take(certiq::jobs::LayerIntake& intake, std::span<const uint8_t> input) {
+void Take(certiq::server::LayerIntake& intake, std::span<const uint8_t> input) {
   certiq::v1::QuantizeRequest request;
   while (Next(input, request)) {
     absl::Status status;
@@ -47,18 +47,18 @@ void Take(certiq::jobs::LayerIntake& intake, std::span<const uint8_t> input) {
     }
     // Every refusal has to survive the way to the client.
     if (!status.ok()) {
-      if (certiq::rpc::ToGrpc(status).ok()) std::abort();
+      if (certiq::server::ToGrpc(status).ok()) std::abort();
       return;
     }
   }
   const double fraction = intake.fraction();
   if (!(fraction >= 0 && fraction <= 1)) std::abort();
-  absl::StatusOr<certiq::jobs::ReadyLayer> ready = intake.Finish();
+  absl::StatusOr<certiq::server::ReadyLayer> ready = intake.Finish();
   if (!ready.ok()) return;
   certiq::engine::SerialExecutor executor;
   const auto layer =
       certiq::engine::QuantizeLayer(std::move(ready->problem), {.executor = &executor});
-  if (layer.ok()) certiq::rpc::ToProto(layer->certificate, {});
+  if (layer.ok()) certiq::server::ToProto(layer->certificate, {});
 }
 
 }  // namespace
@@ -67,16 +67,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::span<const uint8_t> input(data, size);
   certiq::v1::QuantizeRequest first;
   if (!Next(input, first) || !first.has_header()) return 0;
-  const auto call = certiq::rpc::FromProto(first.header());
+  const auto call = certiq::server::FromProto(first.header());
   if (!call.ok()) {
-    if (certiq::rpc::ToGrpc(call.status()).ok()) std::abort();
+    if (certiq::server::ToGrpc(call.status()).ok()) std::abort();
     return 0;
   }
-  certiq::jobs::ByteBudget budget(kBudget);
+  certiq::server::ByteBudget budget(kBudget);
   {
     certiq::engine::SerialExecutor executor;
     const certiq::engine::Cancellation cancelled;
-    const auto intake = certiq::jobs::LayerIntake::Create(call->layer, budget, executor, cancelled);
+    const auto intake =
+        certiq::server::LayerIntake::Create(call->layer, budget, executor, cancelled);
     if (intake.ok()) Take(**intake, input);
   }
   if (budget.reserved() != 0) std::abort();

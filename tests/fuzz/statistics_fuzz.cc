@@ -8,14 +8,14 @@
 #include <utility>
 #include <vector>
 
-#include "jobs/statistics_transfer.h"
-#include "rpc/status.h"
+#include "calibration/gram_transfer.h"
+#include "contract/rpc_status.h"
 
 namespace {
 
-using certiq::jobs::MatrixLayout;
+using certiq::server::MatrixLayout;
 
-absl::Status Take(certiq::jobs::StatisticsImport& import, std::span<const uint8_t> input) {
+absl::Status Take(certiq::server::StatisticsImport& import, std::span<const uint8_t> input) {
   while (!input.empty()) {
     const size_t size = std::min<size_t>(input[0] * size_t{8}, input.size() - 1);
     absl::Status taken = import.Append(std::as_bytes(input.subspan(1, size)));
@@ -34,17 +34,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto dtype =
       (data[0] & 0x40) != 0 ? certiq::engine::DType::kF32 : certiq::engine::DType::kF64;
   const auto layout = (data[0] & 0x80) != 0 ? MatrixLayout::kFull : MatrixLayout::kUpper;
-  certiq::jobs::StatisticsImport import(features, mismatched, dtype, layout);
+  certiq::server::StatisticsImport import(features, mismatched, dtype, layout);
   const absl::Status taken = Take(import, {data + 1, size - 1});
   if (!taken.ok()) {
-    if (certiq::rpc::ToGrpc(taken).ok()) std::abort();
+    if (certiq::server::ToGrpc(taken).ok()) std::abort();
     return 0;
   }
   absl::StatusOr<certiq::engine::Statistics> sums = import.Finish(1);
   if (!sums.ok()) return 0;
   if (sums->features() != features || sums->mismatch.has_value() != mismatched) std::abort();
   // All of it comes out again.
-  certiq::jobs::StatisticsExport out(
+  certiq::server::StatisticsExport out(
       std::make_shared<const certiq::engine::Statistics>(*std::move(sums)), features, mismatched,
       MatrixLayout::kFull);
   int64_t elements = 0;

@@ -1,8 +1,8 @@
-#include "rpc/address.h"
+#include "rpc/transport/address.h"
 
 #include <gtest/gtest.h>
 
-namespace certiq::rpc {
+namespace certiq::server {
 namespace {
 
 TEST(AddressTest, Parses) {
@@ -38,4 +38,4 @@ TEST(AddressTest, DialsLoopbackForAny) {
 }
 
 }  // namespace
-}  // namespace certiq::rpc
+}  // namespace certiq::server

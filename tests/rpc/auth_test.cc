@@ -1,6 +1,6 @@
 // Tokens: the header's value, the file that changes, and calls over TCP.
 
-#include "rpc/auth.h"
+#include "rpc/transport/auth.h"
 
 #include <gtest/gtest.h>
 
@@ -14,7 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "certificates.h"
-#include "rpc/probe.h"
+#include "rpc/transport/probe.h"
 #include "support/requests.h"
 #include "support/text.h"
 #include "test_server.h"
@@ -23,8 +23,8 @@ namespace certiq::testing {
 namespace {
 
 using grpc::StatusCode;
-using rpc::Authenticator;
-using rpc::Scope;
+using server::Authenticator;
+using server::Scope;
 using Values = std::vector<absl::string_view>;
 
 constexpr char kTokens[] =
@@ -56,7 +56,7 @@ TEST_F(AuthTest, WithoutAFileEveryoneIsLetIn) {
     const auto tenant = auth.Authenticate(values, Scope::kWrite);
     ASSERT_TRUE(tenant.ok());
     EXPECT_EQ(tenant->name, "");
-    EXPECT_EQ(tenant->limits, jobs::TenantLimits{});
+    EXPECT_EQ(tenant->limits, server::TenantLimits{});
   }
 }
 
@@ -254,7 +254,7 @@ TEST_F(AuthServerTest, RefusesBeforeReading) {
   const grpc::Status denied = Silent({"Bearer reader-secret-token"});
   EXPECT_EQ(denied.error_code(), StatusCode::PERMISSION_DENIED) << denied.error_message();
   ASSERT_TRUE(TestServer::Eventually([&] { return server_->finished().size() == 6; }));
-  for (const rpc::CallSummary& call : server_->finished()) {
+  for (const server::CallSummary& call : server_->finished()) {
     EXPECT_STREQ(call.method, "Quantize");
     EXPECT_EQ(call.received_bytes, 0);
     EXPECT_EQ(call.tenant, "");
@@ -265,7 +265,8 @@ TEST_F(AuthServerTest, RefusesBeforeReading) {
 
 TEST_F(AuthServerTest, HugeHeadersAreRefused) {
   EXPECT_FALSE(Silent({"Bearer " + std::string(1 << 20, 'x')}).ok());
-  EXPECT_TRUE(rpc::Probe(absl::StrCat("127.0.0.1:", server_->server->port()), {}, kPatience).ok());
+  EXPECT_TRUE(
+      server::Probe(absl::StrCat("127.0.0.1:", server_->server->port()), {}, kPatience).ok());
 }
 
 TEST_F(AuthServerTest, ServesWhoMayAndNamesTheTenantInTheLogOnly) {
@@ -286,7 +287,8 @@ TEST_F(AuthServerTest, ServesWhoMayAndNamesTheTenantInTheLogOnly) {
 }
 
 TEST_F(AuthServerTest, HealthIsOpen) {
-  EXPECT_TRUE(rpc::Probe(absl::StrCat("127.0.0.1:", server_->server->port()), {}, kPatience).ok());
+  EXPECT_TRUE(
+      server::Probe(absl::StrCat("127.0.0.1:", server_->server->port()), {}, kPatience).ok());
 }
 
 TEST_F(AuthServerTest, ShutdownWhileCallsAreRefused) {

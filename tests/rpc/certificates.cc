@@ -97,7 +97,7 @@ std::string Folder::Write(const std::string& name, const std::string& text) cons
   return path;
 }
 
-rpc::Warn Warnings::Sink() {
+server::Warn Warnings::Sink() {
   return [this](const std::string& message) {
     const std::lock_guard lock(mu_);
     all_.push_back(message);

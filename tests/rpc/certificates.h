@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "rpc/file.h"
+#include "rpc/transport/file.h"
 
 namespace certiq::testing {
 
@@ -43,7 +43,7 @@ class Folder {
 // Keeps what it was warned of.
 class Warnings {
  public:
-  rpc::Warn Sink();
+  server::Warn Sink();
   std::vector<std::string> all();
 
  private:

@@ -1,4 +1,4 @@
-#include "rpc/convert.h"
+#include "contract/convert.h"
 
 #include <gtest/gtest.h>
 
@@ -7,11 +7,11 @@
 #include <string>
 #include <vector>
 
-#include "engine/status.h"
+#include "base/status.h"
 #include "support/requests.h"
 #include "support/text.h"
 
-namespace certiq::rpc {
+namespace certiq::server {
 namespace {
 
 v1::QuantizeHeader ValidHeader() {
@@ -144,7 +144,7 @@ TEST_P(BadHeaderTest, NamesTheField) {
   GetParam().change(header);
   const absl::Status status = FromProto(header).status();
   EXPECT_EQ(status.code(), GetParam().code) << status;
-  EXPECT_EQ(engine::FieldOf(status).value_or("(none)"), GetParam().field);
+  EXPECT_EQ(base::FieldOf(status).value_or("(none)"), GetParam().field);
   EXPECT_CONTAINS(status.message(), GetParam().text);
 }
 
@@ -334,7 +334,7 @@ TEST(ConvertTest, CertificateSurvivesAnyCut) {
 }
 
 TEST(ConvertTest, FramesOfALargeCertificateStayBelowFourMebibytes) {
-  for (const v1::Certificate& part : ToProto(SomeCertificate(jobs::kMaxRows), {})) {
+  for (const v1::Certificate& part : ToProto(SomeCertificate(server::kMaxRows), {})) {
     EXPECT_LT(part.ByteSizeLong(), size_t{4} << 20);
   }
 }
@@ -358,4 +358,4 @@ TEST(ConvertTest, EnumsComeBack) {
 }
 
 }  // namespace
-}  // namespace certiq::rpc
+}  // namespace certiq::server

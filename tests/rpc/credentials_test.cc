@@ -1,6 +1,6 @@
 // TLS: files at the start, handshakes over TCP, files that change.
 
-#include "rpc/credentials.h"
+#include "rpc/transport/credentials.h"
 
 #include <grpc/grpc_security_constants.h>
 #include <grpcpp/security/credentials.h>
@@ -12,15 +12,15 @@
 
 #include "absl/strings/str_cat.h"
 #include "certificates.h"
-#include "rpc/auth.h"
-#include "rpc/probe.h"
+#include "rpc/transport/auth.h"
+#include "rpc/transport/probe.h"
 #include "support/text.h"
 #include "test_server.h"
 
 namespace certiq::testing {
 namespace {
 
-using rpc::TlsFiles;
+using server::TlsFiles;
 
 class CredentialsTest : public ::testing::Test {
  protected:
@@ -35,7 +35,7 @@ class CredentialsTest : public ::testing::Test {
     const auto path = [this](const std::string& name) {
       return name.empty() ? name : folder_.Path(name);
     };
-    return rpc::ServerCredentials({path(cert), path(key), path(client_ca)}, warnings_.Sink())
+    return server::ServerCredentials({path(cert), path(key), path(client_ca)}, warnings_.Sink())
         .status();
   }
   std::unique_ptr<TestServer> Start(bool client_certificates = false) {
@@ -158,36 +158,36 @@ TEST_F(CredentialsTest, NewFilesAreUsedByNewConnections) {
 
 TEST_F(CredentialsTest, ProbeKnowsTheServersOwnCertificate) {
   const auto server = Start();
-  EXPECT_TRUE(rpc::Probe(AddressOf(*server), files_, kPatience).ok());
-  EXPECT_FALSE(rpc::Probe(AddressOf(*server), {}, kPatience).ok());
+  EXPECT_TRUE(server::Probe(AddressOf(*server), files_, kPatience).ok());
+  EXPECT_FALSE(server::Probe(AddressOf(*server), {}, kPatience).ok());
   folder_.Write("other cert", client_.cert);
   folder_.Write("other key", client_.key);
-  EXPECT_FALSE(rpc::Probe(AddressOf(*server),
-                          {folder_.Path("other cert"), folder_.Path("other key"), ""},
-                          std::chrono::seconds(2))
+  EXPECT_FALSE(server::Probe(AddressOf(*server),
+                             {folder_.Path("other cert"), folder_.Path("other key"), ""},
+                             std::chrono::seconds(2))
                    .ok());
   EXPECT_CONTAINS(
-      rpc::Probe(AddressOf(*server), {folder_.Path("cert"), "", ""}, kPatience).message(),
+      server::Probe(AddressOf(*server), {folder_.Path("cert"), "", ""}, kPatience).message(),
       "--tls_key");
 }
 
 TEST_F(CredentialsTest, ProbeShowsTheServersOwnCertificate) {
   const auto server = Start(true);
-  EXPECT_TRUE(rpc::Probe(AddressOf(*server), files_, kPatience).ok());
+  EXPECT_TRUE(server::Probe(AddressOf(*server), files_, kPatience).ok());
 }
 
 TEST_F(CredentialsTest, BeyondLoopbackWithTlsAndWarningWithoutIt) {
   folder_.Write("tokens", "alice-secret-token alice read\n");
-  const auto auth = rpc::Authenticator::Open(folder_.Path("tokens"), nullptr);
+  const auto auth = server::Authenticator::Open(folder_.Path("tokens"), nullptr);
   ASSERT_TRUE(auth.ok());
   const auto backend = MakeBackend();
   const auto start = [&](const TlsFiles& tls, bool allow_cleartext) {
-    return rpc::Server::Start({.listen = "0.0.0.0:0",
-                               .tls = tls,
-                               .allow_cleartext = allow_cleartext,
-                               .backend = backend.get(),
-                               .auth = auth->get(),
-                               .warn = warnings_.Sink()})
+    return server::Server::Start({.listen = "0.0.0.0:0",
+                                  .tls = tls,
+                                  .allow_cleartext = allow_cleartext,
+                                  .backend = backend.get(),
+                                  .auth = auth->get(),
+                                  .warn = warnings_.Sink()})
         .status();
   };
   EXPECT_TRUE(start(files_, false).ok());

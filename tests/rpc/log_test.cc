@@ -1,10 +1,10 @@
-#include "metrics/log.h"
+#include "observability/log.h"
 
 #include <gtest/gtest.h>
 
 #include "support/text.h"
 
-namespace certiq::metrics {
+namespace certiq::server {
 namespace {
 
 TEST(LogTest, TextIsOneLineWhateverANameHolds) {
@@ -33,4 +33,4 @@ TEST(LogTest, BracesAreText) {
 }
 
 }  // namespace
-}  // namespace certiq::metrics
+}  // namespace certiq::server

@@ -1,13 +1,13 @@
 // What a scrape over real HTTP shows.
 
-#include "metrics/metrics.h"
+#include "observability/metrics.h"
 
 #include <gtest/gtest.h>
 
 #include <chrono>
 #include <string>
 
-#include "metrics/http_server.h"
+#include "observability/http_server.h"
 #include "support/requests.h"
 #include "support/text.h"
 #include "test_server.h"
@@ -105,7 +105,7 @@ TEST(MetricsTest, CountsALayer) {
   // Names of clients stay out.
   EXPECT_EQ(server.Http("/metrics").find("model.layers"), std::string::npos);
 
-  const rpc::CallSummary summary = server.finished().at(0);
+  const server::CallSummary summary = server.finished().at(0);
   EXPECT_EQ(summary.request_id, "test-request");
   EXPECT_EQ(summary.layer_name, "model.layers.0.test");
   EXPECT_EQ(summary.rows, 24);
@@ -129,7 +129,7 @@ TEST(MetricsTest, CountsRefusals) {
 }
 
 TEST(MetricsTest, CertificateOfAFallback) {
-  metrics::Metrics counters({.version = "v", .isa = "i", .drain_limit = 30});
+  server::Metrics counters({.version = "v", .isa = "i", .drain_limit = 30});
   engine::LayerCertificate certificate;
   certificate.outcome = engine::Outcome::kFellBackToNearest;
   certificate.spec.bits = 3;
@@ -139,7 +139,7 @@ TEST(MetricsTest, CertificateOfAFallback) {
   certificate.lambda_used = 200;
   certificate.damped_squared_error = 9;
   certificate.l2_bound = 6;
-  counters.JobFinished(engine::Method::kOptq, jobs::JobState::kSucceeded, 0.75, &certificate);
+  counters.JobFinished(engine::Method::kOptq, server::JobState::kSucceeded, 0.75, &certificate);
   counters.StabilityFailed(engine::Method::kOptq, engine::StabilityCause::kCondition);
   counters.StabilityFailed(engine::Method::kOptq, engine::StabilityCause::kPivot);
   counters.DrainStarted(1.5e9);
@@ -171,7 +171,7 @@ TEST(HttpServerTest, ServesTwoPages) {
 
 TEST(HttpServerTest, RefusesBadAddressesAndPortsInUse) {
   const auto start = [](const std::string& listen) {
-    return metrics::HttpServer::Start(
+    return server::HttpServer::Start(
         {.listen = listen, .metrics_text = [] { return ""; }, .healthy = [] { return true; }});
   };
   for (const char* bad : {"", "x", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:80s", "1,2"}) {
@@ -183,7 +183,7 @@ TEST(HttpServerTest, RefusesBadAddressesAndPortsInUse) {
 }
 
 TEST(HttpServerTest, EndsQuickly) {
-  auto server = metrics::HttpServer::Start(
+  auto server = server::HttpServer::Start(
       {.listen = "127.0.0.1:0", .metrics_text = [] { return ""; }, .healthy = [] { return true; }});
   ASSERT_TRUE(server.ok());
   const auto begin = std::chrono::steady_clock::now();

@@ -237,7 +237,7 @@ TEST(QuantizeLimitsTest, QueueFull) {
 
 TEST(QuantizeLimitsTest, OverBudget) {
   const Layer layer = MakeRandomLayer(8, 16, 32);
-  const int64_t bytes = jobs::LayerIntake::BytesFor(LayerRequestFor(layer));
+  const int64_t bytes = server::LayerIntake::BytesFor(LayerRequestFor(layer));
   {
     TestServer server({.budget = bytes});
     Call first(server);

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "jobs/sha256.h"
+#include "base/sha256.h"
 #include "support/requests.h"
 #include "test_server.h"
 
@@ -43,14 +43,14 @@ double RelativeError(const Layer& layer, const std::vector<float>& quantized) {
 }
 
 std::string Hex(std::span<const std::byte> bytes) {
-  jobs::Sha256 digest;
+  base::Sha256 digest;
   digest.Update(absl::string_view(static_cast<const char*>(static_cast<const void*>(bytes.data())),
                                   bytes.size()));
   return digest.Finish();
 }
 
 TEST(Sha256Test, KnownDigest) {
-  jobs::Sha256 digest;
+  base::Sha256 digest;
   digest.Update("a");
   digest.Update("bc");
   EXPECT_EQ(digest.Finish(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");

@@ -1,6 +1,6 @@
 // Refused calls of every shape that gRPC has.
 
-#include "rpc/refuse.h"
+#include "rpc/calls/refuse.h"
 
 #include <grpcpp/create_channel.h>
 #include <grpcpp/server.h>
@@ -20,22 +20,22 @@
 namespace certiq::testing {
 namespace {
 
-using rpc::Refuse;
+using server::Refuse;
 
-constexpr jobs::RpcMethod kMethods[] = {{"s", "Get", "unary"},
-                                        {"s", "Import", "client_stream"},
-                                        {"s", "Export", "server_stream"},
-                                        {"s", "Accumulate", "bidi_stream"}};
+constexpr server::RpcMethod kMethods[] = {{"s", "Get", "unary"},
+                                          {"s", "Import", "client_stream"},
+                                          {"s", "Export", "server_stream"},
+                                          {"s", "Accumulate", "bidi_stream"}};
 // Of each shape.
 constexpr int kCalls = 20;
 
-class CountingObserver final : public jobs::CallObserver {
+class CountingObserver final : public server::CallObserver {
  public:
-  void CallStarted(const jobs::RpcMethod& method) override {
+  void CallStarted(const server::RpcMethod& method) override {
     const std::lock_guard lock(mu_);
     ++counts[absl::StrCat("started ", method.method)];
   }
-  void CallHandled(const jobs::RpcMethod& method, absl::StatusCode code,
+  void CallHandled(const server::RpcMethod& method, absl::StatusCode code,
                    double /*seconds*/) override {
     const std::lock_guard lock(mu_);
     ++counts[absl::StrCat(absl::StatusCodeToString(code), " ", method.method)];
@@ -48,7 +48,7 @@ class CountingObserver final : public jobs::CallObserver {
 
 class RefusingService final : public v1::CalibrationService::CallbackService {
  public:
-  explicit RefusingService(const rpc::CallEnvironment& environment) : env_(environment) {}
+  explicit RefusingService(const server::CallEnvironment& environment) : env_(environment) {}
 
   grpc::ServerUnaryReactor* GetCalibration(grpc::CallbackServerContext* /*context*/,
                                            const v1::GetCalibrationRequest* /*request*/,
@@ -73,30 +73,30 @@ class RefusingService final : public v1::CalibrationService::CallbackService {
   }
 
  private:
-  const rpc::CallEnvironment& env_;
+  const server::CallEnvironment& env_;
   const absl::Status status_ = absl::UnauthenticatedError("who are you?");
 };
 
 TEST(RefuseTest, EveryShapeEndsWithTheStatusIsCountedAndLogged) {
   CountingObserver observer;
-  rpc::CallRegistry registry;
-  rpc::Authenticator auth;
+  server::CallRegistry registry;
+  server::Authenticator auth;
   std::mutex mu;
   std::map<std::string, int> logged;
   const auto backend = MakeBackend();
-  const rpc::CallEnvironment environment{.jobs = backend->environment(),
-                                         .calibrations = backend->calibrations(),
-                                         .manager = backend->manager(),
-                                         .calls = observer,
-                                         .registry = registry,
-                                         .log =
-                                             [&](const rpc::CallSummary& call) {
-                                               const std::lock_guard lock(mu);
-                                               ++logged[call.method];
-                                               EXPECT_TRUE(absl::IsUnauthenticated(call.status));
-                                               EXPECT_GE(call.seconds, 0);
-                                             },
-                                         .auth = &auth};
+  const server::CallEnvironment environment{.jobs = backend->environment(),
+                                            .calibrations = backend->calibrations(),
+                                            .manager = backend->manager(),
+                                            .calls = observer,
+                                            .registry = registry,
+                                            .log =
+                                                [&](const server::CallSummary& call) {
+                                                  const std::lock_guard lock(mu);
+                                                  ++logged[call.method];
+                                                  EXPECT_TRUE(absl::IsUnauthenticated(call.status));
+                                                  EXPECT_GE(call.seconds, 0);
+                                                },
+                                            .auth = &auth};
   RefusingService service(environment);
   grpc::ServerBuilder builder;
   int port = 0;
@@ -126,7 +126,7 @@ TEST(RefuseTest, EveryShapeEndsWithTheStatusIsCountedAndLogged) {
   }
   registry.WaitEmpty();
   server->Shutdown();
-  for (const jobs::RpcMethod& method : kMethods) {
+  for (const server::RpcMethod& method : kMethods) {
     EXPECT_EQ(logged[method.method], kCalls) << method.method;
     EXPECT_EQ(observer.counts[absl::StrCat("started ", method.method)], kCalls);
     EXPECT_EQ(observer.counts[absl::StrCat("UNAUTHENTICATED ", method.method)], kCalls);

@@ -1,4 +1,4 @@
-#include "rpc/result_stream.h"
+#include "rpc/calls/result_stream.h"
 
 #include <gtest/gtest.h>
 
@@ -7,7 +7,7 @@
 #include <string>
 #include <utility>
 
-namespace certiq::rpc {
+namespace certiq::server {
 namespace {
 
 engine::ResultTensor Tensor(const char* role, std::vector<int64_t> shape) {
@@ -21,8 +21,8 @@ engine::ResultTensor Tensor(const char* role, std::vector<int64_t> shape) {
 
 TEST(ResultStreamTest, FramesAddUpToTheTensors) {
   for (const int64_t frame_bytes : {1, 24, 50, 1 << 20}) {
-    jobs::ByteBudget budget(1000);
-    jobs::QuantizeResult result;
+    server::ByteBudget budget(1000);
+    server::QuantizeResult result;
     result.reservation = *budget.TryReserve(500, "a result");
     result.queue_seconds = 3;
     result.layer.tensors = {Tensor("weight", {5, 6}), Tensor("g_idx", {6}),
@@ -64,4 +64,4 @@ TEST(ResultStreamTest, FramesAddUpToTheTensors) {
 }
 
 }  // namespace
-}  // namespace certiq::rpc
+}  // namespace certiq::server

@@ -1,6 +1,6 @@
 // The server's life: start, health, drain, shutdown.
 
-#include "rpc/server.h"
+#include "rpc/transport/server.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "rpc/probe.h"
+#include "rpc/transport/probe.h"
 #include "support/requests.h"
 #include "support/text.h"
 #include "test_server.h"
@@ -25,7 +25,7 @@ std::string AddressOf(const TestServer& server) {
 
 absl::Status StartOn(const std::string& listen, bool allow_cleartext = false) {
   const auto backend = MakeBackend();
-  return rpc::Server::Start(
+  return server::Server::Start(
              {.listen = listen, .allow_cleartext = allow_cleartext, .backend = backend.get()})
       .status();
 }
@@ -49,21 +49,21 @@ TEST(ServerTest, ClearTextBeyondLoopbackHasToBeAllowed) {
 TEST(ServerTest, ListensOnAUnixSocket) {
   const std::string path = absl::StrCat(::testing::TempDir(), "certiq-server-test.sock");
   const auto backend = MakeBackend();
-  const auto server = rpc::Server::Start({.listen = "unix:" + path, .backend = backend.get()});
+  const auto server = server::Server::Start({.listen = "unix:" + path, .backend = backend.get()});
   ASSERT_TRUE(server.ok()) << server.status();
   EXPECT_EQ((*server)->port(), 0);
-  EXPECT_TRUE(rpc::Probe("unix:" + path, {}, kPatience).ok());
+  EXPECT_TRUE(server::Probe("unix:" + path, {}, kPatience).ok());
 }
 
 TEST(ServerTest, ProbeTellsHowItIs) {
   TestServer server;
   const std::string address = AddressOf(server);
-  EXPECT_TRUE(rpc::Probe(address, {}, kPatience).ok());
+  EXPECT_TRUE(server::Probe(address, {}, kPatience).ok());
   EXPECT_CONTAINS(server.Http("/healthz"), "200 OK");
   server.server->Shutdown();
-  EXPECT_FALSE(rpc::Probe(address, {}, std::chrono::milliseconds(500)).ok());
+  EXPECT_FALSE(server::Probe(address, {}, std::chrono::milliseconds(500)).ok());
   EXPECT_CONTAINS(server.Http("/healthz"), "503");
-  EXPECT_FALSE(rpc::Probe("nonsense", {}, std::chrono::milliseconds(500)).ok());
+  EXPECT_FALSE(server::Probe("nonsense", {}, std::chrono::milliseconds(500)).ok());
 }
 
 TEST(ServerTest, DrainFinishesWhatWasAdmitted) {
@@ -82,7 +82,7 @@ TEST(ServerTest, DrainFinishesWhatWasAdmitted) {
   auto drained = std::async(std::launch::async, [&] { return server.server->Drain(kPatience); });
   ASSERT_TRUE(TestServer::Eventually([&] { return !server.server->serving(); }));
   // Health is still answered.
-  EXPECT_CONTAINS(rpc::Probe(AddressOf(server), {}, kPatience).message(), "not serving");
+  EXPECT_CONTAINS(server::Probe(AddressOf(server), {}, kPatience).message(), "not serving");
   EXPECT_CONTAINS(server.Http("/healthz"), "draining");
   EXPECT_EQ(waiting.Finish().status.error_code(), StatusCode::UNAVAILABLE);
   EXPECT_EQ(Quantize(server, QuantizeRequestsFor(layer)).status.error_code(),

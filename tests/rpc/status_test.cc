@@ -1,15 +1,15 @@
-#include "rpc/status.h"
+#include "base/status.h"
 
 #include <gtest/gtest.h>
 
 #include <string>
 
-#include "engine/status.h"
-#include "jobs/status_details.h"
+#include "base/status.h"
+#include "contract/rpc_status.h"
 #include "support/text.h"
 #include "test_server.h"
 
-namespace certiq::rpc {
+namespace certiq::server {
 namespace {
 
 TEST(StatusTest, CodesKeepTheirNumbers) {
@@ -22,7 +22,7 @@ TEST(StatusTest, CodesKeepTheirNumbers) {
 }
 
 TEST(StatusTest, FieldBecomesBadRequest) {
-  const grpc::Status status = ToGrpc(engine::InvalidField("spec.bits", "expected 2 to 8, got 9"));
+  const grpc::Status status = ToGrpc(base::InvalidField("spec.bits", "expected 2 to 8, got 9"));
   EXPECT_EQ(status.error_message(), "spec.bits: expected 2 to 8, got 9");
   const auto details = testing::DetailsOf(status);
   ASSERT_EQ(details.bad_request.field_violations_size(), 1);
@@ -32,7 +32,7 @@ TEST(StatusTest, FieldBecomesBadRequest) {
 
 TEST(StatusTest, PreconditionBecomesPreconditionFailure) {
   const auto details = testing::DetailsOf(
-      ToGrpc(engine::PreconditionError("DAMPING", "spec.damping", "three attempts failed")));
+      ToGrpc(base::PreconditionError("DAMPING", "spec.damping", "three attempts failed")));
   ASSERT_EQ(details.precondition.violations_size(), 1);
   EXPECT_EQ(details.precondition.violations(0).type(), "DAMPING");
   EXPECT_EQ(details.precondition.violations(0).subject(), "spec.damping");
@@ -41,7 +41,7 @@ TEST(StatusTest, PreconditionBecomesPreconditionFailure) {
 
 TEST(StatusTest, RetryDelayBecomesRetryInfo) {
   absl::Status status = absl::ResourceExhaustedError("full");
-  jobs::SetRetryAfter(status, std::chrono::milliseconds(2500));
+  base::SetRetryAfter(status, std::chrono::milliseconds(2500));
   const auto details = testing::DetailsOf(ToGrpc(status));
   EXPECT_EQ(details.retry.retry_delay().seconds(), 2);
   EXPECT_EQ(details.retry.retry_delay().nanos(), 500'000'000);
@@ -51,7 +51,7 @@ TEST(StatusTest, LongMessagesFitTheMetadata) {
   for (const std::string& unit : {std::string("x"), std::string("\u00e9"), std::string("\x01")}) {
     std::string text;
     while (text.size() < 100'000) text += unit;
-    const grpc::Status status = ToGrpc(engine::InvalidField("x", text));
+    const grpc::Status status = ToGrpc(base::InvalidField("x", text));
     // grpc-message is percent-encoded, grpc-status-details-bin base64.
     EXPECT_LT(3 * status.error_message().size() / (unit == "x" ? 3 : 1) +
                   status.error_details().size() * 4 / 3,
@@ -63,4 +63,4 @@ TEST(StatusTest, LongMessagesFitTheMetadata) {
 }
 
 }  // namespace
-}  // namespace certiq::rpc
+}  // namespace certiq::server

@@ -14,54 +14,54 @@
 
 #include "absl/strings/str_cat.h"
 #include "google/rpc/status.pb.h"
-#include "jobs/store/memory_store.h"
-#include "jobs/store/sqlite_store.h"
-#include "rpc/convert_job.h"
+#include "rpc/services/convert_job.h"
+#include "store/memory_store.h"
+#include "store/sqlite_store.h"
 
 namespace certiq::testing {
 
 namespace {
 
-std::unique_ptr<jobs::Backend> StartBackend(const TestServer::Options& options,
-                                            jobs::Observer& observer) {
-  absl::StatusOr<std::unique_ptr<jobs::Store>> store = jobs::NewMemoryStore();
-  if (!options.data_dir.empty()) store = jobs::OpenSqliteStore(options.data_dir);
+std::unique_ptr<server::Backend> StartBackend(const TestServer::Options& options,
+                                              server::Observer& observer) {
+  absl::StatusOr<std::unique_ptr<server::Store>> store = server::NewMemoryStore();
+  if (!options.data_dir.empty()) store = server::OpenSqliteStore(options.data_dir);
   EXPECT_TRUE(store.ok()) << store.status();
-  auto backend = jobs::Backend::Start({.workers = options.workers,
-                                       .queue_limit = options.queue_limit,
-                                       .memory_bytes = options.budget,
-                                       .cache_bytes = options.budget / 4,
-                                       .commit_interval = std::chrono::milliseconds(10),
-                                       .tick_interval = std::chrono::milliseconds(10),
-                                       .observer = &observer},
-                                      *std::move(store), std::make_unique<rpc::JobCodec>());
+  auto backend = server::Backend::Start({.workers = options.workers,
+                                         .queue_limit = options.queue_limit,
+                                         .memory_bytes = options.budget,
+                                         .cache_bytes = options.budget / 4,
+                                         .commit_interval = std::chrono::milliseconds(10),
+                                         .tick_interval = std::chrono::milliseconds(10),
+                                         .observer = &observer},
+                                        *std::move(store), std::make_unique<server::JobCodec>());
   EXPECT_TRUE(backend.ok()) << backend.status();
   return *std::move(backend);
 }
 
 }  // namespace
 
-std::unique_ptr<jobs::Backend> MakeBackend() {
-  return StartBackend(TestServer::Options{}, jobs::IgnoreEvents());
+std::unique_ptr<server::Backend> MakeBackend() {
+  return StartBackend(TestServer::Options{}, server::IgnoreEvents());
 }
 
 TestServer::TestServer(const Options& options)
     : backend(StartBackend(options, counters)), budget(backend->memory()), pool(backend->pool()) {
-  auto started = rpc::Server::Start({.listen = options.listen,
-                                     .tls = options.tls,
-                                     .backend = backend.get(),
-                                     .calls = &counters,
-                                     .log =
-                                         [this](const rpc::CallSummary& summary) {
-                                           const std::lock_guard lock(mu_);
-                                           finished_.push_back(summary);
-                                         },
-                                     .auth = options.auth});
+  auto started = server::Server::Start({.listen = options.listen,
+                                        .tls = options.tls,
+                                        .backend = backend.get(),
+                                        .calls = &counters,
+                                        .log =
+                                            [this](const server::CallSummary& summary) {
+                                              const std::lock_guard lock(mu_);
+                                              finished_.push_back(summary);
+                                            },
+                                        .auth = options.auth});
   EXPECT_TRUE(started.ok()) << started.status();
   server = *std::move(started);
-  auto http = metrics::HttpServer::Start({.listen = "127.0.0.1:0",
-                                          .metrics_text = [this] { return counters.Text(); },
-                                          .healthy = [this] { return server->serving(); }});
+  auto http = server::HttpServer::Start({.listen = "127.0.0.1:0",
+                                         .metrics_text = [this] { return counters.Text(); },
+                                         .healthy = [this] { return server->serving(); }});
   EXPECT_TRUE(http.ok()) << http.status();
   http_ = *std::move(http);
 }
@@ -120,7 +120,7 @@ double TestServer::Metric(const std::string& series) const {
 
 void TestServer::Block(Gate& gate) {
   const auto running = std::make_shared<Gate>();
-  jobs::WorkerPool::Job job = MakeBlockingJob(pool, gate);
+  server::WorkerPool::Job job = MakeBlockingJob(pool, gate);
   job.run = [running, inner = job.run] {
     running->Open();
     return inner();
@@ -146,7 +146,7 @@ bool TestServer::Idle() {
          });
 }
 
-std::vector<rpc::CallSummary> TestServer::finished() {
+std::vector<server::CallSummary> TestServer::finished() {
   const std::lock_guard lock(mu_);
   return finished_;
 }

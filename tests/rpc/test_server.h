@@ -16,15 +16,15 @@
 #include <string>
 #include <vector>
 
+#include "backend.h"
 #include "certiq/v1/quantization_service.grpc.pb.h"
 #include "certiq/v1/quantization_service.pb.h"
 #include "google/rpc/error_details.pb.h"
-#include "jobs/backend.h"
-#include "jobs/byte_budget.h"
-#include "jobs/worker_pool.h"
-#include "metrics/http_server.h"
-#include "metrics/metrics.h"
-#include "rpc/server.h"
+#include "observability/http_server.h"
+#include "observability/metrics.h"
+#include "rpc/transport/server.h"
+#include "runtime/byte_budget.h"
+#include "runtime/worker_pool.h"
 #include "support/gate.h"
 #include "support/layers.h"
 
@@ -38,8 +38,8 @@ class TestServer {
     int queue_limit = 16;
     int64_t budget = int64_t{4} << 30;
     std::string listen = "127.0.0.1:0";
-    rpc::TlsFiles tls = {};
-    rpc::Authenticator* auth = nullptr;
+    server::TlsFiles tls = {};
+    server::Authenticator* auth = nullptr;
     // Empty: in memory.
     std::string data_dir = {};
   };
@@ -66,22 +66,22 @@ class TestServer {
   // Waits until no call has anything left.
   bool Idle();
 
-  std::vector<rpc::CallSummary> finished();
+  std::vector<server::CallSummary> finished();
 
-  metrics::Metrics counters{{.version = "test", .isa = "test"}};
-  const std::unique_ptr<jobs::Backend> backend;
-  jobs::ByteBudget& budget;
-  jobs::WorkerPool& pool;
-  std::unique_ptr<rpc::Server> server;
+  server::Metrics counters{{.version = "test", .isa = "test"}};
+  const std::unique_ptr<server::Backend> backend;
+  server::ByteBudget& budget;
+  server::WorkerPool& pool;
+  std::unique_ptr<server::Server> server;
 
  private:
-  std::unique_ptr<metrics::HttpServer> http_;
+  std::unique_ptr<server::HttpServer> http_;
   std::mutex mu_;
-  std::vector<rpc::CallSummary> finished_;  // guarded by mu_
+  std::vector<server::CallSummary> finished_;  // guarded by mu_
 };
 
 // A backend of two workers that keeps everything in memory.
-std::unique_ptr<jobs::Backend> MakeBackend();
+std::unique_ptr<server::Backend> MakeBackend();
 
 // What a call brought.
 struct Outcome {

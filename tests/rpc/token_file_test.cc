@@ -1,4 +1,4 @@
-#include "rpc/token_file.h"
+#include "rpc/transport/token_file.h"
 
 #include <gtest/gtest.h>
 
@@ -13,13 +13,13 @@
 namespace certiq::testing {
 namespace {
 
-using rpc::ParseTokens;
+using server::ParseTokens;
 
 constexpr char kToken[] = "0123456789-secret";
 constexpr char kOther[] = "another-secret!#%";
 
 std::string HexOf(const std::string& token) {
-  const auto digest = rpc::DigestOf(token);
+  const auto digest = server::DigestOf(token);
   return absl::BytesToHexString(std::string(digest->begin(), digest->end()));
 }
 
@@ -34,16 +34,16 @@ TEST(TokenFileTest, ReadsEntries) {
       "third-secret-token alice write jobs=0 memory_bytes=5"));
   ASSERT_TRUE(entries.ok()) << entries.status();
   ASSERT_EQ(entries->size(), 3U);
-  const rpc::TokenEntry& first = entries->at(0);
-  EXPECT_EQ(first.digest, rpc::DigestOf(kToken));
+  const server::TokenEntry& first = entries->at(0);
+  EXPECT_EQ(first.digest, server::DigestOf(kToken));
   EXPECT_EQ(first.tenant.name, "alice");
   EXPECT_TRUE(first.read && first.write);
-  EXPECT_EQ(first.tenant.limits, (jobs::TenantLimits{.memory_bytes = 5, .jobs = 0}));
-  const rpc::TokenEntry& second = entries->at(1);
-  EXPECT_EQ(second.digest, rpc::DigestOf(kOther));
+  EXPECT_EQ(first.tenant.limits, (server::TenantLimits{.memory_bytes = 5, .jobs = 0}));
+  const server::TokenEntry& second = entries->at(1);
+  EXPECT_EQ(second.digest, server::DigestOf(kOther));
   EXPECT_EQ(second.tenant.name, "Bob.b_b-1");
   EXPECT_TRUE(second.read && !second.write);
-  EXPECT_EQ(second.tenant.limits, jobs::TenantLimits{});
+  EXPECT_EQ(second.tenant.limits, server::TenantLimits{});
   EXPECT_TRUE(!entries->at(2).read && entries->at(2).write);
 }
 

@@ -24,8 +24,8 @@ std::span<const std::byte> RowBytes(const std::vector<float>& matrix, int64_t co
                                                  static_cast<size_t>((end - begin) * columns)));
 }
 
-jobs::LayerRequest LayerRequestFor(const Layer& layer) {
-  jobs::LayerRequest request;
+server::LayerRequest LayerRequestFor(const Layer& layer) {
+  server::LayerRequest request;
   request.rows = layer.rows;
   request.features = layer.features;
   request.tokens = layer.tokens;
@@ -33,8 +33,8 @@ jobs::LayerRequest LayerRequestFor(const Layer& layer) {
   return request;
 }
 
-jobs::WorkerPool::Job MakeBlockingJob(jobs::WorkerPool& pool, Gate& gate,
-                                      std::function<void(absl::Status)> done) {
+server::WorkerPool::Job MakeBlockingJob(server::WorkerPool& pool, Gate& gate,
+                                        std::function<void(absl::Status)> done) {
   auto cancellation = std::make_shared<engine::Cancellation>();
   return {.cancellation = cancellation,
           .run =

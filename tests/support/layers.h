@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "engine/run_context.h"
-#include "jobs/layer_intake.h"
-#include "jobs/worker_pool.h"
+#include "job/layer_intake.h"
+#include "runtime/worker_pool.h"
 #include "support/gate.h"
 
 namespace certiq::testing {
@@ -32,12 +32,12 @@ Layer MakeRandomLayer(int64_t rows, int64_t features, int64_t tokens, uint32_t s
 std::span<const std::byte> RowBytes(const std::vector<float>& matrix, int64_t columns,
                                     int64_t begin, int64_t end);
 
-jobs::LayerRequest LayerRequestFor(const Layer& layer);
+server::LayerRequest LayerRequestFor(const Layer& layer);
 
 // A job that keeps a worker until `gate` opens or it is cancelled. It looks in on the pool all the
 // while, so that tasks run. `done` may be empty.
-jobs::WorkerPool::Job MakeBlockingJob(jobs::WorkerPool& pool, Gate& gate,
-                                      std::function<void(absl::Status)> done = {});
+server::WorkerPool::Job MakeBlockingJob(server::WorkerPool& pool, Gate& gate,
+                                        std::function<void(absl::Status)> done = {});
 
 }  // namespace certiq::testing
 

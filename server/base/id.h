@@ -1,0 +1,17 @@
+// Random names.
+
+#ifndef CERTIQ_BASE_ID_H_
+#define CERTIQ_BASE_ID_H_
+
+#include <string>
+
+#include "absl/strings/string_view.h"
+
+namespace certiq::base {
+
+// The prefix and 128 random bits in hex: "job-3f2a...". Nobody guesses another's.
+std::string NewId(absl::string_view prefix);
+
+}  // namespace certiq::base
+
+#endif  // CERTIQ_BASE_ID_H_

@@ -1,0 +1,33 @@
+// Wall-clock seconds of a scope.
+
+#ifndef CERTIQ_BASE_STOPWATCH_H_
+#define CERTIQ_BASE_STOPWATCH_H_
+
+#include <chrono>
+
+namespace certiq::base {
+
+// Adds the seconds of its scope to `to`, and takes them from `from`, which counts a scope around
+// it.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& to) : to_(to), start_(std::chrono::steady_clock::now()) {}
+  Stopwatch(double& to, double& from) : Stopwatch(to) { from_ = &from; }
+  ~Stopwatch() {
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    to_ += seconds;
+    if (from_ != nullptr) *from_ -= seconds;
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  double& to_;
+  double* from_ = nullptr;
+  std::chrono::steady_clock::time_point start_;
+};
+
+}  // namespace certiq::base
+
+#endif  // CERTIQ_BASE_STOPWATCH_H_

@@ -1,0 +1,368 @@
+#include "engine/gram/gram.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "engine/gram/gram_kernel.h"
+#include "engine/kernels/simd.h"
+
+namespace certiq::engine {
+namespace {
+
+// Squares of magnitudes inside [2^-40, 2^40] and sums of kFoldRows of them are far
+// from the ends of float32's range (2^-126, 2^128).
+constexpr float kSmallest = 0x1p-40f;
+constexpr float kLargest = 0x1p40f;
+
+static_assert(StatisticsAccumulator::kBlockRows % kFoldRows == 0);
+
+int64_t Strips(int64_t features) { return (features + kStrip<float> - 1) / kStrip<float>; }
+
+// Runs body(begin, end) over [0, count) in pieces worth a thread each: `cost` elements an item.
+void InPieces(int64_t count, int64_t cost, Executor& executor,
+              const std::function<void(int64_t, int64_t)>& body) {
+  constexpr int64_t kWorthwhile = 1 << 15;
+  const int64_t piece = std::max<int64_t>(1, kWorthwhile / std::max<int64_t>(1, cost));
+  executor.ParallelFor((count + piece - 1) / piece, [&](int64_t task) {
+    body(task * piece, std::min(count, (task + 1) * piece));
+  });
+}
+
+const std::byte* At(const TokenRows& rows, int64_t features, int64_t row, int64_t column) {
+  return rows.bytes + (row * features + column) * ItemSize(rows.dtype);
+}
+
+absl::Status CheckValues(const TokenRows& x, int64_t features, int64_t first_row, int64_t rows) {
+  const int64_t bad = FindNonFinite(x.dtype, x.bytes, rows * features);
+  if (bad < 0) return absl::OkStatus();
+  float value = 0;
+  DecodeToFloat(x.dtype, x.bytes + bad * ItemSize(x.dtype), 1, &value);
+  return base::NonFiniteValue(x.field, value, first_row + bad / features, bad % features);
+}
+
+void Add(const UpperPanels<double>& other, UpperPanels<double>& sums) {
+  for (int64_t i = 0; i < sums.size(); ++i) {
+    double* to = sums.row(i);
+    const double* from = other.row(i);
+    for (int64_t j = 0; j < sums.size() - i; ++j) to[j] += from[j];
+  }
+}
+
+// Sixteen features at a time, so that lines of the triangle are read whole, two by two: once along
+// their rows, once down their columns. What is gathered then lies in a row that caches hold.
+UpperPanels<double> PermutePanels(const UpperPanels<double>& from,
+                                  const std::vector<int64_t>& order, Executor& executor) {
+  constexpr int64_t kFeatures = 16;
+  const int64_t n = from.size();
+  std::vector<int64_t> place(order.size());
+  for (int64_t i = 0; i < n; ++i) place[static_cast<size_t>(order[i])] = i;
+  auto to = UpperPanels<double>::Unset(n);
+  executor.ParallelFor((n + kFeatures - 1) / kFeatures, [&](int64_t at) {
+    const int64_t first = at * kFeatures;
+    const int64_t live = std::min(kFeatures, n - first);
+    std::vector<double> whole(static_cast<size_t>(live * n));
+    for (int64_t i = 0; i < first; ++i) {
+      const double* column = &from.at(i, first);
+      for (int64_t k = 0; k < live; ++k) whole[static_cast<size_t>(k * n + i)] = column[k];
+    }
+    for (int64_t k = 0; k < live; ++k) {
+      double* row = &whole[static_cast<size_t>(k * n)];
+      for (int64_t i = first; i < first + k; ++i) row[i] = from.at(i, first + k);
+      std::copy_n(from.row(first + k), n - first - k, row + first + k);
+      const int64_t i = place[static_cast<size_t>(first + k)];
+      double* permuted = to.row(i);
+      for (int64_t j = i; j < n; ++j) permuted[j - i] = row[order[j]];
+    }
+  });
+  return to;
+}
+
+}  // namespace
+
+void Merge(const Statistics& other, Statistics& sums) {
+  sums.tokens += other.tokens;
+  Add(other.gram, sums.gram);
+  if (!other.mismatch.has_value()) return;
+  Add(other.mismatch->residual, sums.mismatch->residual);
+  for (size_t i = 0; i < sums.mismatch->cross.size(); ++i) {
+    sums.mismatch->cross[i] += other.mismatch->cross[i];
+  }
+}
+
+Statistics Sum(const Statistics& a, const Statistics& b, Executor& executor) {
+  const auto add = [&](const UpperPanels<double>& left, const UpperPanels<double>& right) {
+    auto sums = UpperPanels<double>::Unset(left.size());
+    executor.ParallelFor(sums.panels(), [&](int64_t p) {
+      for (int64_t i = sums.begin(p); i < sums.end(p); ++i) {
+        const double* x = left.row(i);
+        const double* y = right.row(i);
+        double* to = sums.row(i);
+        for (int64_t j = 0; j < sums.size() - i; ++j) to[j] = x[j] + y[j];
+      }
+    });
+    return sums;
+  };
+  Statistics sum;
+  sum.tokens = a.tokens + b.tokens;
+  sum.gram = add(a.gram, b.gram);
+  if (!a.mismatch.has_value()) return sum;
+  MismatchSums& mismatch = sum.mismatch.emplace();
+  mismatch.residual = add(a.mismatch->residual, b.mismatch->residual);
+  mismatch.cross = a.mismatch->cross;
+  for (size_t i = 0; i < mismatch.cross.size(); ++i) mismatch.cross[i] += b.mismatch->cross[i];
+  return sum;
+}
+
+Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& order,
+                   Executor& executor) {
+  Statistics permuted;
+  permuted.tokens = statistics.tokens;
+  permuted.gram = PermutePanels(statistics.gram, order, executor);
+  if (!statistics.mismatch.has_value()) return permuted;
+  MismatchSums& to = permuted.mismatch.emplace();
+  to.residual = PermutePanels(statistics.mismatch->residual, order, executor);
+  const int64_t n = statistics.features();
+  to.cross.resize(statistics.mismatch->cross.size());
+  InPieces(n, n, executor, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double* from = &statistics.mismatch->cross[static_cast<size_t>(order[i] * n)];
+      for (int64_t j = 0; j < n; ++j) to.cross[static_cast<size_t>(i * n + j)] = from[order[j]];
+    }
+  });
+  return permuted;
+}
+
+StatisticsAccumulator::StatisticsAccumulator(int64_t features, bool mismatched)
+    : features_(features) {
+  statistics_.gram = UpperPanels<double>(features);
+  if (mismatched) {
+    MismatchSums& mismatch = statistics_.mismatch.emplace();
+    mismatch.residual = UpperPanels<double>(features);
+    mismatch.cross.resize(static_cast<size_t>(features * features));
+  }
+  Allocate();
+}
+
+StatisticsAccumulator::StatisticsAccumulator(Statistics sums)
+    : features_(sums.features()), statistics_(std::move(sums)) {
+  Allocate();
+}
+
+void StatisticsAccumulator::Allocate() {
+  const auto staged = static_cast<size_t>(Strips(features_) * kBlockRows * kStrip<float>);
+  inputs_.values.resize(staged);
+  if (statistics_.mismatch.has_value()) residual_.values.resize(staged);
+}
+
+int64_t StatisticsAccumulator::BytesFor(int64_t features, bool mismatched) {
+  const int64_t triangle = UpperPanels<double>::ElementsFor(features) * 8;
+  const int64_t staged = Strips(features) * kStrip<float> * (kBlockRows * 4 + 8);
+  return mismatched ? 2 * triangle + features * features * 8 + 2 * staged : triangle + staged;
+}
+
+bool StatisticsAccumulator::Stage(const TokenRows& x, const TokenRows* x_quantized, int64_t row,
+                                  int64_t rows, Executor& executor) {
+  const TokenRows& inputs = x_quantized == nullptr ? x : *x_quantized;
+  // Binary16 ends at 2^16 and its steps are 2^-24: so are those of differences.
+  wide_range_ |= x.dtype != DType::kF16 || inputs.dtype != DType::kF16;
+  std::atomic<bool> finite{true};
+  // Some strips at a time, row by row: what is read is long enough to be fetched ahead by the
+  // hardware, and there are few enough places to write to.
+  constexpr int64_t kStripsAtOnce = 16;
+  const int64_t pieces = (Strips(features_) + kStripsAtOnce - 1) / kStripsAtOnce;
+  executor.ParallelFor(pieces, [&](int64_t piece) {
+    const int64_t begin = piece * kStripsAtOnce;
+    const int64_t end = std::min(begin + kStripsAtOnce, Strips(features_));
+    bool good = true;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t column = strip * kStrip<float>;
+        const int64_t live = std::min<int64_t>(kStrip<float>, features_ - column);
+        const int64_t to = (strip * kBlockRows + staged_rows_ + r) * kStrip<float>;
+        float* values = inputs_.values.data() + to;
+        good &=
+            DecodeToFloat(inputs.dtype, At(inputs, features_, row + r, column), live, values) < 0;
+        if (x_quantized == nullptr) continue;
+        float* residual = residual_.values.data() + to;
+        good &= DecodeToFloat(x.dtype, At(x, features_, row + r, column), live, residual) < 0;
+        for (int64_t c = 0; c < live; ++c) {
+          residual[c] -= values[c];
+          good &= std::isfinite(residual[c]);
+        }
+      }
+    }
+    if (!good) finite.store(false, std::memory_order_relaxed);
+  });
+  return finite.load(std::memory_order_relaxed);
+}
+
+absl::Status StatisticsAccumulator::Check(const TokenRows& x, int64_t features, int64_t first_row,
+                                          int64_t rows) {
+  return CheckValues(x, features, first_row, rows);
+}
+
+absl::Status StatisticsAccumulator::CheckPair(const TokenRows& x, const TokenRows& x_quantized,
+                                              int64_t features, int64_t first_row, int64_t rows) {
+  for (const TokenRows* each : {&x, &x_quantized}) {
+    if (absl::Status checked = CheckValues(*each, features, first_row, rows); !checked.ok()) {
+      return checked;
+    }
+  }
+  // The difference of two binary16 is far inside float32.
+  if (x.dtype == DType::kF16 && x_quantized.dtype == DType::kF16) return absl::OkStatus();
+  std::vector<float> values(static_cast<size_t>(features));
+  std::vector<float> others(values.size());
+  for (int64_t r = 0; r < rows; ++r) {
+    DecodeToFloat(x.dtype, At(x, features, r, 0), features, values.data());
+    DecodeToFloat(x_quantized.dtype, At(x_quantized, features, r, 0), features, others.data());
+    for (size_t j = 0; j < values.size(); ++j) {
+      if (std::isfinite(values[j] - others[j])) continue;
+      return base::InvalidField(
+          x.field, absl::StrCat("expected x - x_quantized within float32's range, row ",
+                                first_row + r, ", column ", j));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StatisticsAccumulator::Append(const TokenRows& x, int64_t first_row, int64_t rows,
+                                           Executor& executor) {
+  return AppendRows(x, nullptr, first_row, rows, executor);
+}
+
+absl::Status StatisticsAccumulator::AppendPair(const TokenRows& x, const TokenRows& x_quantized,
+                                               int64_t first_row, int64_t rows,
+                                               Executor& executor) {
+  return AppendRows(x, &x_quantized, first_row, rows, executor);
+}
+
+absl::Status StatisticsAccumulator::AppendRows(const TokenRows& x, const TokenRows* x_quantized,
+                                               int64_t first_row, int64_t rows,
+                                               Executor& executor) {
+  for (int64_t row = 0; row < rows;) {
+    const int64_t piece = std::min(rows - row, kBlockRows - staged_rows_);
+    if (!Stage(x, x_quantized, row, piece, executor)) {
+      // Which value it was is looked for only now.
+      absl::Status bad = x_quantized == nullptr
+                             ? Check(x, features_, first_row, rows)
+                             : CheckPair(x, *x_quantized, features_, first_row, rows);
+      return bad.ok() ? absl::InternalError("a value that is not finite came and went") : bad;
+    }
+    statistics_.tokens += piece;
+    staged_rows_ += piece;
+    row += piece;
+    if (staged_rows_ == kBlockRows) Fold(executor);
+  }
+  return absl::OkStatus();
+}
+
+void StatisticsAccumulator::ScaleColumns(Staged& staged, Executor& executor) const {
+  staged.scaled = false;
+  if (!wide_range_) return;
+  std::atomic<bool> scaled{false};
+  staged.scale.assign(static_cast<size_t>(Strips(features_) * kStrip<float>), 1.0);
+  InPieces(Strips(features_), staged_rows_ * kStrip<float>, executor,
+           [&](int64_t begin, int64_t end) {
+             for (int64_t strip = begin; strip < end; ++strip) {
+               float* block = staged.values.data() + strip * kBlockRows * kStrip<float>;
+               float largest[kStrip<float>] = {};
+               for (int64_t r = 0; r < staged_rows_; ++r) {
+                 for (int c = 0; c < kStrip<float>; ++c) {
+                   largest[c] = std::max(largest[c], std::abs(block[r * kStrip<float> + c]));
+                 }
+               }
+               for (int c = 0; c < kStrip<float>; ++c) {
+                 if (largest[c] == 0 || (largest[c] >= kSmallest && largest[c] <= kLargest))
+                   continue;
+                 const int exponent = std::ilogb(largest[c]);
+                 for (int64_t r = 0; r < staged_rows_; ++r) {
+                   float& value = block[r * kStrip<float> + c];
+                   value = std::ldexp(value, -exponent);
+                 }
+                 staged.scale[static_cast<size_t>(strip * kStrip<float> + c)] =
+                     std::ldexp(1.0, exponent);
+                 scaled.store(true, std::memory_order_relaxed);
+               }
+             }
+           });
+  staged.scaled = scaled.load(std::memory_order_relaxed);
+}
+
+void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool upper, double* out,
+                                     const UpperPanels<double>& layout, Executor& executor) const {
+  // One task a tile of kPanelRows x kPanelRows sums: 128 KiB of float64, which stay in a second
+  // level cache beside two tiles of kFoldRows staged float32 rows, 96 KiB each. Of these a strip
+  // (24 KiB with AVX-512) stays in the first level while the columns of the other pass.
+  std::vector<std::pair<int64_t, int64_t>> tiles;
+  for (int64_t p = 0; p < layout.panels(); ++p) {
+    for (int64_t q = upper ? p : 0; q < layout.panels(); ++q) tiles.emplace_back(p, q);
+  }
+  const bool scaled = a.scaled || b.scaled;
+  const auto strip_of = [](const Staged& from, int64_t column, int64_t row) {
+    return from.values.data() + (column / kStrip<float> * kBlockRows + row) * kStrip<float>;
+  };
+  executor.ParallelFor(static_cast<int64_t>(tiles.size()), [&](int64_t task) {
+    const auto [p, q] = tiles[static_cast<size_t>(task)];
+    const int64_t stride = upper ? layout.stride(p) : features_;
+    for (int64_t k = 0; k < staged_rows_; k += kFoldRows) {
+      const int64_t rows = std::min(kFoldRows, staged_rows_ - k);
+      for (int64_t j = layout.begin(q); j < layout.end(q); j += kStrip<float>) {
+        const int64_t live_cols = std::min<int64_t>(kStrip<float>, layout.end(q) - j);
+        const float* right = strip_of(b, j, k);
+        // The strip after this one comes from the third level while this one is worked on, a part
+        // beside each micro tile.
+        const bool more = j + kStrip<float> < layout.end(q);
+        const float* next = more ? strip_of(b, j + kStrip<float>, k)
+                                 : strip_of(b, layout.begin(q), (k + rows) % kBlockRows);
+        const char* ahead = reinterpret_cast<const char*>(next);
+        constexpr int64_t kPart = kFoldRows * kStrip<float> * 4 / (kPanelRows / kMicroRows);
+        for (int64_t i = layout.begin(p); i < layout.end(p); i += kMicroRows) {
+          // What lies below the diagonal is not kept.
+          if (upper && i >= j + live_cols) break;
+          for (int64_t line = 0; line < kPart; line += kLineBytes) {
+            __builtin_prefetch(ahead + line, 0, 2);
+          }
+          ahead += kPart;
+          const int64_t at =
+              upper ? layout.offset(p) + (i - layout.begin(p)) * stride + (j - layout.begin(p))
+                    : i * features_ + j;
+          FoldBlock(rows, strip_of(a, i, k) + i % kStrip<float>,
+                    std::min<int64_t>(kMicroRows, layout.end(p) - i), right, live_cols,
+                    scaled ? &a.scale[static_cast<size_t>(i)] : nullptr,
+                    scaled ? &b.scale[static_cast<size_t>(j)] : nullptr, out + at, stride);
+        }
+      }
+    }
+  });
+}
+
+void StatisticsAccumulator::Fold(Executor& executor) {
+  UpperPanels<double>& gram = statistics_.gram;
+  ScaleColumns(inputs_, executor);
+  FoldInto(inputs_, inputs_, true, gram.panel(0), gram, executor);
+  if (statistics_.mismatch.has_value()) {
+    MismatchSums& mismatch = *statistics_.mismatch;
+    ScaleColumns(residual_, executor);
+    FoldInto(residual_, residual_, true, mismatch.residual.panel(0), gram, executor);
+    FoldInto(residual_, inputs_, false, mismatch.cross.data(), gram, executor);
+  }
+  staged_rows_ = 0;
+  wide_range_ = false;
+}
+
+const Statistics& StatisticsAccumulator::Flush(Executor& executor) {
+  if (staged_rows_ > 0) Fold(executor);
+  return statistics_;
+}
+
+Statistics StatisticsAccumulator::Finish(Executor& executor) && {
+  Flush(executor);
+  return std::move(statistics_);
+}
+
+}  // namespace certiq::engine

@@ -1,0 +1,287 @@
+#include "engine/scales/qparams.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "engine/kernels/simd.h"
+#include "engine/scales/diagonal_scale_search.h"
+
+namespace certiq::engine {
+namespace {
+
+// |x|^2.4 for x >= 0 to about 1e-6 relative, without branches or calls so
+// that loops over it vectorise: 2^(1.2 log2(x^2)).
+inline float Power24(float x) {
+  const float square = x * x + 1e-30f;
+  const auto bits = std::bit_cast<int32_t>(square);
+  // Mantissa into [0.75, 1.5), where t below is at most 0.2.
+  const int32_t shifted = bits - 0x3f400000;
+  const int32_t exponent = shifted >> 23;
+  const float m = std::bit_cast<float>(bits - (exponent << 23));
+  const float t = (m - 1) / (m + 1);
+  const float t2 = t * t;
+  // log2(m) = 2 / ln 2 artanh(t).
+  const float log2m = 2.8853900818f * t * (1 + t2 * (1.0f / 3 + t2 * (1.0f / 5 + t2 * (1.0f / 7))));
+  const float y = 1.2f * (static_cast<float>(exponent) + log2m);
+  const float whole = std::nearbyint(y);
+  const float f = (y - whole) * 0.6931471806f;
+  const float e =
+      1 + f * (1 + f * (1.0f / 2 + f * (1.0f / 6 + f * (1.0f / 24 + f * (1.0f / 120 + f / 720)))));
+  return e * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
+}
+
+// sum |w - q|^2.4 in units of `unit`.
+double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, Step step,
+                  float unit) {
+  const auto zero = static_cast<float>(step.zero);
+  const auto top = static_cast<float>((1 << spec.bits) - 1);
+  const float inverse = 1 / step.scale;
+  const float scaled = step.scale / unit;
+  // Independent partial sums: a float sum of a few thousand terms loses no
+  // digit that decides between candidates.
+  constexpr int64_t kParts = 16;
+  float parts[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= count; i += kParts) {
+    for (int64_t k = 0; k < kParts; ++k) {
+      const float x = values[i + k] * inverse;
+      const float code = std::clamp(std::nearbyint(x) + zero, 0.0f, top);
+      parts[k] += Power24(std::abs(x - (code - zero)) * scaled);
+    }
+  }
+  double loss = 0;
+  for (; i < count; ++i) {
+    const float x = values[i] * inverse;
+    const float code = std::clamp(std::nearbyint(x) + zero, 0.0f, top);
+    loss += static_cast<double>(Power24(std::abs(x - (code - zero)) * scaled));
+  }
+  for (const float part : parts) loss += static_cast<double>(part);
+  return loss;
+}
+
+// Neighbouring scale trials lie this factor apart.
+constexpr double kTrialFactor = 1.02;
+
+bool Holds(Step step) { return step.scale > 0 && std::isfinite(step.scale); }
+
+}  // namespace
+
+Step AbsmaxStep(const ResolvedSpec& spec, float low, float high) {
+  const double levels = std::ldexp(1.0, spec.bits) - 1;
+  const double bottom = low;
+  const double top = high;
+  const double span = spec.symmetric ? 2 * std::max(-bottom, top) : top - bottom;
+  Step step;
+  step.scale = span == 0 ? 1.0f : RoundTo(spec.scale_dtype, static_cast<float>(span / levels));
+  if (spec.symmetric) {
+    step.zero = 1 << (spec.bits - 1);
+  } else if (Holds(step)) {
+    // The quotient may pass the top code by the rounding of the scale.
+    step.zero = static_cast<int32_t>(
+        std::clamp(std::nearbyint(-bottom / static_cast<double>(step.scale)), 0.0, levels));
+  }
+  return step;
+}
+
+ZeroPoints AllowedZeroPoints(const ResolvedSpec& spec) {
+  const int32_t middle = 1 << (spec.bits - 1);
+  if (!spec.symmetric) return {0, (1 << spec.bits) - 1};
+  return {spec.signed_scales ? middle - 1 : middle, middle};
+}
+
+Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count) {
+  float low = 0;
+  float high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    low = std::min(low, values[i]);
+    high = std::max(high, values[i]);
+  }
+  const Step whole = AbsmaxStep(spec, low, high);
+  if (spec.scale != ScaleRule::kMse || !Holds(whole) || low == high) return whole;
+  Step best = whole;
+  double least = std::numeric_limits<double>::infinity();
+  for (int shrink = 0; shrink < 80; ++shrink) {
+    const float p = 1 - static_cast<float>(shrink) / 100;
+    Step step = AbsmaxStep(spec, p * low, p * high);
+    if (!Holds(step)) break;
+    const int32_t mirrored = spec.signed_scales ? step.zero - 1 : step.zero;
+    for (; step.zero >= mirrored; --step.zero) {
+      const double loss = ShrinkLoss(spec, values, count, step, whole.scale);
+      if (loss < least) {
+        least = loss;
+        best = step;
+      }
+    }
+  }
+  return best;
+}
+
+Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier) {
+  const Step stretched = {RoundTo(spec.scale_dtype, step.scale * multiplier), step.zero};
+  return Holds(stretched) ? stretched : step;
+}
+
+std::vector<float> TrialMultipliers(int32_t n) {
+  std::vector<float> multipliers;
+  if (n <= 1) return multipliers;
+  multipliers.push_back(1);
+  for (int32_t i = 1; i < n; ++i) {
+    const int32_t away = (i + 1) / 2;
+    multipliers.push_back(static_cast<float>(std::pow(kTrialFactor, i % 2 == 1 ? -away : away)));
+  }
+  return multipliers;
+}
+
+Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
+              const std::vector<int64_t>& order) {
+  Grid grid;
+  grid.rows = rows;
+  grid.groups = spec.Groups(features);
+  grid.highest_code = (1 << spec.bits) - 1;
+  grid.level_type = spec.LevelType();
+  grid.scale.assign(static_cast<size_t>(rows * grid.groups), 1.0f);
+  grid.zero.assign(grid.scale.size(), spec.symmetric ? 1 << (spec.bits - 1) : 0);
+  grid.group_of.resize(static_cast<size_t>(features));
+  for (int64_t j = 0; j < features; ++j) {
+    const int64_t at = spec.group_scales == GroupScales::kDynamic || order.empty()
+                           ? j
+                           : order[static_cast<size_t>(j)];
+    grid.group_of[static_cast<size_t>(j)] = static_cast<int32_t>(spec.GroupOf(at));
+  }
+  return grid;
+}
+
+namespace {
+
+// (S1) for the rows of one strip, side by side.
+void FillAbsmax(const ResolvedSpec& spec, const float* strip, int64_t first_row, Grid& grid) {
+  constexpr int64_t kWidth = kStrip<float>;
+  std::vector<float> low(static_cast<size_t>(grid.groups * kWidth));
+  std::vector<float> high(low.size());
+  for (size_t j = 0; j < grid.group_of.size(); ++j) {
+    const float* values = strip + static_cast<int64_t>(j) * kWidth;
+    float* lowest = low.data() + grid.group_of[j] * kWidth;
+    float* highest = high.data() + grid.group_of[j] * kWidth;
+    for (int64_t c = 0; c < kWidth; ++c) {
+      lowest[c] = std::min(lowest[c], values[c]);
+      highest[c] = std::max(highest[c], values[c]);
+    }
+  }
+  for (int64_t c = 0; c < std::min(kWidth, grid.rows - first_row); ++c) {
+    for (int64_t g = 0; g < grid.groups; ++g) {
+      const auto from = static_cast<size_t>(g * kWidth + c);
+      const auto to = static_cast<size_t>((first_row + c) * grid.groups + g);
+      const Step step = AbsmaxStep(spec, low[from], high[from]);
+      grid.scale[to] = step.scale;
+      grid.zero[to] = step.zero;
+    }
+  }
+}
+
+}  // namespace
+
+void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
+               Grid& grid, const StepRules& rules) {
+  if (spec.grid != nullptr) {
+    grid.scale = spec.grid->scales;
+    if (!spec.symmetric) grid.zero = spec.grid->zero_points;
+    grid.lowest_code = spec.grid->lowest_code.value_or(grid.lowest_code);
+    grid.highest_code = spec.grid->highest_code.value_or(grid.highest_code);
+    return;
+  }
+  const int64_t features = weights.features();
+  std::vector<int64_t> first(static_cast<size_t>(grid.groups) + 1);
+  for (const int32_t g : grid.group_of) ++first[static_cast<size_t>(g) + 1];
+  for (size_t g = 1; g < first.size(); ++g) first[g] += first[g - 1];
+
+  // Group by group: where each feature comes to lie.
+  std::vector<int64_t> place(grid.group_of.size());
+  std::vector<int64_t> next = first;
+  for (size_t j = 0; j < place.size(); ++j) {
+    place[j] = next[static_cast<size_t>(grid.group_of[j])]++;
+  }
+  DiagonalMetric metric;
+  if (HasMetric(spec.scale)) {
+    std::vector<double> grouped(place.size());
+    for (size_t j = 0; j < place.size(); ++j) {
+      grouped[static_cast<size_t>(place[j])] = rules.metric[j];
+    }
+    metric = DiagonalMetric(std::move(grouped));
+  }
+  ResolvedSpec absmax = spec;
+  absmax.scale = ScaleRule::kAbsmax;
+
+  const int64_t width = StripMatrix::StripRows();
+  context.executor->ParallelFor(weights.strips(), [&](int64_t s) {
+    // A shrink search takes as long as 80 roundings; the caller asks whether it ended.
+    if (context.cancelled()) return;
+    if (spec.scale == ScaleRule::kAbsmax || rules.searched_groups <= 0) {
+      FillAbsmax(spec, weights.strip(s), s * width, grid);
+      return;
+    }
+    ScaleSearch search(spec);
+    const int64_t live = std::min(width, grid.rows - s * width);
+    std::vector<float> grouped(static_cast<size_t>(live * features));
+    for (int64_t j = 0; j < features; ++j) {
+      const float* column = weights.strip(s) + j * width;
+      float* to = grouped.data() + place[static_cast<size_t>(j)];
+      for (int64_t c = 0; c < live; ++c) to[c * features] = column[c];
+    }
+    for (int64_t c = 0; c < live; ++c) {
+      for (int64_t g = 0; g < grid.groups; ++g) {
+        const auto begin = first[static_cast<size_t>(g)];
+        const float* values = grouped.data() + c * features + begin;
+        const int64_t count = first[static_cast<size_t>(g) + 1] - begin;
+        const bool searched = g < rules.searched_groups;
+        const Step step = searched && HasMetric(spec.scale)
+                              ? search.Find(values, count, metric, begin)
+                              : FitStep(searched ? spec : absmax, values, count);
+        const auto at = static_cast<size_t>((s * width + c) * grid.groups + g);
+        grid.scale[at] = step.scale;
+        grid.zero[at] = step.zero;
+      }
+    }
+  });
+}
+
+void TurnMirrored(const ResolvedSpec& spec, Executor& executor, Grid& grid,
+                  UnsetVector<uint8_t>& codes) {
+  if (!spec.signed_scales) return;
+  const int32_t middle = 1 << (spec.bits - 1);
+  const auto top = static_cast<uint8_t>((1 << spec.bits) - 1);
+  const auto features = static_cast<int64_t>(grid.group_of.size());
+  executor.ParallelFor(grid.rows, [&](int64_t r) {
+    const int32_t* zeros = grid.zero.data() + r * grid.groups;
+    if (std::all_of(zeros, zeros + grid.groups, [=](int32_t z) { return z == middle; })) return;
+    uint8_t* row = codes.data() + r * features;
+    for (int64_t j = 0; j < features; ++j) {
+      const bool mirrored = zeros[grid.group_of[static_cast<size_t>(j)]] != middle;
+      if (mirrored) row[j] = static_cast<uint8_t>(top - row[j]);
+    }
+    for (int64_t at = r * grid.groups; at < (r + 1) * grid.groups; ++at) {
+      int32_t& zero = grid.zero[static_cast<size_t>(at)];
+      if (zero == middle) continue;
+      grid.scale[static_cast<size_t>(at)] = -grid.scale[static_cast<size_t>(at)];
+      zero = middle;
+    }
+  });
+}
+
+absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid) {
+  for (size_t at = 0; at < grid.scale.size(); ++at) {
+    if (grid.scale[at] > 0 && std::isfinite(grid.scale[at])) continue;
+    const auto groups = static_cast<size_t>(grid.groups);
+    return base::InvalidField(
+        "spec.scale_dtype",
+        absl::StrCat("the scale of row ", at / groups, ", group ", at % groups, " does not fit ",
+                     Name(spec.scale_dtype), ": it rounds to ", grid.scale[at]));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace certiq::engine

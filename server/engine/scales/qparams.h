@@ -1,0 +1,127 @@
+// Alphabets: scales and zero points, and the codes they allow.
+
+#ifndef CERTIQ_ENGINE_SCALES_QPARAMS_H_
+#define CERTIQ_ENGINE_SCALES_QPARAMS_H_
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "engine/kernels/strip_matrix.h"
+#include "engine/run_context.h"
+#include "engine/spec.h"
+
+namespace certiq::engine {
+
+class MetricSlices;
+
+// A code u in [lowest_code, highest_code] of row r at feature j stands for
+// scale[r, g] (u - zero[r, g]) with g = group_of[j], rounded to level_type.
+struct Grid {
+  int64_t rows = 0;
+  int64_t groups = 0;
+  int32_t lowest_code = 0;
+  int32_t highest_code = 0;
+  DType level_type = DType::kF32;
+  // Row-major [rows, groups]; positive and finite.
+  std::vector<float> scale;
+  std::vector<int32_t> zero;
+  // [features], in the order the features are worked on.
+  std::vector<int32_t> group_of;
+
+  size_t At(int64_t row, int64_t feature) const {
+    return static_cast<size_t>(row * groups + group_of[static_cast<size_t>(feature)]);
+  }
+  // The weight a code stands for.
+  float Level(int64_t row, int64_t feature, int32_t code) const {
+    const size_t at = At(row, feature);
+    return RoundTo(level_type, scale[at] * static_cast<float>(code - zero[at]));
+  }
+};
+
+// A scale and its zero point.
+struct Step {
+  float scale = 1;
+  int32_t zero = 0;
+};
+
+// The zero points that a search may choose. A symmetric grid has one more level below zero than
+// above. With signed scales it may be the other way round: what leaves the engine as a negative
+// scale is, inside, the mirrored grid, a positive scale with one zero point less (TurnMirrored).
+struct ZeroPoints {
+  int32_t first = 0;
+  int32_t last = 0;
+};
+ZeroPoints AllowedZeroPoints(const ResolvedSpec& spec);
+
+// The code nearest to value on a grid of this step and zero, ties to even, before clipping. The
+// quotient of two float32 is taken in float64, where a tie is a tie only if it
+// is one exactly: absmax scales put the largest weight next to one.
+inline float FreeCode(float value, float scale, float zero) {
+  return static_cast<float>(
+             std::nearbyint(static_cast<double>(value) / static_cast<double>(scale))) +
+         zero;
+}
+
+// The step that spans [low, high], low <= 0 <= high (S1):
+//   symmetric   scale = 2 max(-low, high) / (2^b - 1), zero = 2^(b-1);
+//   asymmetric  scale = (high - low) / (2^b - 1), zero = rint(-low / scale).
+// Both 0: scale 1. The scale is rounded to spec.scale_dtype first; it may come out as 0 or
+// infinite, which CheckScales refuses.
+Step AbsmaxStep(const ResolvedSpec& spec, float low, float high);
+
+// The step for these values by a rule that looks at nothing else: (S1), or (S2), the shrink
+// search: of the steps that span p [low, high], p = 1, 0.99 ... 0.21, the first that minimises
+// sum |w - q|^2.4 (as in the GPTQ authors' code); of a step and its mirror image, where both are
+// allowed, the former.
+Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count);
+
+// Whether the rule looks at a metric too.
+inline bool HasMetric(ScaleRule rule) {
+  return rule == ScaleRule::kPiso || rule == ScaleRule::kCompensated;
+}
+
+// A step times `multiplier`, rounded to spec.scale_dtype, with the same zero point; the step itself
+// where that type cannot hold it.
+Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier);
+
+// What the scale trials multiply steps by: 1, and n - 1 more around it, a factor apart. Empty for
+// n <= 1.
+std::vector<float> TrialMultipliers(int32_t n);
+
+// An empty grid for this layer in natural order, or in `order` (feature i
+// worked on is original feature order[i]): static groups belong to the
+// original columns, dynamic ones to runs of group_size in the order.
+Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
+              const std::vector<int64_t>& order);
+
+// What steps are found by, besides the weights.
+struct StepRules {
+  // The diagonal of M (S3), one a feature in working order; only where the rule has a metric.
+  std::vector<double> metric;
+  // All of M for dynamic groups; null where it is diagonal. FillSteps does not look at it.
+  const MetricSlices* full_metric = nullptr;
+  // Groups from this one on get the step of (S1), for the sweep to replace.
+  int64_t searched_groups = std::numeric_limits<int64_t>::max();
+};
+
+// Fills the steps from `weights` (in working order) by the spec's rule, or
+// from the spec's explicit grid; for a full metric by its diagonal, which is where the search of
+// (S3) starts. Dynamic groups are filled too, from the original weights.
+void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
+               Grid& grid, const StepRules& rules = {});
+
+// Gives mirrored steps their negative scale: level s (u - 2^(b-1) + 1) of code u is level
+// -s (u' - 2^(b-1)) of u' = 2^b - 1 - u. `codes` is row-major [rows, features], in the grid's
+// order.
+void TurnMirrored(const ResolvedSpec& spec, Executor& executor, Grid& grid,
+                  UnsetVector<uint8_t>& codes);
+
+// INVALID_ARGUMENT naming the row and group of a scale that its type cannot hold.
+absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid);
+
+}  // namespace certiq::engine
+
+#endif  // CERTIQ_ENGINE_SCALES_QPARAMS_H_

@@ -1,0 +1,24 @@
+// What an observer hears of a job that ended, however it was started.
+
+#ifndef CERTIQ_JOB_JOB_REPORT_H_
+#define CERTIQ_JOB_JOB_REPORT_H_
+
+#include "absl/status/status.h"
+#include "engine/certificate.h"
+#include "engine/spec.h"
+#include "job/job_state.h"
+#include "observability/observer.h"
+
+namespace certiq::server {
+
+// The final state that a status stands for.
+JobState OutcomeOf(absl::StatusCode code);
+
+// Phases, stability failures, outcome. `seconds` from when it was queued to its end; `certificate`
+// is null unless the status is OK.
+void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status, double seconds,
+                    const engine::LayerCertificate* certificate, Observer& observer);
+
+}  // namespace certiq::server
+
+#endif  // CERTIQ_JOB_JOB_REPORT_H_

@@ -1,0 +1,86 @@
+// What rpc/ tells whoever watches calls; plain C++, so that metrics/ needs no
+// gRPC to count them.
+
+#ifndef CERTIQ_OBSERVABILITY_CALL_OBSERVER_H_
+#define CERTIQ_OBSERVABILITY_CALL_OBSERVER_H_
+
+#include <array>
+
+#include "absl/status/status.h"
+
+namespace certiq::server {
+
+// One of the server's RPCs. The strings are literals of a closed set.
+struct RpcMethod {
+  // "certiq.v1.QuantizationService"
+  const char* service;
+  // "Quantize"
+  const char* method;
+  // "unary", "client_stream", "server_stream" or "bidi_stream".
+  const char* type;
+};
+
+// The RPCs a server answers; watchers prepare for these and may ignore others.
+inline constexpr RpcMethod kQuantizeMethod{"certiq.v1.QuantizationService", "Quantize",
+                                           "bidi_stream"};
+inline constexpr RpcMethod kCreateCalibrationMethod{"certiq.v1.CalibrationService",
+                                                    "CreateCalibration", "unary"};
+inline constexpr RpcMethod kAccumulateMethod{"certiq.v1.CalibrationService", "Accumulate",
+                                             "bidi_stream"};
+inline constexpr RpcMethod kImportStatisticsMethod{"certiq.v1.CalibrationService",
+                                                   "ImportStatistics", "client_stream"};
+inline constexpr RpcMethod kExportStatisticsMethod{"certiq.v1.CalibrationService",
+                                                   "ExportStatistics", "server_stream"};
+inline constexpr RpcMethod kFinalizeCalibrationMethod{"certiq.v1.CalibrationService",
+                                                      "FinalizeCalibration", "unary"};
+inline constexpr RpcMethod kGetCalibrationMethod{"certiq.v1.CalibrationService", "GetCalibration",
+                                                 "unary"};
+inline constexpr RpcMethod kListCalibrationsMethod{"certiq.v1.CalibrationService",
+                                                   "ListCalibrations", "unary"};
+inline constexpr RpcMethod kDeleteCalibrationMethod{"certiq.v1.CalibrationService",
+                                                    "DeleteCalibration", "unary"};
+inline constexpr RpcMethod kCreateJobMethod{"certiq.v1.JobService", "CreateJob", "client_stream"};
+inline constexpr RpcMethod kGetJobMethod{"certiq.v1.JobService", "GetJob", "unary"};
+inline constexpr RpcMethod kListJobsMethod{"certiq.v1.JobService", "ListJobs", "unary"};
+inline constexpr RpcMethod kCancelJobMethod{"certiq.v1.JobService", "CancelJob", "unary"};
+inline constexpr RpcMethod kDeleteJobMethod{"certiq.v1.JobService", "DeleteJob", "unary"};
+inline constexpr RpcMethod kWatchJobMethod{"certiq.v1.JobService", "WatchJob", "server_stream"};
+inline constexpr RpcMethod kReadResultMethod{"certiq.v1.JobService", "ReadResult", "server_stream"};
+inline constexpr std::array kRpcMethods = {kQuantizeMethod,
+                                           kCreateCalibrationMethod,
+                                           kAccumulateMethod,
+                                           kImportStatisticsMethod,
+                                           kExportStatisticsMethod,
+                                           kFinalizeCalibrationMethod,
+                                           kGetCalibrationMethod,
+                                           kListCalibrationsMethod,
+                                           kDeleteCalibrationMethod,
+                                           kCreateJobMethod,
+                                           kGetJobMethod,
+                                           kListJobsMethod,
+                                           kCancelJobMethod,
+                                           kDeleteJobMethod,
+                                           kWatchJobMethod,
+                                           kReadResultMethod};
+
+// Does nothing by default. Thread-safe; handlers do not block.
+class CallObserver {
+ public:
+  virtual ~CallObserver() = default;
+
+  virtual void CallStarted(const RpcMethod& /*method*/) {}
+  virtual void MessageReceived(const RpcMethod& /*method*/) {}
+  virtual void MessageSent(const RpcMethod& /*method*/) {}
+  // The call ended with `code` after so many seconds.
+  virtual void CallHandled(const RpcMethod& /*method*/, absl::StatusCode /*code*/,
+                           double /*seconds*/) {}
+};
+
+inline CallObserver& IgnoreCalls() {
+  static CallObserver observer;
+  return observer;
+}
+
+}  // namespace certiq::server
+
+#endif  // CERTIQ_OBSERVABILITY_CALL_OBSERVER_H_

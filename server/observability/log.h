@@ -1,0 +1,52 @@
+// Structured log lines on stderr, as text for people or JSON for machines.
+
+#ifndef CERTIQ_OBSERVABILITY_LOG_H_
+#define CERTIQ_OBSERVABILITY_LOG_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace spdlog {
+class logger;
+}
+
+namespace certiq::server {
+
+enum class LogFormat { kText, kJson };
+
+using LogValue = std::variant<std::string, int64_t, double, bool>;
+using LogFields = std::vector<std::pair<std::string_view, LogValue>>;
+
+// One line an event: time, level, what happened, and its fields. Whatever a
+// string holds, it stays on its line: control characters are escaped. Thread-safe.
+class Log {
+ public:
+  explicit Log(LogFormat format);
+  ~Log();
+  Log(const Log&) = delete;
+  Log& operator=(const Log&) = delete;
+
+  void Info(std::string_view event, const LogFields& fields) const;
+  void Warning(std::string_view event, const LogFields& fields) const;
+  void Error(std::string_view event, const LogFields& fields) const;
+
+ private:
+  std::string Line(std::string_view level, std::string_view event, const LogFields& fields) const;
+
+  const LogFormat format_;
+  std::unique_ptr<spdlog::logger> logger_;
+};
+
+// `event` and its fields as one line without time and level.
+std::string FormatText(std::string_view event, const LogFields& fields);
+// The members of a JSON object with "level", "event" and the fields.
+std::string FormatJson(std::string_view level, std::string_view event, const LogFields& fields);
+
+}  // namespace certiq::server
+
+#endif  // CERTIQ_OBSERVABILITY_LOG_H_

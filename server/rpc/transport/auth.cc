@@ -1,0 +1,115 @@
+#include "rpc/transport/auth.h"
+
+#include <openssl/crypto.h>
+
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+
+namespace certiq::server {
+namespace {
+
+constexpr char kHeader[] = "authorization";
+constexpr absl::string_view kScheme = "bearer ";
+
+// One text for all who show no token, so that it says nothing about what they did show.
+absl::Status NoToken(absl::string_view problem) {
+  return absl::UnauthenticatedError(absl::StrCat(
+      "expected the metadata \"authorization: Bearer TOKEN\", once, with a token that this server "
+      "knows; ",
+      problem));
+}
+
+}  // namespace
+
+Authenticator::Authenticator(std::string token_file, Warn warn,
+                             std::chrono::milliseconds look_every)
+    : token_file_(std::move(token_file)), warn_(std::move(warn)), look_every_(look_every) {}
+
+absl::StatusOr<std::unique_ptr<Authenticator>> Authenticator::Open(
+    std::string token_file, Warn warn, std::chrono::milliseconds look_every) {
+  std::unique_ptr<Authenticator> authenticator(
+      new Authenticator(std::move(token_file), std::move(warn), look_every));
+  // Before the file is read: what changes meanwhile is seen by the next look.
+  authenticator->stamp_ = StampOf(authenticator->token_file_);
+  authenticator->looked_at_ = Clock::now();
+  absl::StatusOr<std::shared_ptr<const Tokens>> tokens = authenticator->Load();
+  if (!tokens.ok()) return tokens.status();
+  authenticator->tokens_ = *std::move(tokens);
+  return authenticator;
+}
+
+absl::StatusOr<std::shared_ptr<const Authenticator::Tokens>> Authenticator::Load() const {
+  const auto wrong = [this](const absl::Status& status) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--token_file: ", token_file_, ": ", status.message()));
+  };
+  const absl::StatusOr<std::string> text = ReadSmallFile(token_file_);
+  if (!text.ok()) return wrong(text.status());
+  absl::StatusOr<Tokens> tokens = ParseTokens(*text);
+  if (!tokens.ok()) return wrong(tokens.status());
+  if (warn_ && OpenToOthers(token_file_)) {
+    warn_(absl::StrCat("--token_file: ", token_file_,
+                       ": every user of this machine may read or write it; chmod o-rwx"));
+  }
+  return std::make_shared<const Tokens>(*std::move(tokens));
+}
+
+std::shared_ptr<const Authenticator::Tokens> Authenticator::Current() {
+  const std::lock_guard lock(mu_);
+  const Clock::time_point now = Clock::now();
+  if (now - looked_at_ < look_every_) return tokens_;
+  looked_at_ = now;
+  const std::optional<FileStamp> stamp = StampOf(token_file_);
+  if (stamp == stamp_) return tokens_;
+  stamp_ = stamp;
+  absl::StatusOr<std::shared_ptr<const Tokens>> tokens = Load();
+  if (tokens.ok()) {
+    tokens_ = *std::move(tokens);
+  } else if (warn_) {
+    warn_(absl::StrCat(tokens.status().message(), "; the tokens read before stay valid"));
+  }
+  return tokens_;
+}
+
+absl::StatusOr<Tenant> Authenticator::Authenticate(const grpc::CallbackServerContext& context,
+                                                   Scope scope) {
+  const auto [first, last] = context.client_metadata().equal_range(kHeader);
+  std::vector<absl::string_view> values;
+  for (auto entry = first; entry != last; ++entry) {
+    values.emplace_back(entry->second.data(), entry->second.size());
+  }
+  return Authenticate(values, scope);
+}
+
+absl::StatusOr<Tenant> Authenticator::Authenticate(const std::vector<absl::string_view>& values,
+                                                   Scope scope) {
+  if (!enabled()) return Tenant{};
+  if (values.empty()) return NoToken("there was none");
+  if (values.size() > 1) return NoToken("there were several");
+  absl::string_view token = values[0];
+  if (!absl::StartsWithIgnoreCase(token, kScheme)) return NoToken("it had another form");
+  token.remove_prefix(kScheme.size());
+  while (absl::ConsumePrefix(&token, " ")) {
+  }
+  const std::optional<TokenDigest> digest = DigestOf(token);
+  if (!digest.has_value()) return absl::InternalError("SHA-256 is not available");
+
+  const std::shared_ptr<const Tokens> tokens = Current();
+  // How long this takes says nothing about which digest comes close.
+  const TokenEntry* found = nullptr;
+  for (const TokenEntry& entry : *tokens) {
+    if (CRYPTO_memcmp(entry.digest.data(), digest->data(), digest->size()) == 0) found = &entry;
+  }
+  if (found == nullptr) return NoToken("its token was another");
+  if (!(scope == Scope::kRead ? found->read : found->write)) {
+    return absl::PermissionDeniedError(absl::StrCat(
+        "this token is not for the scope \"", scope == Scope::kRead ? "read" : "write", "\""));
+  }
+  return found->tenant;
+}
+
+}  // namespace certiq::server

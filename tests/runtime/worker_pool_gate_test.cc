@@ -1,0 +1,213 @@
+// Jobs that wait for something, places, positions, and helping while one waits.
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "runtime/worker_pool.h"
+#include "support/gate.h"
+#include "support/layers.h"
+
+namespace certiq::server {
+namespace {
+
+using testing::Gate;
+using testing::kPatience;
+using testing::MakeBlockingJob;
+
+// Jobs of one worker, which note the order in which they run.
+class WorkerPoolGateTest : public ::testing::Test {
+ protected:
+  WorkerPool::JobId Enqueue(int name, std::function<bool()> ready = nullptr, int priority = 0) {
+    auto slot = pool_.Admit();
+    EXPECT_TRUE(slot.ok()) << slot.status();
+    auto id =
+        pool_.Enqueue(*std::move(slot), {.priority = priority,
+                                         .cancellation = std::make_shared<engine::Cancellation>(),
+                                         .ready = std::move(ready),
+                                         .run =
+                                             [this, name] {
+                                               const std::lock_guard lock(mu_);
+                                               order_.push_back(name);
+                                               return absl::OkStatus();
+                                             },
+                                         .done = [](const absl::Status&) {}});
+    EXPECT_TRUE(id.ok()) << id.status();
+    return id.value_or(0);
+  }
+  // Waits until a job that needs nothing, behind all others, has run.
+  void PassAll() {
+    auto passed = std::make_shared<Gate>();
+    ASSERT_TRUE(pool_
+                    .Enqueue(pool_.AdmitAgain(),
+                             {.priority = -1000,
+                              .cancellation = std::make_shared<engine::Cancellation>(),
+                              .run = [] { return absl::OkStatus(); },
+                              .done = [passed](const absl::Status&) { passed->Open(); }})
+                    .ok());
+    ASSERT_TRUE(passed->Wait());
+  }
+  std::vector<int> order() {
+    const std::lock_guard lock(mu_);
+    return order_;
+  }
+  static std::chrono::steady_clock::time_point Soon() {
+    return std::chrono::steady_clock::now() + kPatience;
+  }
+
+  std::mutex mu_;
+  std::vector<int> order_;
+  std::atomic<bool> open_{false};
+  Gate gate_;
+  WorkerPool pool_{1, 8};
+};
+
+TEST_F(WorkerPoolGateTest, OnlyWhatNeedsNothingPassesAJobThatIsNotReady) {
+  ASSERT_TRUE(pool_.Enqueue(pool_.AdmitAgain(), MakeBlockingJob(pool_, gate_)).ok());
+  const auto ready = [this] { return open_.load(); };
+  const WorkerPool::JobId first = Enqueue(1, ready);
+  const WorkerPool::JobId second = Enqueue(2, [] { return true; });
+  const WorkerPool::JobId third = Enqueue(3);
+  EXPECT_EQ(pool_.Position(third), pool_.Position(first) + 2);
+  gate_.Open();
+  PassAll();
+  EXPECT_EQ(order(), (std::vector<int>{3}));
+  EXPECT_EQ(pool_.Position(first), 0);
+  EXPECT_EQ(pool_.Position(second), 1);
+  EXPECT_EQ(pool_.Position(third), -1);
+  EXPECT_EQ(pool_.Position(12345), -1);
+  EXPECT_EQ(pool_.queue_depth(), 2);
+  open_ = true;
+  pool_.Poke();
+  EXPECT_TRUE(pool_.Drain(Soon()));
+  EXPECT_EQ(order(), (std::vector<int>{3, 1, 2}));
+}
+
+TEST_F(WorkerPoolGateTest, AReadyJobIsTakenOnce) {
+  std::atomic<int> asked{0};
+  Enqueue(1, [&] {
+    ++asked;
+    return open_.load();
+  });
+  PassAll();
+  EXPECT_GT(asked, 0);
+  open_ = true;
+  pool_.Poke();
+  EXPECT_TRUE(pool_.Drain(Soon()));
+  const int then = asked;
+  pool_.Poke();
+  EXPECT_EQ(asked, then);
+  EXPECT_EQ(order(), (std::vector<int>{1}));
+}
+
+TEST_F(WorkerPoolGateTest, TheEndOfAJobAsksAgain) {
+  Enqueue(1, [this] { return open_.load(); });
+  ASSERT_TRUE(
+      pool_
+          .Enqueue(pool_.AdmitAgain(), {.cancellation = std::make_shared<engine::Cancellation>(),
+                                        .run =
+                                            [this] {
+                                              open_ = true;
+                                              return absl::OkStatus();
+                                            },
+                                        .done = [](const absl::Status&) {}})
+          .ok());
+  EXPECT_TRUE(pool_.Drain(Soon()));
+  EXPECT_EQ(order(), (std::vector<int>{1}));
+}
+
+TEST_F(WorkerPoolGateTest, CancellingTheOneInFrontLetsTheNextStart) {
+  const WorkerPool::JobId first = Enqueue(1, [] { return false; });
+  Enqueue(2, [] { return true; });
+  PassAll();
+  EXPECT_TRUE(order().empty());
+  pool_.Cancel(first, absl::StatusCode::kCancelled);
+  EXPECT_TRUE(pool_.Drain(Soon()));
+  EXPECT_EQ(order(), (std::vector<int>{2}));
+}
+
+TEST_F(WorkerPoolGateTest, HigherPriorityIsAskedFirst) {
+  Enqueue(1, [this] { return open_.load(); });
+  Enqueue(
+      2, [this] { return open_.load(); }, 5);
+  PassAll();
+  open_ = true;
+  pool_.Poke();
+  EXPECT_TRUE(pool_.Drain(Soon()));
+  EXPECT_EQ(order(), (std::vector<int>{2, 1}));
+}
+
+TEST_F(WorkerPoolGateTest, PlacesBeyondTheLimitCount) {
+  std::vector<WorkerPool::Slot> slots;
+  slots.reserve(9);
+  for (int i = 0; i < 9; ++i) slots.push_back(pool_.AdmitAgain());
+  EXPECT_TRUE(absl::IsResourceExhausted(pool_.Admit().status()));
+  slots.pop_back();
+  EXPECT_TRUE(absl::IsResourceExhausted(pool_.Admit().status()));
+  slots.pop_back();
+  EXPECT_TRUE(pool_.Admit().ok());
+  pool_.StopAdmitting();
+  slots.push_back(pool_.AdmitAgain());
+  slots.clear();
+  EXPECT_TRUE(pool_.Drain(Soon()));
+}
+
+TEST_F(WorkerPoolGateTest, WaitRunningIgnoresTheQueue) {
+  Enqueue(1, [] { return false; });
+  EXPECT_TRUE(pool_.WaitRunning(Soon()));
+  EXPECT_EQ(pool_.queue_depth(), 1);
+  Gate started;
+  WorkerPool::Job job = MakeBlockingJob(pool_, gate_);
+  job.run = [&started, run = std::move(job.run)] {
+    started.Open();
+    return run();
+  };
+  ASSERT_TRUE(pool_.Enqueue(pool_.AdmitAgain(), std::move(job)).ok());
+  ASSERT_TRUE(started.Wait());
+  EXPECT_FALSE(pool_.WaitRunning(std::chrono::steady_clock::now()));
+  gate_.Open();
+  EXPECT_TRUE(pool_.WaitRunning(Soon()));
+  EXPECT_FALSE(pool_.Drain(std::chrono::steady_clock::now()));
+}
+
+TEST_F(WorkerPoolGateTest, WhoWaitsHelps) {
+  std::atomic<bool> done{false};
+  std::atomic<int> inside{0};
+  Gate both;
+  std::thread helper([&] { pool_.HelpUntil(done); });
+  // Three pieces that wait for each other: this thread, the worker, and the helper.
+  pool_.ParallelFor(3, [&](int64_t) {
+    if (++inside == 3) both.Open();
+    EXPECT_TRUE(both.Wait());
+  });
+  done = true;
+  pool_.WakeHelpers();
+  helper.join();
+  // What is done is not waited for.
+  pool_.HelpUntil(done);
+}
+
+TEST_F(WorkerPoolGateTest, ManyHelpers) {
+  constexpr int kHelpers = 3;
+  for (int round = 0; round < 50; ++round) {
+    std::atomic<bool> done{false};
+    std::atomic<int> pieces{0};
+    std::vector<std::thread> helpers;
+    helpers.reserve(kHelpers);
+    for (int h = 0; h < kHelpers; ++h) helpers.emplace_back([&] { pool_.HelpUntil(done); });
+    pool_.ParallelFor(20, [&](int64_t) { ++pieces; });
+    EXPECT_EQ(pieces, 20);
+    done = true;
+    pool_.WakeHelpers();
+    for (std::thread& helper : helpers) helper.join();
+  }
+}
+
+}  // namespace
+}  // namespace certiq::server
