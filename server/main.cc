@@ -1,4 +1,4 @@
-// certiq-server: flags, signals, wiring.
+// The program certiq-server: flags, signals, wiring.
 
 #include <pthread.h>
 #include <unistd.h>
@@ -8,7 +8,6 @@
 #include <cctype>
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
@@ -19,7 +18,6 @@
 #include <functional>
 #include <iostream>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -31,12 +29,12 @@
 #include "backend.h"
 #include "base/clock.h"
 #include "base/memory_limit.h"
+#include "base/mutex.h"
 #include "engine/quantize_layer.h"
 #include "observability/http_server.h"
 #include "observability/log.h"
 #include "observability/metrics.h"
 #include "rpc/calls/call_summary.h"
-#include "rpc/services/convert_job.h"
 #include "rpc/transport/address.h"
 #include "rpc/transport/auth.h"
 #include "rpc/transport/credentials.h"
@@ -44,8 +42,7 @@
 #include "rpc/transport/library_log.h"
 #include "rpc/transport/probe.h"
 #include "rpc/transport/server.h"
-#include "store/memory_store.h"
-#include "store/sqlite_store.h"
+#include "store/storage.h"
 
 namespace {
 
@@ -76,14 +73,14 @@ struct Flags {
   bool probe = false;
 };
 
-// The environment's name for a flag: CERTIQ_METRICS_LISTEN for metrics_listen.
+// The environment variable of a flag: CERTIQ_METRICS_LISTEN for metrics_listen.
 std::string EnvironmentName(std::string flag) {
   std::transform(flag.begin(), flag.end(), flag.begin(),
                  [](unsigned char c) { return static_cast<char>(std::toupper(c)); });
   return "CERTIQ_" + flag;
 }
 
-// A flag with its twin in the environment; the command line wins.
+// A flag that may also be given as its environment variable; the command line wins.
 template <typename T>
 CLI::Option* AddFlag(CLI::App& app, const std::string& name, T& value, const std::string& help) {
   return app.add_option("--" + name, value, help)
@@ -92,7 +89,7 @@ CLI::Option* AddFlag(CLI::App& app, const std::string& name, T& value, const std
 }
 
 void AddText(CLI::App& app, const std::string& name, std::string& value, const std::string& help) {
-  // CLI11 takes a variable that is set but empty for one that is not set.
+  // CLI11 ignores a variable that is set but empty.
   // NOLINTNEXTLINE(concurrency-mt-unsafe): there is one thread yet.
   const char* const set = std::getenv(EnvironmentName(name).c_str());
   if (set != nullptr && *set == '\0') value.clear();
@@ -140,7 +137,8 @@ void AddFlags(CLI::App& app, Flags& flags) {
   AddSwitch(app, "probe", flags.probe, "ask the server at --listen for its health and exit 0 or 1");
 }
 
-// A reader sees the whole file or none. False with a reason in errno.
+// Renames a complete file into place, so that no reader sees half of it. False with a reason in
+// errno.
 bool WritePort(const std::string& path, int port) {
   const std::string temporary = path + ".tmp" + std::to_string(getpid());
   {
@@ -151,8 +149,8 @@ bool WritePort(const std::string& path, int port) {
   return std::rename(temporary.c_str(), path.c_str()) == 0;
 }
 
-// SIGTERM and SIGINT, taken by a thread of its own. REQUIRES: both are blocked in every thread,
-// that is, before any other thread was started.
+// Receives SIGTERM and SIGINT on a thread of its own. REQUIRES: both are blocked in every thread,
+// that is, they were blocked before any other thread was started.
 class StopSignals {
  public:
   static sigset_t Set() {
@@ -167,7 +165,7 @@ class StopSignals {
   StopSignals() : thread_([this] { Take(); }) {}
   ~StopSignals() {
     {
-      const std::lock_guard lock(mu_);
+      const base::MutexLock lock(mu_);
       done_ = true;
     }
     pthread_kill(thread_.native_handle(), kEndThread);
@@ -176,46 +174,47 @@ class StopSignals {
   StopSignals(const StopSignals&) = delete;
   StopSignals& operator=(const StopSignals&) = delete;
 
-  // Waits for the first signal; its number.
-  int Wait() {
-    std::unique_lock lock(mu_);
-    arrived_.wait(lock, [this] { return first_ != 0; });
+  // Waits for the first signal and returns its number.
+  int Wait() ABSL_LOCKS_EXCLUDED(mu_) {
+    const base::MutexLock lock(mu_);
+    while (first_ == 0) arrived_.Wait(mu_);
     return first_;
   }
 
-  // Called at the second signal; at once if it came already.
-  void OnSecond(std::function<void()> action) {
-    const std::lock_guard lock(mu_);
+  // `action` runs at the second signal, or at once if that came already.
+  void OnSecond(std::function<void()> action) ABSL_LOCKS_EXCLUDED(mu_) {
+    const base::MutexLock lock(mu_);
     on_second_ = std::move(action);
     if (count_ >= 2) on_second_();
   }
 
  private:
-  // Wakes the thread when this object goes; from outside it means nothing.
+  // The destructor wakes the thread with it; one from outside is ignored.
   static constexpr int kEndThread = SIGUSR1;
 
-  void Take() {
+  void Take() ABSL_LOCKS_EXCLUDED(mu_) {
     const sigset_t set = Set();
     for (;;) {
       int signal = 0;
       if (sigwait(&set, &signal) != 0) continue;
-      const std::lock_guard lock(mu_);
+      const base::MutexLock lock(mu_);
       if (done_) return;
       if (signal == kEndThread) continue;
       ++count_;
       if (count_ == 1) first_ = signal;
       if (count_ == 2 && on_second_) on_second_();
-      arrived_.notify_all();
+      arrived_.NotifyAll();
     }
   }
 
-  std::mutex mu_;
-  std::condition_variable arrived_;
-  int count_ = 0;
-  int first_ = 0;
-  bool done_ = false;
-  std::function<void()> on_second_;
-  std::thread thread_;  // last: it uses the rest
+  base::Mutex mu_;
+  base::ConditionVariable arrived_;
+  int count_ ABSL_GUARDED_BY(mu_) = 0;
+  int first_ ABSL_GUARDED_BY(mu_) = 0;
+  bool done_ ABSL_GUARDED_BY(mu_) = false;
+  std::function<void()> on_second_ ABSL_GUARDED_BY(mu_);
+  // Last, since it uses the other members.
+  std::thread thread_;
 };
 
 server::CallLog LogCallsTo(const server::Log& log) {
@@ -243,7 +242,7 @@ server::CallLog LogCallsTo(const server::Log& log) {
   };
 }
 
-// The process's log, for those who may write until the very end.
+// The process's log, for library messages that arrive until the process ends.
 const server::Log* process_log = nullptr;
 
 double Seconds(base::UnixMicros from, base::UnixMicros to) {
@@ -254,18 +253,18 @@ std::function<void(const server::JobRecord&, const absl::Status&)> LogJobsTo(
     const server::Log& log) {
   return [&log](const server::JobRecord& job, const absl::Status& outcome) {
     server::LogFields fields = {
-        {"id", job.id},
-        {"tenant", job.tenant},
-        {"request_id", job.request_id},
-        {"layer", job.layer_name},
-        {"calibration", job.calibration_id},
-        {"rows", job.rows},
-        {"features", job.features},
-        {"starts", int64_t{job.starts}},
-        {"result_bytes", job.result_tensor_bytes},
-        {"relative_error", job.relative_error},
-        {"seconds", Seconds(job.create_time, job.end_time)},
-        {"run_seconds", Seconds(job.start_time, job.end_time)},
+        {"id", job.id()},
+        {"tenant", job.tenant()},
+        {"request_id", job.request_id()},
+        {"layer", job.layer_name()},
+        {"calibration", job.calibration_id()},
+        {"rows", job.rows()},
+        {"features", job.features()},
+        {"starts", int64_t{job.starts()}},
+        {"result_bytes", job.result().tensor_bytes()},
+        {"relative_error", job.result().relative_error()},
+        {"seconds", Seconds(job.create_time(), job.end_time())},
+        {"run_seconds", Seconds(job.start_time(), job.end_time())},
         {"code", absl::StatusCodeToString(outcome.code())},
     };
     if (!outcome.ok()) fields.emplace_back("message", std::string(outcome.message()));
@@ -278,17 +277,12 @@ const char* TlsMode(const server::TlsFiles& tls) {
   return tls.client_ca.empty() ? "on" : "on, with client certificates";
 }
 
-absl::StatusOr<std::unique_ptr<server::Store>> OpenStore(const Flags& flags) {
-  if (flags.data_dir.empty()) return server::NewMemoryStore();
-  return server::OpenSqliteStore(flags.data_dir);
-}
-
 int Serve(const Flags& flags, const server::Log& log) {
-  // Before the first thread: all inherit it.
+  // Blocked before the first thread is started, so that every thread inherits it.
   const sigset_t stop_signals = StopSignals::Set();
   pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
-  // A file size limit (RLIMIT_FSIZE) is a full disk to the store, no end of the process.
+  // The store treats a file size limit (RLIMIT_FSIZE) as a full disk.
   std::signal(SIGXFSZ, SIG_IGN);
 
   const auto failed = [&log](const std::string& why) {
@@ -296,7 +290,7 @@ int Serve(const Flags& flags, const server::Log& log) {
     return kExitFailure;
   };
   if (!flags.port_file.empty()) {
-    // Those of an earlier run would send a reader to the wrong server.
+    // Port files of an earlier run would send a reader to the wrong server.
     std::error_code ignored;
     std::filesystem::remove(flags.port_file, ignored);
     std::filesystem::remove(flags.port_file + ".metrics", ignored);
@@ -305,8 +299,10 @@ int Serve(const Flags& flags, const server::Log& log) {
   server::Metrics counters({.version = engine::EngineVersion(),
                             .isa = engine::EngineIsa(),
                             .drain_limit = flags.drain_seconds});
-  auto store = OpenStore(flags);
-  if (!store.ok()) return failed(absl::StrCat("--data_dir: ", store.status().message()));
+  auto storage = server::OpenStorage(flags.data_dir);
+  if (!storage.ok()) {
+    return failed(absl::StrCat("--data_dir: ", storage.status().message()));
+  }
   const std::chrono::milliseconds commit(std::llround(flags.commit_seconds * 1000));
   auto backend = server::Backend::Start({.workers = flags.workers,
                                          .queue_limit = flags.queue_limit,
@@ -316,7 +312,7 @@ int Serve(const Flags& flags, const server::Log& log) {
                                          .commit_interval = commit,
                                          .observer = &counters,
                                          .job_log = LogJobsTo(log)},
-                                        *std::move(store), std::make_unique<server::JobCodec>());
+                                        *std::move(storage));
   if (!backend.ok()) return failed(absl::StrCat("--data_dir: ", backend.status().message()));
   const server::Warn warn = [&log](const std::string& message) {
     log.Warning("security", {{"message", message}});
@@ -374,7 +370,7 @@ int Serve(const Flags& flags, const server::Log& log) {
                             : std::string("in memory: nothing outlives this process")}});
 
   const int signal = signals.Wait();
-  // Before the log line, which waits for whoever reads the log.
+  // Counted before the log line, which blocks while the reader of the log does.
   counters.DrainStarted(1e-6 * static_cast<double>(base::Now()));
   log.Info("draining", {{"signal", int64_t{signal}}, {"drain_seconds", flags.drain_seconds}});
   const auto deadline = std::chrono::steady_clock::now() +

@@ -1,4 +1,4 @@
-// Wall-clock time as it is stored.
+// Wall-clock time in the unit that records store.
 
 #ifndef CERTIQ_BASE_CLOCK_H_
 #define CERTIQ_BASE_CLOCK_H_
@@ -8,7 +8,7 @@
 
 namespace certiq::base {
 
-// Microseconds since 1970; 0: never, not yet.
+// Microseconds since the Unix epoch. 0 means never, or not yet.
 using UnixMicros = int64_t;
 
 inline UnixMicros Now() {

@@ -1,10 +1,9 @@
-// Work that may throw, run where nothing may leave.
+// Exception barrier: calls that may throw, on threads that no exception may leave.
 
 #ifndef CERTIQ_BASE_EXCEPTION_GUARD_H_
 #define CERTIQ_BASE_EXCEPTION_GUARD_H_
 
 #include <exception>
-#include <functional>
 #include <new>
 #include <utility>
 
@@ -14,9 +13,16 @@
 
 namespace certiq::base {
 
-// What `run` returns. What it throws becomes a status: std::bad_alloc RESOURCE_EXHAUSTED, anything
-// else INTERNAL.
-inline absl::Status RunGuarded(const std::function<absl::Status()>& run) {
+// The server reports errors as absl::Status and throws nothing itself, but the standard library
+// does: std::bad_alloc where a client's layer does not fit. An exception that leaves a worker or a
+// thread of gRPC's ends the process, or leaves a call without an end. Work on workers and in gRPC's
+// callbacks therefore runs through RunGuarded, and its completion through Complete.
+
+// The status that `run()` returns. An exception becomes a status: std::bad_alloc is
+// RESOURCE_EXHAUSTED with a retry delay, since other layers may give memory back; anything else is
+// INTERNAL, a defect.
+template <typename Run>
+absl::Status RunGuarded(const Run& run) {
   try {
     return run();
   } catch (const std::bad_alloc&) {
@@ -30,11 +36,13 @@ inline absl::Status RunGuarded(const std::function<absl::Status()>& run) {
   }
 }
 
-// Calls `done` with `status`; what it throws is lost.
-inline void Complete(const std::function<void(absl::Status)>& done, absl::Status status) {
+// Calls `done(status)`, the completion of work that has run. An exception is dropped: the work is
+// over and there is nobody else to report to.
+template <typename Done>
+void Complete(const Done& done, absl::Status status) {
   try {
     done(std::move(status));
-  } catch (...) {  // NOLINT(bugprone-empty-catch): a completion has nobody left to tell.
+  } catch (...) {  // NOLINT(bugprone-empty-catch): see above.
   }
 }
 

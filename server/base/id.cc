@@ -8,7 +8,7 @@
 namespace certiq::base {
 
 std::string NewId(absl::string_view prefix) {
-  std::random_device random;  // the kernel's
+  std::random_device random;
   const auto word = [&random] { return (uint64_t{random()} << 32) | random(); };
   const uint64_t high = word();
   return absl::StrCat(prefix, absl::Hex(high, absl::kZeroPad16),

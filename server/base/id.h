@@ -1,4 +1,4 @@
-// Random names.
+// Random resource ids.
 
 #ifndef CERTIQ_BASE_ID_H_
 #define CERTIQ_BASE_ID_H_
@@ -9,7 +9,8 @@
 
 namespace certiq::base {
 
-// The prefix and 128 random bits in hex: "job-3f2a...". Nobody guesses another's.
+// `prefix` and 128 random bits in hex: "job-3f2a...". The bits come from the kernel, so that no
+// client can guess the id of another's resource.
 std::string NewId(absl::string_view prefix);
 
 }  // namespace certiq::base

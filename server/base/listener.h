@@ -1,35 +1,36 @@
-// Tells somebody that something changed.
+// Detachable change callback.
 
 #ifndef CERTIQ_BASE_LISTENER_H_
 #define CERTIQ_BASE_LISTENER_H_
 
 #include <functional>
-#include <mutex>
 #include <utility>
+
+#include "base/mutex.h"
 
 namespace certiq::base {
 
-// Whoever is told looks for themselves what changed, so that many changes may become one message.
-// Thread-safe.
+// The callback carries no data: its owner reads the state that changed, so that many changes may
+// become one message. Thread-safe.
 class Listener {
  public:
-  // `changed` is called by whoever made the change, without locks of theirs that the listener's
-  // owner could want.
+  // `changed` runs on the thread that made the change. That thread holds no lock that `changed`
+  // could take.
   explicit Listener(std::function<void()> changed) : changed_(std::move(changed)) {}
 
-  void Notify() {
-    const std::lock_guard lock(mu_);
+  void Notify() ABSL_LOCKS_EXCLUDED(mu_) {
+    const MutexLock lock(mu_);
     if (changed_) changed_();
   }
-  // Once this returns `changed` neither runs nor will. Not to be called from `changed`.
-  void Detach() {
-    const std::lock_guard lock(mu_);
+  // Once this returns, `changed` neither runs nor will. Not to be called from `changed`.
+  void Detach() ABSL_LOCKS_EXCLUDED(mu_) {
+    const MutexLock lock(mu_);
     changed_ = nullptr;
   }
 
  private:
-  std::mutex mu_;
-  std::function<void()> changed_;  // guarded by mu_
+  Mutex mu_;
+  std::function<void()> changed_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace certiq::base

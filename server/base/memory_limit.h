@@ -1,4 +1,4 @@
-// How much memory this process may use.
+// Memory limit of this process: physical memory and control groups.
 
 #ifndef CERTIQ_BASE_MEMORY_LIMIT_H_
 #define CERTIQ_BASE_MEMORY_LIMIT_H_
@@ -8,7 +8,7 @@
 namespace certiq::base {
 
 // The smallest of physical memory and the limits of the control groups that this process is in
-// (version 2, or version 1 where that is all there is).
+// (version 2, or version 1 on machines that have no other).
 int64_t MemoryLimitBytes();
 
 }  // namespace certiq::base

@@ -1,4 +1,4 @@
-// A std::mutex that clang's thread-safety analysis understands, its lock and condition variable.
+// Mutex, scoped locks and condition variable with clang's thread-safety annotations.
 
 #ifndef CERTIQ_BASE_MUTEX_H_
 #define CERTIQ_BASE_MUTEX_H_
@@ -9,11 +9,20 @@
 
 #include "absl/base/thread_annotations.h"
 
+// The reverse of ABSL_EXCLUSIVE_LOCK_FUNCTION in a scoped type. Abseil's ABSL_UNLOCK_FUNCTION also
+// stands for shared locks, and then clang does not take them again at the end of the scope.
+#if defined(__clang__)
+#define CERTIQ_EXCLUSIVE_UNLOCK_FUNCTION(...) __attribute__((release_capability(__VA_ARGS__)))
+#else
+#define CERTIQ_EXCLUSIVE_UNLOCK_FUNCTION(...)
+#endif
+
 namespace certiq::base {
 
-// Abseil's own Mutex stays out: its prebuilt library is opaque to ThreadSanitizer. Members that a
-// mutex guards are marked ABSL_GUARDED_BY(mu_), functions that need it
-// ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_); the clang builds check both.
+// These wrap std's types. Abseil's own Mutex stays out, since ThreadSanitizer does not see into its
+// prebuilt library. A member that a mutex guards is marked ABSL_GUARDED_BY(mu_), a function that
+// needs it held ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_), one that takes it ABSL_LOCKS_EXCLUDED(mu_);
+// clang's -Wthread-safety checks all three.
 class ABSL_LOCKABLE Mutex {
  public:
   Mutex() = default;
@@ -54,7 +63,21 @@ class ABSL_SCOPED_LOCKABLE MutexLock {
   bool held_ = true;
 };
 
-// Waits return for any reason, so that callers wait in a loop over their condition.
+// Lets go of a mutex that the caller holds, for a scope: for work and callbacks that must run
+// without it.
+class ABSL_SCOPED_LOCKABLE MutexUnlock {
+ public:
+  explicit MutexUnlock(Mutex& mu) CERTIQ_EXCLUSIVE_UNLOCK_FUNCTION(mu) : mu_(mu) { mu_.Unlock(); }
+  ~MutexUnlock() CERTIQ_EXCLUSIVE_UNLOCK_FUNCTION() { mu_.Lock(); }
+  MutexUnlock(const MutexUnlock&) = delete;
+  MutexUnlock& operator=(const MutexUnlock&) = delete;
+
+ private:
+  Mutex& mu_;
+};
+
+// A wait may return without a notification, so callers wait in a loop over their condition. There
+// is no wait with a predicate: the analysis would not know that the mutex is held inside it.
 class ConditionVariable {
  public:
   void Wait(Mutex& mu) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu) {

@@ -2,8 +2,6 @@
 
 #include <openssl/evp.h>
 
-#include <array>
-
 #include "absl/strings/escaping.h"
 
 namespace certiq::base {
@@ -20,13 +18,24 @@ void Sha256::Update(absl::string_view bytes) {
   ok_ = ok_ && EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) == 1;
 }
 
+std::optional<Sha256Digest> Sha256::FinishDigest() {
+  Sha256Digest digest;
+  ok_ = ok_ && EVP_DigestFinal_ex(context_.get(), digest.data(), nullptr) == 1;
+  if (!ok_) return std::nullopt;
+  return digest;
+}
+
 std::string Sha256::Finish() {
-  std::array<unsigned char, EVP_MAX_MD_SIZE> digest;
-  unsigned int size = 0;
-  ok_ = ok_ && EVP_DigestFinal_ex(context_.get(), digest.data(), &size) == 1;
-  if (!ok_) return "";
+  const std::optional<Sha256Digest> digest = FinishDigest();
+  if (!digest.has_value()) return "";
   // NOLINTNEXTLINE(bugprone-*): bytes are bytes.
-  return absl::BytesToHexString({reinterpret_cast<const char*>(digest.data()), size});
+  return absl::BytesToHexString({reinterpret_cast<const char*>(digest->data()), digest->size()});
+}
+
+std::optional<Sha256Digest> Sha256Of(absl::string_view bytes) {
+  Sha256 digest;
+  digest.Update(bytes);
+  return digest.FinishDigest();
 }
 
 }  // namespace certiq::base

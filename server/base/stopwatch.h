@@ -1,4 +1,4 @@
-// Wall-clock seconds of a scope.
+// Scoped wall-clock timer.
 
 #ifndef CERTIQ_BASE_STOPWATCH_H_
 #define CERTIQ_BASE_STOPWATCH_H_
@@ -7,8 +7,8 @@
 
 namespace certiq::base {
 
-// Adds the seconds of its scope to `to`, and takes them from `from`, which counts a scope around
-// it.
+// Adds the seconds of its scope to `to`. With `from`, the total of an enclosing scope, it subtracts
+// them there, so that the two totals do not overlap.
 class Stopwatch {
  public:
   explicit Stopwatch(double& to) : to_(to), start_(std::chrono::steady_clock::now()) {}

@@ -1,19 +1,28 @@
 #include "calibration/gram_file.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <functional>
+#include <span>
+#include <utility>
 #include <vector>
+
+#include "base/sha256.h"
+#include "base/status_macros.h"
 
 namespace certiq::server {
 namespace {
+
+// Takes bytes as they are made.
+using ByteSink = std::function<absl::Status(std::span<const std::byte>)>;
 
 std::span<const std::byte> BytesOf(const double* values, int64_t count) {
   return std::as_bytes(std::span(values, static_cast<size_t>(count)));
 }
 
-absl::Status WriteTriangle(const engine::UpperPanels<double>& triangle, const ByteSink& sink) {
+absl::Status WriteTriangle(const engine::UpperTriangle<double>& triangle, const ByteSink& sink) {
   for (int64_t i = 0; i < triangle.size(); ++i) {
-    absl::Status written = sink(BytesOf(triangle.row(i), triangle.size() - i));
-    if (!written.ok()) return written;
+    RETURN_IF_ERROR(sink(BytesOf(triangle.row(i), triangle.size() - i)));
   }
   return absl::OkStatus();
 }
@@ -38,7 +47,7 @@ class Reader {
 // Rows are short where the matrix is small or near its end: several come from one read.
 constexpr int64_t kReadElements = int64_t{1} << 17;
 
-absl::Status ReadTriangle(Reader& reader, engine::UpperPanels<double>& triangle) {
+absl::Status ReadTriangle(Reader& reader, engine::UpperTriangle<double>& triangle) {
   const int64_t n = triangle.size();
   std::vector<double> values;
   for (int64_t i = 0; i < n;) {
@@ -46,11 +55,34 @@ absl::Status ReadTriangle(Reader& reader, engine::UpperPanels<double>& triangle)
     int64_t count = 0;
     while (end < n && (count == 0 || count + n - end <= kReadElements)) count += n - end++;
     values.resize(static_cast<size_t>(count));
-    if (absl::Status read = reader.Fill(values.data(), count); !read.ok()) return read;
+    RETURN_IF_ERROR(reader.Fill(values.data(), count));
     const double* row = values.data();
     for (; i < end; row += n - i, ++i) std::copy_n(row, n - i, triangle.row(i));
   }
   return absl::OkStatus();
+}
+
+absl::Status WriteStatistics(const engine::Statistics& sums, const ByteSink& sink) {
+  RETURN_IF_ERROR(WriteTriangle(sums.gram, sink));
+  if (!sums.mismatch.has_value()) return absl::OkStatus();
+  RETURN_IF_ERROR(WriteTriangle(sums.mismatch->residual, sink));
+  return sink(
+      BytesOf(sums.mismatch->cross.data(), static_cast<int64_t>(sums.mismatch->cross.size())));
+}
+
+absl::StatusOr<engine::Statistics> ReadStatistics(const BlobReader& blob, int64_t offset,
+                                                  int64_t features, bool mismatched) {
+  Reader reader(blob, offset);
+  engine::Statistics sums;
+  sums.gram = engine::UpperTriangle<double>(features);
+  RETURN_IF_ERROR(ReadTriangle(reader, sums.gram));
+  if (!mismatched) return sums;
+  engine::MismatchSums& mismatch = sums.mismatch.emplace();
+  mismatch.residual = engine::UpperTriangle<double>(features);
+  mismatch.cross.resize(static_cast<size_t>(features * features));
+  RETURN_IF_ERROR(ReadTriangle(reader, mismatch.residual));
+  RETURN_IF_ERROR(reader.Fill(mismatch.cross.data(), static_cast<int64_t>(mismatch.cross.size())));
+  return sums;
 }
 
 }  // namespace
@@ -60,31 +92,40 @@ int64_t StatisticsBlobBytes(int64_t features, bool mismatched) {
   return mismatched ? 2 * triangle + features * features * 8 : triangle;
 }
 
-absl::Status WriteStatistics(const engine::Statistics& sums, const ByteSink& sink) {
-  absl::Status written = WriteTriangle(sums.gram, sink);
-  if (!written.ok() || !sums.mismatch.has_value()) return written;
-  written = WriteTriangle(sums.mismatch->residual, sink);
-  if (!written.ok()) return written;
-  return sink(
-      BytesOf(sums.mismatch->cross.data(), static_cast<int64_t>(sums.mismatch->cross.size())));
+int64_t SumsBytes(const CalibrationRecord& calibration) {
+  return (calibration.held_out_fraction() > 0 ? 2 : 1) *
+         StatisticsBlobBytes(calibration.features(), calibration.mismatched());
 }
 
-absl::StatusOr<engine::Statistics> ReadStatistics(const BlobReader& blob, int64_t offset,
-                                                  int64_t features, bool mismatched) {
-  Reader reader(blob, offset);
-  engine::Statistics sums;
-  sums.gram = engine::UpperPanels<double>(features);
-  absl::Status read = ReadTriangle(reader, sums.gram);
-  if (read.ok() && mismatched) {
-    engine::MismatchSums& mismatch = sums.mismatch.emplace();
-    mismatch.residual = engine::UpperPanels<double>(features);
-    mismatch.cross.resize(static_cast<size_t>(features * features));
-    read = ReadTriangle(reader, mismatch.residual);
-    if (read.ok()) {
-      read = reader.Fill(mismatch.cross.data(), static_cast<int64_t>(mismatch.cross.size()));
-    }
+absl::StatusOr<StoredSums> WriteSums(Blobs& blobs, const engine::Statistics& fit,
+                                     const engine::Statistics* held_out) {
+  base::Sha256 digest;
+  ASSIGN_OR_RETURN(const std::unique_ptr<BlobWriter> writer, blobs.Create());
+  const ByteSink sink = [&](std::span<const std::byte> bytes) {
+    digest.Update({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+    return writer->Append(bytes);
+  };
+  RETURN_IF_ERROR(WriteStatistics(fit, sink));
+  if (held_out != nullptr) RETURN_IF_ERROR(WriteStatistics(*held_out, sink));
+  StoredSums sums;
+  ASSIGN_OR_RETURN(sums.blob, writer->Commit());
+  sums.sha256 = digest.Finish();
+  return sums;
+}
+
+absl::StatusOr<LoadedSums> ReadSums(Blobs& blobs, const CalibrationRecord& calibration) {
+  ASSIGN_OR_RETURN(const std::unique_ptr<BlobReader> reader, blobs.Open(calibration.sums()));
+  const int64_t features = calibration.features();
+  const bool mismatched = calibration.mismatched();
+  LoadedSums sums;
+  ASSIGN_OR_RETURN(sums.fit, ReadStatistics(*reader, 0, features, mismatched));
+  sums.fit.tokens = calibration.tokens();
+  if (calibration.held_out_fraction() > 0) {
+    ASSIGN_OR_RETURN(
+        sums.held_out,
+        ReadStatistics(*reader, StatisticsBlobBytes(features, mismatched), features, mismatched));
+    sums.held_out->tokens = calibration.held_out_tokens();
   }
-  if (!read.ok()) return read;
   return sums;
 }
 

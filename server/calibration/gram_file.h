@@ -1,17 +1,17 @@
-// Sums of a calibration as stored bytes.
+// The stored form of a calibration's sums.
 
 #ifndef CERTIQ_CALIBRATION_GRAM_FILE_H_
 #define CERTIQ_CALIBRATION_GRAM_FILE_H_
 
-#include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <span>
+#include <optional>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/gram/gram.h"
-#include "store/store.h"
+#include "store/blobs.h"
+#include "store/records.h"
 
 namespace certiq::server {
 
@@ -19,13 +19,26 @@ namespace certiq::server {
 // mismatched then that of P^T P and all of P^T X~.
 int64_t StatisticsBlobBytes(int64_t features, bool mismatched);
 
-// Takes bytes as they are made.
-using ByteSink = std::function<absl::Status(std::span<const std::byte>)>;
+// The bytes of all sums of a calibration: those to fit, then those held out where there are any.
+int64_t SumsBytes(const CalibrationRecord& calibration);
 
-absl::Status WriteStatistics(const engine::Statistics& sums, const ByteSink& sink);
-// Reads what WriteStatistics wrote at `offset`; the token count is not part of it.
-absl::StatusOr<engine::Statistics> ReadStatistics(const BlobReader& blob, int64_t offset,
-                                                  int64_t features, bool mismatched);
+// Sums in the blob store.
+struct StoredSums {
+  BlobRef blob;
+  // Lowercase hex, of the blob's bytes.
+  std::string sha256;
+};
+
+// Writes both portions as one blob; `held_out` may be null.
+absl::StatusOr<StoredSums> WriteSums(Blobs& blobs, const engine::Statistics& fit,
+                                     const engine::Statistics* held_out);
+
+// The sums that a record names, with its token counts.
+struct LoadedSums {
+  engine::Statistics fit;
+  std::optional<engine::Statistics> held_out;
+};
+absl::StatusOr<LoadedSums> ReadSums(Blobs& blobs, const CalibrationRecord& calibration);
 
 }  // namespace certiq::server
 

@@ -7,12 +7,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "base/status_macros.h"
 
 namespace certiq::server {
 namespace {
 
 using base::InvalidField;
-using engine::UpperPanels;
+using engine::UpperTriangle;
 
 // What float32 sums over many tokens may be off by, generously.
 constexpr double kAsymmetry = 1e-5;
@@ -23,7 +24,7 @@ constexpr double kLargest = 1e100;
 
 constexpr const char* kNames[] = {"X^T X", "X~^T X~", "X~^T X"};
 
-double Symmetric(const UpperPanels<double>& triangle, int64_t i, int64_t j) {
+double Symmetric(const UpperTriangle<double>& triangle, int64_t i, int64_t j) {
   return i <= j ? triangle.at(i, j) : triangle.at(j, i);
 }
 
@@ -31,7 +32,7 @@ std::string Place(const char* name, int64_t i, int64_t j) {
   return absl::StrCat(name, ", row ", i, ", column ", j);
 }
 
-absl::Status CheckPossible(const char* name, const UpperPanels<double>& sums) {
+absl::Status CheckPossible(const char* name, const UpperTriangle<double>& sums) {
   const int64_t n = sums.size();
   for (int64_t i = 0; i < n; ++i) {
     if (sums.at(i, i) < 0) {
@@ -57,7 +58,7 @@ StatisticsImport::StatisticsImport(int64_t features, bool mismatched, engine::DT
                                    MatrixLayout layout)
     : features_(features), mismatched_(mismatched), dtype_(dtype), layout_(layout), x_(features) {
   if (!mismatched) return;
-  sums_.gram = UpperPanels<double>(features);
+  sums_.gram = UpperTriangle<double>(features);
   sums_.mismatch.emplace().cross.resize(static_cast<size_t>(features * features));
 }
 
@@ -65,7 +66,7 @@ int64_t StatisticsImport::BytesFor(int64_t features, bool mismatched) {
   return engine::StatisticsAccumulator::BytesFor(features, mismatched);
 }
 
-UpperPanels<double>& StatisticsImport::triangle() { return part_ == Part::kX ? x_ : sums_.gram; }
+UpperTriangle<double>& StatisticsImport::triangle() { return part_ == Part::kX ? x_ : sums_.gram; }
 
 void StatisticsImport::NextRow() {
   ++row_;
@@ -119,7 +120,7 @@ absl::Status StatisticsImport::Append(std::span<const std::byte> bytes) {
       std::memcpy(&narrow, bytes.data() + at, sizeof(narrow));
       value = narrow;
     }
-    if (absl::Status taken = Take(value); !taken.ok()) return taken;
+    RETURN_IF_ERROR(Take(value));
   }
   return absl::OkStatus();
 }
@@ -145,10 +146,11 @@ absl::StatusOr<engine::Statistics> StatisticsImport::Finish(int64_t tokens) {
                         absl::StrCat("expected more bytes: the stream ended in ",
                                      Place(kNames[static_cast<int>(part_)], row_, column_)));
   }
-  absl::Status possible = CheckPossible(kNames[0], x_);
-  if (possible.ok() && mismatched_) possible = CheckPossible(kNames[1], sums_.gram);
-  if (possible.ok() && mismatched_) possible = CheckCross();
-  if (!possible.ok()) return possible;
+  RETURN_IF_ERROR(CheckPossible(kNames[0], x_));
+  if (mismatched_) {
+    RETURN_IF_ERROR(CheckPossible(kNames[1], sums_.gram));
+    RETURN_IF_ERROR(CheckCross());
+  }
   sums_.tokens = tokens;
   if (!mismatched_) {
     sums_.gram = std::move(x_);

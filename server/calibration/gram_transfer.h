@@ -41,7 +41,7 @@ class StatisticsImport {
 
   absl::Status Take(double value);
   absl::Status CheckCross() const;
-  engine::UpperPanels<double>& triangle();
+  engine::UpperTriangle<double>& triangle();
   void NextRow();
 
   const int64_t features_;
@@ -53,7 +53,7 @@ class StatisticsImport {
   int64_t column_ = 0;
   std::vector<float> floats_;
   // X^T X; then X~^T X~ and X~^T X.
-  engine::UpperPanels<double> x_;
+  engine::UpperTriangle<double> x_;
   engine::Statistics sums_;
 };
 

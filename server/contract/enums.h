@@ -25,7 +25,6 @@
 #include "engine/linalg/udu_factor.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
-#include "job/job_state.h"
 
 namespace certiq::server {
 
@@ -106,15 +105,6 @@ inline constexpr EnumTable<v1::Phase, engine::Phase, 7> kPhases = {{
     {v1::PHASE_CERTIFY, engine::Phase::kCertify},
     {v1::PHASE_REFERENCE, engine::Phase::kReference},
     {v1::PHASE_PACK, engine::Phase::kPack},
-}};
-
-inline constexpr EnumTable<v1::JobState, JobState, 6> kJobStates = {{
-    {v1::JOB_STATE_QUEUED, JobState::kQueued},
-    {v1::JOB_STATE_RUNNING, JobState::kRunning},
-    {v1::JOB_STATE_SUCCEEDED, JobState::kSucceeded},
-    {v1::JOB_STATE_FAILED, JobState::kFailed},
-    {v1::JOB_STATE_CANCELLED, JobState::kCancelled},
-    {v1::JOB_STATE_EXPIRED, JobState::kExpired},
 }};
 
 template <typename Wire>

@@ -65,12 +65,4 @@ google::rpc::Status ToRpcStatus(const absl::Status& status) {
   return details;
 }
 
-grpc::Status ToGrpc(const absl::Status& status) {
-  if (status.ok()) return grpc::Status::OK;
-  const google::rpc::Status details = ToRpcStatus(status);
-  // The numbers of the codes are the same in both.
-  return {static_cast<grpc::StatusCode>(status.code()), details.message(),
-          details.SerializeAsString()};
-}
-
 }  // namespace certiq::server

@@ -3,8 +3,6 @@
 #ifndef CERTIQ_CONTRACT_RPC_STATUS_H_
 #define CERTIQ_CONTRACT_RPC_STATUS_H_
 
-#include <grpcpp/support/status.h>
-
 #include "absl/status/status.h"
 #include "base/status.h"
 #include "google/rpc/status.pb.h"
@@ -17,7 +15,6 @@ namespace certiq::server {
 //   base::RetryAfterOf      RetryInfo
 // Messages are shortened to what fits the 8 KiB of metadata that clients accept by default.
 google::rpc::Status ToRpcStatus(const absl::Status& status);
-grpc::Status ToGrpc(const absl::Status& status);
 
 }  // namespace certiq::server
 

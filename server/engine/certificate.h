@@ -1,4 +1,4 @@
-// What is proven about a quantized layer.
+// Certificate of a quantized layer: errors, bounds, and what they rest on.
 
 #ifndef CERTIQ_ENGINE_CERTIFICATE_H_
 #define CERTIQ_ENGINE_CERTIFICATE_H_
@@ -8,26 +8,26 @@
 #include <string>
 #include <vector>
 
-#include "engine/damping/damping.h"
+#include "engine/linalg/damped_factor.h"
 #include "engine/spec.h"
 
 namespace certiq::engine {
 
 enum class Outcome { kQuantized, kFellBackToNearest };
 
-// What polishing did, over all rows.
-struct PolishOutcome {
+// What refinement did, over all rows.
+struct RefineOutcome {
   // The most passes that a row took.
   int32_t passes = 0;
   // Damped squared error of the method's own result.
   double damped_before = 0;
 };
 
-// One step of the damping ladder (V2).
-struct LadderStep {
+// One run of the damping search (V2).
+struct DampingCandidate {
   double lambda = 0;
   double held_out_relative_error = 0;
-  // What the run had of the spec's.
+  // What the run had of the spec's trials and passes.
   int32_t scale_trials = 1;
   int32_t polish = 0;
 };
@@ -51,14 +51,14 @@ struct LayerCertificate {
   Outcome outcome = Outcome::kQuantized;
   std::vector<std::string> warnings;
   double bits_per_weight = 0;
-  // Unset where nothing was polished.
-  std::optional<PolishOutcome> polish;
+  // Unset where nothing was refined.
+  std::optional<RefineOutcome> polish;
 
   double lambda_requested = 0;
   double lambda_used = 0;
   std::vector<DampingAttempt> damping_attempts;
-  // Of the ladder's runs, which `damping_attempts` does not have (V2).
-  std::vector<StabilityCause> ladder_failures;
+  // Failed attempts in the damping search, which `damping_attempts` does not have (V2).
+  std::vector<StabilityCause> search_failures;
   double condition_estimate = 0;
 
   double squared_error = 0;
@@ -87,9 +87,9 @@ struct LayerCertificate {
 
   int64_t held_out_tokens = 0;
   std::optional<double> held_out_relative_error;
-  // Rows it, and the ladder, was measured on.
+  // Rows that it, and the damping search, was measured on.
   int64_t held_out_rows = 0;
-  std::vector<LadderStep> ladder;
+  std::vector<DampingCandidate> damping_candidates;
 
   std::optional<double> qronos_initial;
   std::optional<double> optq_initial;

@@ -8,12 +8,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "base/status_macros.h"
 #include "base/stopwatch.h"
 #include "engine/certify/certify.h"
 #include "engine/damping/damping_search.h"
+#include "engine/gram/quadratic_form.h"
 #include "engine/kernels/simd.h"
-#include "engine/linalg/quadratic_form.h"
-#include "engine/methods/feedback_sweep.h"
+#include "engine/linalg/feedback_columns.h"
 #include "engine/methods/refine.h"
 #include "engine/methods/rtn.h"
 #include "engine/methods/run_method.h"
@@ -24,6 +25,19 @@ namespace {
 
 // Qronos' customary damping, alpha of arXiv 2505.11695.
 constexpr double kQronosSigma = 1e-6;
+
+// An explicit grid is read without further checks.
+absl::Status CheckGrid(const LayerProblem& problem) {
+  const ExplicitGrid* const grid = problem.spec.grid.get();
+  if (grid == nullptr) return absl::OkStatus();
+  const auto scales =
+      static_cast<size_t>(problem.weights.rows() * problem.spec.Groups(problem.weights.features()));
+  if (grid->scales.size() == scales &&
+      (problem.spec.symmetric || grid->zero_points.size() == scales)) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError("the explicit grid does not suit the size of the layer");
+}
 
 absl::Status CheckProblem(const LayerProblem& problem) {
   if (problem.weights.rows() < 1 || problem.weights.features() < 1) {
@@ -53,7 +67,7 @@ absl::Status CheckProblem(const LayerProblem& problem) {
         "no tokens were held out, and damping by held-out error needs some: "
         "set held_out_fraction");
   }
-  return CheckSpecForLayer(problem.spec, problem.weights.rows(), problem.weights.features());
+  return CheckGrid(problem);
 }
 
 // (V3) Qronos without damping in the spec.
@@ -94,36 +108,35 @@ void RestoreOrder(const std::vector<int64_t>& order, Executor& executor, Grid& g
   grid.group_of = std::move(group_of);
 }
 
-// What W itself gives, before the fit takes it.
+// What W itself gives, before the method takes it.
 absl::Status CertifyReference(const RunContext& context, const WorkingLayer& layer,
                               LayerCertificate& certificate) {
   const base::Stopwatch watch(certificate.seconds.reference);
   context.Report(Phase::kReference, 0);
-  const auto energies =
-      ReferenceEnergies(layer.statistics(), layer.reference, Phase::kReference, context);
-  if (!energies.ok()) return energies.status();
-  certificate.reference_energy = Sum(*energies);
+  ASSIGN_OR_RETURN(const auto energies, ReferenceEnergies(layer.statistics(), layer.reference,
+                                                          Phase::kReference, context));
+  certificate.reference_energy = Sum(energies);
   return absl::OkStatus();
 }
 
-absl::Status CompareNearest(const ResolvedSpec& spec, const WorkingLayer& layer, const Fit& fit,
-                            const RunContext& context, LayerCertificate& certificate) {
+absl::Status CompareNearest(const ResolvedSpec& spec, const WorkingLayer& layer,
+                            const RoundedLayer& rounded, const RunContext& context,
+                            LayerCertificate& certificate) {
   const base::Stopwatch watch(certificate.seconds.reference);
   ResolvedSpec nearest = spec;
   nearest.rounding = Rounding::kNearest;
-  const std::vector<double> norms(layer.dead.size());
-  const NearestRounded rounded =
-      RoundAlone(nearest, layer.order, fit.grid, norms, layer.weights(), nullptr, context);
-  const auto errors = SquaredErrors(layer.statistics(), layer.reference, rounded.change,
-                                    layer.initial.has_value() ? &*layer.initial : nullptr,
-                                    Phase::kReference, context);
-  if (!errors.ok()) return errors.status();
-  certificate.nearest_relative_error = RelativeError(Sum(*errors), certificate.reference_energy);
+  RoundedLayer plain;
+  plain.grid = rounded.grid;
+  RoundAlone(nearest, layer, std::vector<double>(layer.dead.size()), nullptr, context, plain);
+  ASSIGN_OR_RETURN(const std::vector<double> errors,
+                   SquaredErrors(layer.statistics(), layer.reference, plain.change,
+                                 layer.initial_error(), Phase::kReference, context));
+  certificate.nearest_relative_error = RelativeError(Sum(errors), certificate.reference_energy);
   return absl::OkStatus();
 }
 
 absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& context) {
-  if (absl::Status status = CheckProblem(problem); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckProblem(problem));
   QuantizedLayer result;
   LayerCertificate& certificate = result.certificate;
   ResolvedSpec spec = problem.spec;
@@ -134,15 +147,13 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   double value = spec.damping_value;
   bool with_held_out = false;
   if (rule == DampingRule::kHeldOut && spec.method != Method::kNearest) {
-    const absl::StatusOr<double> ratio = ChooseDamping(problem, spec, context, certificate);
-    if (!ratio.ok()) return ratio.status();
+    ASSIGN_OR_RETURN(value, ChooseDamping(problem, spec, context, certificate));
     // The final run uses all tokens with the ratio found.
     problem.statistics = std::make_shared<const Statistics>(
         Sum(*problem.statistics, *problem.held_out, *context.executor));
     problem.held_out.reset();
     with_held_out = true;
     rule = DampingRule::kRelativeTrace;
-    value = *ratio;
   }
 
   certificate.rows = problem.weights.rows();
@@ -160,43 +171,33 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   double lambda = 0;
   if (spec.method != Method::kNearest) {
     const base::Stopwatch watch(certificate.seconds.factor);
-    const absl::StatusOr<double> asked = LambdaOf(rule, value, layer.statistics().gram, context);
-    if (!asked.ok()) return asked.status();
-    lambda = *asked;
+    ASSIGN_OR_RETURN(lambda, LambdaOf(rule, value, layer.statistics().gram, context));
   }
-  if (absl::Status status = CertifyReference(context, layer, certificate); !status.ok()) {
-    return status;
-  }
-  std::optional<Unseen> unseen;
+  RETURN_IF_ERROR(CertifyReference(context, layer, certificate));
+  std::optional<HeldOutSet> held;
   if (problem.held_out != nullptr && problem.held_out->tokens > 0) {
     const base::Stopwatch watch(certificate.seconds.certify);
-    absl::StatusOr<Unseen> made = MakeUnseen(problem.held_out, layer, context);
-    if (!made.ok()) return made.status();
-    unseen = *std::move(made);
+    ASSIGN_OR_RETURN(held, MakeHeldOutSet(problem.held_out, layer, context));
   }
-  absl::StatusOr<Fit> fit = RunFit(
-      spec, layer, lambda, {.consume_factor = true, .consume_weights = !spec.compare_nearest},
-      context, certificate.seconds);
-  if (!fit.ok()) return fit.status();
-  certificate.factor_flops += FactorFlops(*fit, certificate.features);
-  if (fit->damping->factor.has_value()) {
-    certificate.round_flops += SweepFlops(spec, *fit, certificate.rows, certificate.features);
+  ASSIGN_OR_RETURN(RoundedLayer rounded,
+                   RunMethod(spec, layer, lambda,
+                             {.consume_factor = true, .consume_weights = !spec.compare_nearest},
+                             context, certificate.seconds));
+  certificate.factor_flops += FactorFlops(rounded, certificate.features);
+  if (rounded.damping->factor.has_value()) {
+    certificate.round_flops += SweepFlops(spec, rounded, certificate.rows, certificate.features);
   }
 
   if (spec.compare_nearest) {
-    absl::Status compared = CompareNearest(spec, layer, *fit, context, certificate);
-    if (!compared.ok()) return compared;
+    RETURN_IF_ERROR(CompareNearest(spec, layer, rounded, context, certificate));
   }
   {
     const base::Stopwatch watch(certificate.seconds.certify);
     context.Report(Phase::kCertify, 0);
-    if (absl::Status status = Certify(spec, layer, *fit, context, certificate); !status.ok()) {
-      return status;
-    }
-    if (unseen.has_value()) {
-      const absl::StatusOr<double> error = UnseenError(*unseen, layer, *fit, context);
-      if (!error.ok()) return error.status();
-      certificate.held_out_relative_error = *error;
+    RETURN_IF_ERROR(Certify(spec, layer, rounded, context, certificate));
+    if (held.has_value()) {
+      ASSIGN_OR_RETURN(certificate.held_out_relative_error,
+                       HeldOutError(*held, layer, rounded, context));
       certificate.held_out_rows = certificate.rows;
     }
   }
@@ -204,18 +205,18 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
 
   // Pack. What is no longer needed makes room first.
   context.Report(Phase::kPack, 0);
-  fit->damping.reset();
-  fit->output.change = StripMatrix();
+  rounded.damping.reset();
+  rounded.change = StripMatrix();
   const std::vector<int64_t> order = std::move(layer.order);
   layer = WorkingLayer();
-  RestoreOrder(order, *context.executor, fit->grid, fit->output.codes);
-  TurnMirrored(spec, *context.executor, fit->grid, fit->output.codes);
+  RestoreOrder(order, *context.executor, rounded.grid, rounded.codes);
+  TurnMirrored(spec, *context.executor, rounded.grid, rounded.codes);
   {
     const base::Stopwatch watch(certificate.seconds.pack);
     result.tensors =
-        PackResult(spec, fit->grid, fit->output.codes, certificate.features, *context.executor);
+        PackResult(spec, rounded.grid, rounded.codes, certificate.features, *context.executor);
   }
-  certificate.bits_per_weight = BitsPerWeight(spec, fit->grid, certificate.features);
+  certificate.bits_per_weight = BitsPerWeight(spec, rounded.grid, certificate.features);
   context.Report(Phase::kPack, 1);
   return result;
 }
@@ -237,28 +238,28 @@ absl::StatusOr<QuantizedLayer> QuantizeLayer(LayerProblem problem, const RunCont
 int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool mismatched,
                   bool held_out) {
   const int64_t groups = spec.Groups(features);
-  const int64_t triangle = UpperPanels<double>::ElementsFor(features) * 8;
+  const int64_t triangle = UpperTriangle<double>::ElementsFor(features) * 8;
   const int64_t sums = mismatched ? 2 * triangle + features * features * 8 : triangle;
   const int64_t weights = StripMatrix::BytesFor(rows, features);
   const int64_t wide = BasicStripMatrix<double>::BytesFor(rows, features);
   const int64_t codes = rows * features;
   const int64_t grid = rows * groups * 8;
-  // Sums (again in another order, and once more while a ladder runs), factor and its float32
-  // columns.
+  // Sums (again in another order, and once more while damping is searched for), factor and its
+  // float32 columns.
   const int64_t copies =
       (spec.order == Order::kNatural ? 1 : 2) + (spec.NeedsHeldOut() ? 1 : 0) + (held_out ? 1 : 0);
   // W, and with dead features W without them; in another order both for a moment.
-  const bool new_steps = spec.group_scales == GroupScales::kDynamic || spec.scale_trials > 1;
-  // Polish keeps W and what it found while the sweep measures that.
+  const bool new_scales = spec.group_scales == GroupScales::kDynamic || spec.scale_trials > 1;
+  // Refinement keeps W and what it found while the sweep measures that.
   const int64_t weight_copies = 2 + (spec.order == Order::kNatural ? 0 : 1) +
-                                (spec.compare_nearest ? 1 : 0) + (new_steps ? 1 : 0) +
+                                (spec.compare_nearest ? 1 : 0) + (new_scales ? 1 : 0) +
                                 (spec.polish > 0 ? 1 : 0);
-  const int64_t polish =
-      spec.polish > 0 ? PolishBytes(features) + 2 * codes + grid + (mismatched ? wide : 0) : 0;
+  const int64_t refining =
+      spec.polish > 0 ? RefineBytes(features) + 2 * codes + grid + (mismatched ? wide : 0) : 0;
   const int64_t rounding = copies * sums + triangle + FeedbackColumns::BytesFor(features) +
                            weight_copies * weights + (mismatched ? (held_out ? 5 : 3) * wide : 0) +
-                           codes + grid + groups * features * 8 + polish +
-                           StepObjective::BytesFor(spec, rows, features, mismatched);
+                           codes + grid + groups * features * 8 + refining +
+                           ScaleObjectiveTerms::BytesFor(spec, rows, features, mismatched);
   const int64_t packing = codes + 2 * grid + rows * features * 8 + features * 8;
   // Columns of U that wait while factoring (four panels), a packed panel of a quadratic form,
   // per-row results, and small change.

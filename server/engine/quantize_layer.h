@@ -1,4 +1,4 @@
-// The engine's one public entry: a layer in, codes and a certificate out.
+// The engine's entry: a layer in, packed codes and a certificate out.
 
 #ifndef CERTIQ_ENGINE_QUANTIZE_LAYER_H_
 #define CERTIQ_ENGINE_QUANTIZE_LAYER_H_
@@ -8,27 +8,12 @@
 
 #include "absl/status/statusor.h"
 #include "engine/certificate.h"
-#include "engine/damping/damping.h"
 #include "engine/export/packing.h"
-#include "engine/gram/gram.h"
-#include "engine/kernels/strip_matrix.h"
+#include "engine/gram/layer.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
 
 namespace certiq::engine {
-
-// A layer to quantize. The computation consumes the weights, and lets go of the sums.
-struct LayerProblem {
-  ResolvedSpec spec;
-  // W [R, N].
-  StripMatrix weights;
-  // Sums over the calibration tokens, N features. Not null.
-  SharedStatistics statistics;
-  // Sums over tokens that were held out (V1), of the same kind; may be null.
-  SharedStatistics held_out = nullptr;
-  // Shared by the layers that use these sums; may be null, else outlives the call.
-  FactorCache* factors = nullptr;
-};
 
 struct QuantizedLayer {
   std::vector<ResultTensor> tensors;
@@ -39,11 +24,10 @@ struct QuantizedLayer {
 // instruction set, whatever the executor. No exception leaves it. Errors:
 //   INVALID_ARGUMENT     sizes of weights and statistics differ; weights so large that sums leave
 //                        float32; a scale that its type cannot hold.
-//   FAILED_PRECONDITION  all activations are zero (type "ACTIVATIONS"), there are none ("TOKENS"),
-//   none
-//                        were held out and the damping rule needs some ("HELD_OUT"); every damping
-//                        attempt failed and on_failure is kFail ("DAMPING", the attempts in the
-//                        message).
+//   FAILED_PRECONDITION  all activations are zero (type "ACTIVATIONS"), there are none or fewer
+//                        than spec.min_tokens ("TOKENS"); the damping rule needs held-out tokens
+//                        and there are none ("HELD_OUT"); every damping attempt failed and
+//                        on_failure is kFail ("DAMPING", the attempts in the message).
 //   CANCELLED, DEADLINE_EXCEEDED  as the context's cancellation says.
 //   RESOURCE_EXHAUSTED   memory ran out.
 absl::StatusOr<QuantizedLayer> QuantizeLayer(LayerProblem problem, const RunContext& context);

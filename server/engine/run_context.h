@@ -1,5 +1,4 @@
-// What a computation needs from its surroundings: threads, a way to be
-// stopped, somebody to tell how far it is. The engine owns no thread.
+// Surroundings of a computation: threads, cancellation, progress. The engine owns no thread.
 
 #ifndef CERTIQ_ENGINE_RUN_CONTEXT_H_
 #define CERTIQ_ENGINE_RUN_CONTEXT_H_

@@ -1,4 +1,4 @@
-// What to do with a layer: the engine's view of QuantizationSpec.
+// Settings of a quantization, every one decided.
 
 #ifndef CERTIQ_ENGINE_SPEC_H_
 #define CERTIQ_ENGINE_SPEC_H_
@@ -8,7 +8,6 @@
 #include <optional>
 #include <vector>
 
-#include "absl/status/statusor.h"
 #include "engine/kernels/dtype.h"
 
 namespace certiq::engine {
@@ -16,7 +15,7 @@ namespace certiq::engine {
 enum class Method { kNearest, kOptq, kQronos };
 enum class GroupScales { kStatic, kDynamic };
 enum class ScaleRule { kAbsmax, kMse, kPiso, kCompensated };
-// What PISO's scales are judged by; see spec.proto.
+// Objectives of kPiso; see spec.proto.
 enum class ScaleObjective { kInputs, kQuantizedInputs, kMixed, kDataFree };
 enum class Rounding { kNearest, kStochastic };
 enum class Order { kNatural, kDecreasingNorm };
@@ -34,42 +33,8 @@ struct ExplicitGrid {
   std::optional<int32_t> highest_code;
 };
 
-// As it came: what is not set is filled by ResolveSpec.
-struct QuantizationSpec {
-  std::optional<Method> method;
-  std::optional<int32_t> bits;
-  std::optional<bool> symmetric;
-  std::optional<int32_t> group_size;
-  std::optional<DType> scale_dtype;
-  std::optional<ExplicitGrid> grid;
-  std::optional<GroupScales> group_scales;
-  std::optional<ScaleRule> scale;
-  std::optional<ScaleObjective> scale_objective;
-  std::optional<int32_t> scale_passes;
-  std::optional<bool> signed_scales;
-  std::optional<int32_t> scale_trials;
-  std::optional<int32_t> polish;
-  std::optional<Rounding> rounding;
-  std::optional<uint64_t> seed;
-  std::optional<Order> order;
-  std::optional<DampingRule> damping_rule;
-  // For the rules with a number.
-  std::optional<double> damping_value;
-  // For kHeldOut; empty: the default ladder.
-  std::vector<double> damping_ladder;
-  std::optional<bool> damping_climb;
-  std::optional<int32_t> max_attempts;
-  std::optional<double> damping_factor;
-  std::optional<OnFailure> on_failure;
-  std::optional<Format> format;
-  std::optional<Quality> quality;
-  std::optional<bool> per_row;
-  std::optional<double> failure_probability;
-  std::optional<bool> compare_nearest;
-  std::optional<int64_t> min_tokens;
-};
-
-// Every setting decided; see spec.proto for meanings and units.
+// Every setting decided, with the contract's defaults for OPTQ; see spec.proto for meanings and
+// units. Values are in the ranges given there: contract/resolve_spec.h checks them.
 struct ResolvedSpec {
   Method method = Method::kOptq;
   int32_t bits = 4;
@@ -91,12 +56,12 @@ struct ResolvedSpec {
   Rounding rounding = Rounding::kNearest;
   uint64_t seed = 0;
   Order order = Order::kNatural;
-  // Unset: Qronos decides by whether tokens were held out (V3).
-  std::optional<DampingRule> damping_rule;
+  // Unset: decided by whether tokens were held out (V3), for Qronos.
+  std::optional<DampingRule> damping_rule = DampingRule::kRelativeTrace;
   double damping_value = 0.01;
   // Multiples of trace / N for kHeldOut.
-  std::vector<double> damping_ladder;
-  // Only as many of them as it takes to find the best.
+  std::vector<double> damping_candidates = {0.001, 0.01, 0.03, 0.1, 0.3, 1};
+  // Whether only as many of them are run as it takes to find the best; they rise then.
   bool damping_climb = false;
   int32_t max_attempts = 5;
   double damping_factor = 10;
@@ -120,17 +85,11 @@ struct ResolvedSpec {
     if (format == Format::kDenseF16) return DType::kF16;
     return format == Format::kDenseBF16 ? DType::kBF16 : DType::kF32;
   }
-  // Whether tokens have to be held out for this spec to run (V2).
-  bool NeedsHeldOut() const { return damping_rule == DampingRule::kHeldOut; }
+  // Whether tokens have to be held out for this spec to run (V2). Plain rounding damps nothing.
+  bool NeedsHeldOut() const {
+    return method != Method::kNearest && damping_rule == DampingRule::kHeldOut;
+  }
 };
-
-// Fills defaults and checks every value. INVALID_ARGUMENT or UNIMPLEMENTED
-// naming the field ("spec.bits").
-absl::StatusOr<ResolvedSpec> ResolveSpec(const QuantizationSpec& spec);
-
-// Checks what depends on the layer's size: an explicit grid's counts, what a
-// format demands. INVALID_ARGUMENT naming the field.
-absl::Status CheckSpecForLayer(const ResolvedSpec& spec, int64_t rows, int64_t features);
 
 }  // namespace certiq::engine
 

@@ -1,22 +1,10 @@
 #include "job/job_report.h"
 
 #include "base/status.h"
-#include "engine/damping/failed_attempts.h"
+#include "engine/linalg/failed_attempts.h"
+#include "store/transitions.h"
 
 namespace certiq::server {
-
-JobState OutcomeOf(absl::StatusCode code) {
-  switch (code) {
-    case absl::StatusCode::kOk:
-      return JobState::kSucceeded;
-    case absl::StatusCode::kCancelled:
-      return JobState::kCancelled;
-    case absl::StatusCode::kDeadlineExceeded:
-      return JobState::kExpired;
-    default:
-      return JobState::kFailed;
-  }
-}
 
 void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status, double seconds,
                     const engine::LayerCertificate* certificate, Observer& observer) {
@@ -28,7 +16,7 @@ void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status
     observer.PhaseTook(method, engine::Phase::kCertify, phases.certify);
     observer.PhaseTook(method, engine::Phase::kReference, phases.reference);
     observer.PhaseTook(method, engine::Phase::kPack, phases.pack);
-    for (const engine::StabilityCause cause : certificate->ladder_failures) {
+    for (const engine::StabilityCause cause : certificate->search_failures) {
       observer.StabilityFailed(method, cause);
     }
     for (const engine::DampingAttempt& attempt : certificate->damping_attempts) {
@@ -42,7 +30,7 @@ void ReportFinished(const engine::ResolvedSpec& spec, const absl::Status& status
       observer.StabilityFailed(method, cause);
     }
   }
-  observer.JobFinished(method, OutcomeOf(status.code()), seconds, certificate);
+  observer.JobFinished(method, StateOf(status.code()), seconds, certificate);
 }
 
 }  // namespace certiq::server

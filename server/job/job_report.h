@@ -1,4 +1,4 @@
-// What an observer hears of a job that ended, however it was started.
+// The report of a job that ended to the observer, however it was started.
 
 #ifndef CERTIQ_JOB_JOB_REPORT_H_
 #define CERTIQ_JOB_JOB_REPORT_H_
@@ -6,13 +6,9 @@
 #include "absl/status/status.h"
 #include "engine/certificate.h"
 #include "engine/spec.h"
-#include "job/job_state.h"
 #include "observability/observer.h"
 
 namespace certiq::server {
-
-// The final state that a status stands for.
-JobState OutcomeOf(absl::StatusCode code);
 
 // Phases, stability failures, outcome. `seconds` from when it was queued to its end; `certificate`
 // is null unless the status is OK.

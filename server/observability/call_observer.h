@@ -1,5 +1,4 @@
-// What rpc/ tells whoever watches calls; plain C++, so that metrics/ needs no
-// gRPC to count them.
+// Observer of RPCs, and the list of RPCs; free of gRPC.
 
 #ifndef CERTIQ_OBSERVABILITY_CALL_OBSERVER_H_
 #define CERTIQ_OBSERVABILITY_CALL_OBSERVER_H_
@@ -20,7 +19,7 @@ struct RpcMethod {
   const char* type;
 };
 
-// The RPCs a server answers; watchers prepare for these and may ignore others.
+// The RPCs of certiq.v1. Observers prepare for these and may ignore others.
 inline constexpr RpcMethod kQuantizeMethod{"certiq.v1.QuantizationService", "Quantize",
                                            "bidi_stream"};
 inline constexpr RpcMethod kCreateCalibrationMethod{"certiq.v1.CalibrationService",
@@ -63,7 +62,8 @@ inline constexpr std::array kRpcMethods = {kQuantizeMethod,
                                            kWatchJobMethod,
                                            kReadResultMethod};
 
-// Does nothing by default. Thread-safe; handlers do not block.
+// Receives events of calls; every handler does nothing by default. Thread-safe; handlers do not
+// block.
 class CallObserver {
  public:
   virtual ~CallObserver() = default;
@@ -71,11 +71,12 @@ class CallObserver {
   virtual void CallStarted(const RpcMethod& /*method*/) {}
   virtual void MessageReceived(const RpcMethod& /*method*/) {}
   virtual void MessageSent(const RpcMethod& /*method*/) {}
-  // The call ended with `code` after so many seconds.
+  // The call ended with `code`, `seconds` after it started.
   virtual void CallHandled(const RpcMethod& /*method*/, absl::StatusCode /*code*/,
                            double /*seconds*/) {}
 };
 
+// An observer that ignores every call.
 inline CallObserver& IgnoreCalls() {
   static CallObserver observer;
   return observer;

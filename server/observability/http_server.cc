@@ -18,7 +18,7 @@ namespace certiq::server {
 namespace {
 
 constexpr char kTextType[] = "text/plain; charset=utf-8";
-// What Prometheus calls the format that TextSerializer writes.
+// The content type of the format that TextSerializer writes.
 constexpr char kMetricsType[] = "text/plain; version=0.0.4; charset=utf-8";
 
 void Answer(mg_connection* connection, const char* status, const char* type, std::string_view body,
@@ -30,7 +30,7 @@ void Answer(mg_connection* connection, const char* status, const char* type, std
   if (!head) mg_write(connection, body.data(), body.size());
 }
 
-// Civetweb wants numbers; it reports a failure to bind without saying why.
+// Civetweb takes numeric addresses only.
 std::string ListeningPorts(const std::string& listen) {
   constexpr std::string_view kLocalhost = "localhost:";
   if (listen.rfind(kLocalhost, 0) == 0) return "127.0.0.1:" + listen.substr(kLocalhost.size());
@@ -40,18 +40,18 @@ std::string ListeningPorts(const std::string& listen) {
 bool LooksLikeAddress(const std::string& listen) {
   const size_t colon = listen.rfind(':');
   const std::string port = colon == std::string::npos ? listen : listen.substr(colon + 1);
-  // Civetweb gives a meaning to letters after the port and to commas.
+  // Civetweb would take letters after the port as options, and a comma as a second address.
   return !port.empty() && port.size() <= 5 &&
          port.find_first_not_of("0123456789") == std::string::npos && std::stoi(port) <= 65535 &&
          listen.find(',') == std::string::npos;
 }
 
-// Connects to the server and hangs up.
-void Knock(const std::string& host, int port) {
+// Opens a connection to the server and closes it.
+void Connect(const std::string& host, int port) {
   addrinfo hints = {};
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* found = nullptr;
-  // No host, or "any": the loopback address of the family.
+  // Without a host, or with "any", the loopback address is dialled.
   const bool any = host.empty() || host == "0.0.0.0" || host == "::";
   const std::string service = std::to_string(port);
   if (host != "::") hints.ai_family = host.find(':') == std::string::npos ? AF_INET : AF_INET6;
@@ -59,7 +59,7 @@ void Knock(const std::string& host, int port) {
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> list(found, &freeaddrinfo);
   const int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (fd < 0) return;
-  // Refused is fine: then nobody listens any more.
+  // A refused connection is fine: then the listener has ended.
   (void)connect(fd, found->ai_addr, found->ai_addrlen);
   close(fd);
 }
@@ -112,11 +112,11 @@ struct HttpServer::Civet {
 HttpServer::HttpServer(Options options) : handler_(std::make_unique<Handler>(std::move(options))) {}
 
 HttpServer::~HttpServer() {
-  // Civetweb's listener looks for its stop flag every two seconds, and after every
-  // connection: there is one for it until it has seen the flag.
+  // Civetweb's listener reads its stop flag every two seconds and after every connection.
+  // Connections spare us the two seconds.
   const auto stopped = std::async(std::launch::async, [this] { civet_.reset(); });
   while (stopped.wait_for(std::chrono::milliseconds(10)) != std::future_status::ready) {
-    if (port_ != 0) Knock(host_, port_);
+    if (port_ != 0) Connect(host_, port_);
   }
 }
 
@@ -127,7 +127,7 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(Options options) {
         absl::StrCat("expected HOST:PORT with a port of 0 to 65535, got \"", listen, "\""));
   }
   std::unique_ptr<HttpServer> server(new HttpServer(std::move(options)));
-  // A scrape and a probe at once, and one to spare for a client that hangs.
+  // Three threads: for a scrape, a probe, and a client that hangs.
   const std::vector<std::string> settings = {"listening_ports",    ListeningPorts(listen),
                                              "num_threads",        "3",
                                              "request_timeout_ms", "5000",

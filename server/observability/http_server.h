@@ -1,4 +1,4 @@
-// /metrics and /healthz over HTTP, for Prometheus and for load balancers.
+// HTTP server of /metrics and /healthz.
 
 #ifndef CERTIQ_OBSERVABILITY_HTTP_SERVER_H_
 #define CERTIQ_OBSERVABILITY_HTTP_SERVER_H_
@@ -11,8 +11,9 @@
 
 namespace certiq::server {
 
-// Answers GET and HEAD of two paths; anything else is 404 (405 for other
-// methods). Clear text: what it serves names no client and no layer. Thread-safe.
+// For Prometheus and load balancers. Answers GET and HEAD of the two paths; other paths are 404,
+// other methods 405. It speaks clear text, since its answers name no client and no layer.
+// Thread-safe.
 class HttpServer {
  public:
   struct Options {
@@ -20,17 +21,17 @@ class HttpServer {
     std::string listen;
     // The body of /metrics. Called from the server's threads.
     std::function<std::string()> metrics_text;
-    // Whether /healthz says 200 "ok" or 503 "draining".
+    // True for 200 "ok" of /healthz, false for 503 "draining". Called from the server's threads.
     std::function<bool()> healthy;
   };
 
-  // INVALID_ARGUMENT for an address that is none, UNAVAILABLE where it cannot listen.
+  // INVALID_ARGUMENT for a malformed address, UNAVAILABLE if it cannot listen.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(Options options);
   ~HttpServer();
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;
 
-  // The port it listens on.
+  // The port it listens on, also where port 0 was asked for.
   int port() const { return port_; }
 
  private:
@@ -39,7 +40,7 @@ class HttpServer {
   explicit HttpServer(Options options);
 
   std::unique_ptr<Handler> handler_;
-  // Stops before the handler goes.
+  // Destroyed before the handler, which its threads use.
   std::unique_ptr<Civet> civet_;
   std::string host_;
   int port_ = 0;

@@ -13,8 +13,8 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 std::string Dump(const Json& json) {
-  // Names that clients send are UTF-8 by contract; this never throws if one is not.
-  // ASCII only: a terminal shows what came instead of obeying it.
+  // Names that clients send are UTF-8 by contract; `replace` does not throw if one is not. Output
+  // in ASCII keeps control sequences from a terminal.
   return json.dump(-1, ' ', /*ensure_ascii=*/true, Json::error_handler_t::replace);
 }
 

@@ -1,4 +1,4 @@
-// Structured log lines on stderr, as text for people or JSON for machines.
+// Structured log on stderr, as text or JSON.
 
 #ifndef CERTIQ_OBSERVABILITY_LOG_H_
 #define CERTIQ_OBSERVABILITY_LOG_H_
@@ -22,8 +22,8 @@ enum class LogFormat { kText, kJson };
 using LogValue = std::variant<std::string, int64_t, double, bool>;
 using LogFields = std::vector<std::pair<std::string_view, LogValue>>;
 
-// One line an event: time, level, what happened, and its fields. Whatever a
-// string holds, it stays on its line: control characters are escaped. Thread-safe.
+// Writes one line per event: time, level, event name and fields. Control characters are escaped, so
+// that no field can begin a line of its own. Thread-safe.
 class Log {
  public:
   explicit Log(LogFormat format);
@@ -42,7 +42,7 @@ class Log {
   std::unique_ptr<spdlog::logger> logger_;
 };
 
-// `event` and its fields as one line without time and level.
+// `event` and its fields in one line, without time and level.
 std::string FormatText(std::string_view event, const LogFields& fields);
 // The members of a JSON object with "level", "event" and the fields.
 std::string FormatJson(std::string_view level, std::string_view event, const LogFields& fields);

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <sstream>
 
+#include "observability/labels.h"
+
 namespace certiq::server {
 namespace {
 
@@ -21,37 +23,21 @@ using prometheus::Gauge;
 using prometheus::Histogram;
 using Buckets = Histogram::BucketBoundaries;
 
-// Label values, in the order of the enums.
-constexpr std::array kMethods = {"nearest", "optq", "qronos"};
-constexpr std::array kStates = {"queued", "running", "succeeded", "failed", "cancelled", "expired"};
-constexpr size_t kFirstFinal = static_cast<size_t>(JobState::kSucceeded);
-constexpr std::array kPhases = {"receive", "queue",     "factor", "round",
-                                "certify", "reference", "pack"};
-// The phases of certiq_job_seconds; uploads are the client's time.
+// The phases of certiq_job_seconds: all but kReceive, which is the client's time.
 constexpr std::array kTimedPhases = {engine::Phase::kQueue,     engine::Phase::kFactor,
                                      engine::Phase::kRound,     engine::Phase::kCertify,
                                      engine::Phase::kReference, engine::Phase::kPack};
-constexpr std::array kRejections = {"invalid",     "not_offered", "queue_full",
-                                    "over_budget", "quota",       "draining"};
-// StabilityCause::kNone is no failure; its place is taken by what is not known.
-// The first stands for no failure.
-constexpr std::array kCauses = {"", "pivot", "non_finite", "condition"};
 constexpr int kMinBits = 2;
 constexpr int kMaxBits = 8;
-constexpr size_t kBits = kMaxBits - kMinBits + 1;
-// As go-grpc-prometheus spells them, by number.
-constexpr std::array kCodes = {
-    "OK",       "Canceled",       "Unknown",          "InvalidArgument",   "DeadlineExceeded",
-    "NotFound", "AlreadyExists",  "PermissionDenied", "ResourceExhausted", "FailedPrecondition",
-    "Aborted",  "OutOfRange",     "Unimplemented",    "Internal",          "Unavailable",
-    "DataLoss", "Unauthenticated"};
 constexpr auto& kRpcs = kRpcMethods;
 
-template <typename T, size_t M, size_t N = 1>
-using Table = std::array<std::array<T*, N>, M>;
-
-size_t Index(engine::Method method) { return static_cast<size_t>(method); }
-size_t Index(JobState state) { return static_cast<size_t>(state); }
+// Series that do not exist, such as those of a state that is not final, are null.
+template <typename T>
+using ByMethod = ByLabel<engine::Method, T>;
+template <typename T>
+using ByBits = std::array<T, kMaxBits - kMinBits + 1>;
+template <typename T>
+using ByRpc = std::array<T, kRpcs.size()>;
 
 Buckets SecondsBuckets() {
   return {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1,
@@ -60,9 +46,10 @@ Buckets SecondsBuckets() {
 Buckets RelativeErrorBuckets() {
   return {1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2};
 }
-// A bound holds, so the ratio is at most 1.
+// The error is at most its bound, so the ratio is at most 1.
 Buckets TightnessBuckets() { return {0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1}; }
-// Between the powers of ten that lambda is raised by: a bound there is met by rounding or not.
+// Retries raise lambda by powers of ten. The boundaries lie between those, where rounding does not
+// move a ratio across one.
 Buckets LambdaRatioBuckets() { return {1, 3, 30, 300, 3e3, 3e4, 3e6, 3e9}; }
 
 }  // namespace
@@ -80,40 +67,40 @@ struct Metrics::Families {
     return prometheus::BuildHistogram().Name(name).Help(help).Register(registry);
   }
 
-  std::array<Gauge*, kStates.size()> jobs;
-  Table<Counter, kMethods.size(), kStates.size()> jobs_total;
-  Table<Histogram, kMethods.size(), kPhases.size()> job_seconds;
-  Table<Histogram, kMethods.size(), kStates.size()> job_duration;
+  ByLabel<JobState, Gauge*> jobs;
+  ByMethod<ByLabel<JobState, Counter*>> jobs_total;
+  ByMethod<ByLabel<engine::Phase, Histogram*>> job_seconds;
+  ByMethod<ByLabel<JobState, Histogram*>> job_duration;
   Gauge* queue_depth;
   Gauge* queue_limit;
   Gauge* workers_busy;
   Gauge* workers;
   Gauge* drain_start;
   Gauge* drain_limit;
-  Table<Counter, kMethods.size(), kBits> weights_quantized;
+  ByMethod<ByBits<Counter*>> weights_quantized;
   Counter* activation_rows;
   Counter* activation_bytes;
   Counter* flops_statistics;
   Counter* flops_factor;
   Counter* flops_round;
-  Table<Counter, kMethods.size(), kCauses.size()> stability_failures = {};
-  std::array<Counter*, kMethods.size()> fallbacks;
+  ByMethod<ByLabel<engine::StabilityCause, Counter*>> stability_failures;
+  ByMethod<Counter*> fallbacks;
   Histogram* lambda_ratio;
-  Table<Histogram, kMethods.size(), kBits> relative_error;
-  Table<Histogram, kMethods.size(), kBits> bound_tightness;
+  ByMethod<ByBits<Histogram*>> relative_error;
+  ByMethod<ByBits<Histogram*>> bound_tightness;
   Counter* factor_hits;
   Counter* factor_misses;
   Counter* clipped_weights;
   Counter* dead_features;
   Gauge* budget;
   Gauge* reserved;
-  std::array<Counter*, kRejections.size()> rejected;
+  ByLabel<Rejection, Counter*> rejected;
 
-  std::array<Counter*, kRpcs.size()> rpc_started;
-  std::array<Counter*, kRpcs.size()> rpc_received;
-  std::array<Counter*, kRpcs.size()> rpc_sent;
-  std::array<Histogram*, kRpcs.size()> rpc_seconds;
-  Table<Counter, kRpcs.size(), kCodes.size()> rpc_handled;
+  ByRpc<Counter*> rpc_started;
+  ByRpc<Counter*> rpc_received;
+  ByRpc<Counter*> rpc_sent;
+  ByRpc<Histogram*> rpc_seconds;
+  ByRpc<ByLabel<absl::StatusCode, Counter*>> rpc_handled;
 
   Families() {
     BuildJobs();
@@ -124,7 +111,9 @@ struct Metrics::Families {
 
   void BuildJobs() {
     auto& states = Gauges("certiq_jobs", "Jobs now in each state; final states count kept jobs.");
-    for (size_t s = 0; s < kStates.size(); ++s) jobs[s] = &states.Add({{"state", kStates[s]}});
+    for (const JobState state : Labelled<JobState>()) {
+      jobs[state] = &states.Add({{"state", LabelOf(state)}});
+    }
     auto& finished =
         Counters("certiq_jobs_total", "Jobs that ended, by how; a Quantize call is a job too.");
     auto& seconds = Histograms("certiq_job_seconds", "Wall clock of a job's phases, in seconds.");
@@ -134,24 +123,27 @@ struct Metrics::Families {
                               "Damping attempts whose factorisation was not accepted.");
     auto& fallback = Counters("certiq_lambda_fallbacks_total",
                               "Layers rounded to nearest since every damping attempt failed.");
-    for (size_t m = 0; m < kMethods.size(); ++m) {
-      job_seconds[m].fill(nullptr);
-      jobs_total[m].fill(nullptr);
-      job_duration[m].fill(nullptr);
-      for (size_t s = kFirstFinal; s < kStates.size(); ++s) {
-        const prometheus::Labels labels = {{"method", kMethods[m]}, {"outcome", kStates[s]}};
-        jobs_total[m][s] = &finished.Add(labels);
-        job_duration[m][s] = &duration.Add(labels, SecondsBuckets());
+    for (const engine::Method method : Labelled<engine::Method>()) {
+      const prometheus::Labels labels = {{"method", LabelOf(method)}};
+      const auto with = [&labels](const char* name, const char* value) {
+        prometheus::Labels more = labels;
+        more[name] = value;
+        return more;
+      };
+      for (const JobState state : Labelled<JobState>()) {
+        if (!IsFinal(state)) continue;
+        jobs_total[method][state] = &finished.Add(with("outcome", LabelOf(state)));
+        job_duration[method][state] =
+            &duration.Add(with("outcome", LabelOf(state)), SecondsBuckets());
       }
       for (const engine::Phase phase : kTimedPhases) {
-        const auto p = static_cast<size_t>(phase);
-        job_seconds[m][p] =
-            &seconds.Add({{"method", kMethods[m]}, {"phase", kPhases[p]}}, SecondsBuckets());
+        job_seconds[method][phase] = &seconds.Add(with("phase", LabelOf(phase)), SecondsBuckets());
       }
-      for (size_t c = 1; c < kCauses.size(); ++c) {
-        stability_failures[m][c] = &failures.Add({{"method", kMethods[m]}, {"cause", kCauses[c]}});
+      for (const engine::StabilityCause cause : Labelled<engine::StabilityCause>()) {
+        if (cause == engine::StabilityCause::kNone) continue;
+        stability_failures[method][cause] = &failures.Add(with("cause", LabelOf(cause)));
       }
-      fallbacks[m] = &fallback.Add({{"method", kMethods[m]}});
+      fallbacks[method] = &fallback.Add(labels);
     }
     lambda_ratio = &Histograms("certiq_lambda_ratio",
                                "Lambda used divided by lambda asked for, of layers that were "
@@ -159,8 +151,8 @@ struct Metrics::Families {
                         .Add({}, LambdaRatioBuckets());
     auto& reasons = Counters("certiq_rejected_total",
                              "Layers, jobs, calibrations and streams that were not taken on.");
-    for (size_t r = 0; r < kRejections.size(); ++r) {
-      rejected[r] = &reasons.Add({{"reason", kRejections[r]}});
+    for (const Rejection reason : Labelled<Rejection>()) {
+      rejected[reason] = &reasons.Add({{"reason", LabelOf(reason)}});
     }
   }
 
@@ -188,13 +180,14 @@ struct Metrics::Families {
                               "Relative error |XW - XQ| / |XW| of layers quantized (a ratio).");
     auto& tightness = Histograms("certiq_bound_tightness",
                                  "Damped error divided by its bound, layers quantized (a ratio).");
-    for (size_t m = 0; m < kMethods.size(); ++m) {
-      for (size_t b = 0; b < kBits; ++b) {
-        const prometheus::Labels labels = {{"method", kMethods[m]},
-                                           {"bits", std::to_string(kMinBits + b)}};
-        weights_quantized[m][b] = &weights.Add(labels);
-        relative_error[m][b] = &errors.Add(labels, RelativeErrorBuckets());
-        bound_tightness[m][b] = &tightness.Add(labels, TightnessBuckets());
+    for (const engine::Method method : Labelled<engine::Method>()) {
+      for (int bits = kMinBits; bits <= kMaxBits; ++bits) {
+        const prometheus::Labels labels = {{"method", LabelOf(method)},
+                                           {"bits", std::to_string(bits)}};
+        const auto b = static_cast<size_t>(bits - kMinBits);
+        weights_quantized[method][b] = &weights.Add(labels);
+        relative_error[method][b] = &errors.Add(labels, RelativeErrorBuckets());
+        bound_tightness[method][b] = &tightness.Add(labels, TightnessBuckets());
       }
     }
     activation_rows =
@@ -239,10 +232,10 @@ struct Metrics::Families {
       rpc_received[r] = &received.Add(labels);
       rpc_sent[r] = &sent.Add(labels);
       rpc_seconds[r] = &seconds.Add(labels, SecondsBuckets());
-      for (size_t c = 0; c < kCodes.size(); ++c) {
+      for (const absl::StatusCode code : Labelled<absl::StatusCode>()) {
         prometheus::Labels with_code = labels;
-        with_code["grpc_code"] = kCodes[c];
-        rpc_handled[r][c] = &handled.Add(with_code);
+        with_code["grpc_code"] = LabelOf(code);
+        rpc_handled[r][code] = &handled.Add(with_code);
       }
     }
   }
@@ -250,7 +243,7 @@ struct Metrics::Families {
 
 namespace {
 
-// Place of a method in kRpcs; kRpcs.size() for one that is not counted.
+// The index of a method in kRpcs; kRpcs.size() for a method that is not counted.
 size_t Index(const RpcMethod& method) {
   for (size_t r = 0; r < kRpcs.size(); ++r) {
     if (std::strcmp(kRpcs[r].method, method.method) == 0 &&
@@ -280,16 +273,15 @@ std::string Metrics::Text() const {
   return out.str();
 }
 
-void Metrics::JobEntered(JobState state) { families_->jobs[Index(state)]->Increment(); }
-void Metrics::JobLeft(JobState state) { families_->jobs[Index(state)]->Decrement(); }
+void Metrics::JobEntered(JobState state) { families_->jobs[state]->Increment(); }
+void Metrics::JobLeft(JobState state) { families_->jobs[state]->Decrement(); }
 
 void Metrics::JobFinished(engine::Method method, JobState outcome, double seconds,
                           const engine::LayerCertificate* certificate) {
   Families& f = *families_;
-  const size_t m = Index(method);
-  if (Counter* const total = f.jobs_total[m][Index(outcome)]; total != nullptr) {
+  if (Counter* const total = f.jobs_total[method][outcome]; total != nullptr) {
     total->Increment();
-    f.job_duration[m][Index(outcome)]->Observe(seconds);
+    f.job_duration[method][outcome]->Observe(seconds);
   }
   if (certificate == nullptr) return;
 
@@ -299,9 +291,9 @@ void Metrics::JobFinished(engine::Method method, JobState outcome, double second
   f.clipped_weights->Increment(static_cast<double>(c.clipped_weights));
   f.dead_features->Increment(static_cast<double>(c.dead_features));
   if (c.outcome == engine::Outcome::kFellBackToNearest) {
-    f.fallbacks[m]->Increment();
+    f.fallbacks[method]->Increment();
   } else if (method != engine::Method::kNearest) {
-    // From lambda = 0 there is no ratio to speak of unless it stayed there.
+    // A lambda that was raised from 0 has no ratio.
     if (c.lambda_requested > 0) {
       f.lambda_ratio->Observe(c.lambda_used / c.lambda_requested);
     } else if (c.lambda_used == 0) {
@@ -310,22 +302,21 @@ void Metrics::JobFinished(engine::Method method, JobState outcome, double second
   }
   if (c.spec.bits < kMinBits || c.spec.bits > kMaxBits) return;
   const auto b = static_cast<size_t>(c.spec.bits - kMinBits);
-  f.weights_quantized[m][b]->Increment(static_cast<double>(c.rows) *
-                                       static_cast<double>(c.features));
-  f.relative_error[m][b]->Observe(c.relative_error);
+  f.weights_quantized[method][b]->Increment(static_cast<double>(c.rows) *
+                                            static_cast<double>(c.features));
+  f.relative_error[method][b]->Observe(c.relative_error);
   if (c.l2_bound > 0) {
-    f.bound_tightness[m][b]->Observe(std::sqrt(c.damped_squared_error) / c.l2_bound);
+    f.bound_tightness[method][b]->Observe(std::sqrt(c.damped_squared_error) / c.l2_bound);
   }
 }
 
 void Metrics::PhaseTook(engine::Method method, engine::Phase phase, double seconds) {
-  Histogram* const histogram = families_->job_seconds[Index(method)][static_cast<size_t>(phase)];
+  Histogram* const histogram = families_->job_seconds[method][phase];
   if (histogram != nullptr) histogram->Observe(seconds);
 }
 
 void Metrics::StabilityFailed(engine::Method method, engine::StabilityCause cause) {
-  Counter* const failures =
-      families_->stability_failures[Index(method)][static_cast<size_t>(cause)];
+  Counter* const failures = families_->stability_failures[method][cause];
   if (failures != nullptr) failures->Increment();
 }
 
@@ -336,9 +327,7 @@ void Metrics::ActivationsFolded(int64_t rows, int64_t features, int64_t bytes) {
   families_->flops_statistics->Increment(static_cast<double>(rows) * n * n);
 }
 
-void Metrics::Rejected(Rejection reason) {
-  families_->rejected[static_cast<size_t>(reason)]->Increment();
-}
+void Metrics::Rejected(Rejection reason) { families_->rejected[reason]->Increment(); }
 
 void Metrics::FactorAsked(bool shared) {
   (shared ? families_->factor_hits : families_->factor_misses)->Increment();
@@ -376,11 +365,10 @@ void Metrics::MessageSent(const RpcMethod& method) {
 
 void Metrics::CallHandled(const RpcMethod& method, absl::StatusCode code, double seconds) {
   const size_t r = Index(method);
-  const auto c = static_cast<size_t>(code);
   if (r >= kRpcs.size()) return;
   families_->rpc_seconds[r]->Observe(seconds);
-  // Unknown numbers count as "Unknown".
-  families_->rpc_handled[r][c < kCodes.size() ? c : 2]->Increment();
+  const bool known = LabelOf(code) != nullptr;
+  families_->rpc_handled[r][known ? code : absl::StatusCode::kUnknown]->Increment();
 }
 
 }  // namespace certiq::server

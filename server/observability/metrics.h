@@ -1,4 +1,4 @@
-// Counts what jobs/ and rpc/ tell, for Prometheus.
+// Prometheus metrics of jobs, workers and RPCs.
 
 #ifndef CERTIQ_OBSERVABILITY_METRICS_H_
 #define CERTIQ_OBSERVABILITY_METRICS_H_
@@ -11,16 +11,16 @@
 
 namespace certiq::server {
 
-// Every time series exists from the start, so that a counter that never moved reads 0 and a
-// handler only looks up an array. Labels come from closed sets; none carries what a client chose.
-// Thread-safe.
+// Implements the observers. Every time series exists from the start, so that a counter reads 0
+// before its first event and an event costs an array access. Labels come from closed sets
+// (labels.h); none carries text of a client. Thread-safe.
 class Metrics final : public Observer, public CallObserver {
  public:
   struct Options {
     // Labels of certiq_build_info.
     std::string version;
     std::string isa;
-    // What calls and jobs may take to end after SIGTERM, in seconds.
+    // The time that calls and jobs have to end after SIGTERM, in seconds.
     double drain_limit = 0;
   };
 
@@ -29,7 +29,7 @@ class Metrics final : public Observer, public CallObserver {
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
 
-  // The process was told to end, at so many seconds since the epoch.
+  // The process was told to end, `unix_seconds` after the epoch.
   void DrainStarted(double unix_seconds);
 
   // All families in Prometheus' text format, version 0.0.4.

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "base/status_macros.h"
 
 namespace certiq::server {
 
@@ -22,7 +23,7 @@ ByteBudget::Reservation& ByteBudget::Reservation::operator=(Reservation&& other)
 
 absl::Status ByteBudget::Reservation::Resize(int64_t bytes, absl::string_view what) {
   if (bytes > bytes_) {
-    if (absl::Status taken = budget_->Take(bytes - bytes_, bytes, what); !taken.ok()) return taken;
+    RETURN_IF_ERROR(budget_->Take(bytes - bytes_, bytes, what));
     bytes_ = bytes;
   } else {
     ShrinkTo(bytes);
@@ -54,7 +55,7 @@ ByteBudget::ByteBudget(int64_t capacity, ByteBudget& whole, std::string name)
 
 absl::StatusOr<ByteBudget::Reservation> ByteBudget::TryReserve(int64_t bytes,
                                                                absl::string_view what) {
-  if (absl::Status taken = Take(bytes, bytes, what); !taken.ok()) return taken;
+  RETURN_IF_ERROR(Take(bytes, bytes, what));
   return Reservation(this, bytes);
 }
 
@@ -70,7 +71,7 @@ absl::Status ByteBudget::CheckCanFit(int64_t bytes, absl::string_view what) cons
 
 ByteBudget::Reservation ByteBudget::Reserve(int64_t bytes) {
   for (ByteBudget* budget = this; budget != nullptr; budget = budget->whole_) {
-    const std::lock_guard lock(budget->mu_);
+    const base::MutexLock lock(budget->mu_);
     budget->reserved_ += bytes;
     budget->observer_.BudgetChanged(budget->reserved_, budget->capacity_);
   }
@@ -78,18 +79,18 @@ ByteBudget::Reservation ByteBudget::Reserve(int64_t bytes) {
 }
 
 int64_t ByteBudget::capacity() const {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   return capacity_;
 }
 
 void ByteBudget::SetCapacity(int64_t capacity) {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   capacity_ = std::max<int64_t>(capacity, 0);
   observer_.BudgetChanged(reserved_, capacity_);
 }
 
 int64_t ByteBudget::reserved() const {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   return reserved_;
 }
 
@@ -102,8 +103,8 @@ absl::Status ByteBudget::Take(int64_t more, int64_t total, absl::string_view wha
 
 absl::Status ByteBudget::TakeOnce(int64_t more, int64_t total, absl::string_view what) {
   {
-    const std::lock_guard lock(mu_);
-    // Negative where what was found at the start passes the capacity.
+    const base::MutexLock lock(mu_);
+    // Negative if Reserve passed the capacity.
     const int64_t free = capacity_ - reserved_;
     if (more > free) {
       const bool never =
@@ -120,7 +121,7 @@ absl::Status ByteBudget::TakeOnce(int64_t more, int64_t total, absl::string_view
   if (whole_ == nullptr) return absl::OkStatus();
   absl::Status taken = whole_->Take(more, total, what);
   if (!taken.ok()) {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     reserved_ -= more;
   }
   return taken;
@@ -128,7 +129,7 @@ absl::Status ByteBudget::TakeOnce(int64_t more, int64_t total, absl::string_view
 
 void ByteBudget::Give(int64_t bytes) {
   {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     reserved_ -= bytes;
     observer_.BudgetChanged(reserved_, capacity_);
   }

@@ -2,38 +2,39 @@
 
 namespace certiq::server {
 
-void Housekeeper::Stop() {
+void PeriodicTask::Stop() {
   {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     done_ = true;
   }
-  changed_.notify_all();
+  changed_.NotifyAll();
   if (thread_.joinable()) thread_.join();
 }
 
-void Housekeeper::Wake() {
+void PeriodicTask::Wake() {
   {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     woken_ = true;
   }
-  changed_.notify_all();
+  changed_.NotifyAll();
 }
 
-void Housekeeper::Run() {
+void PeriodicTask::Run() {
   using Clock = std::chrono::steady_clock;
   Clock::time_point next = Clock::now() + interval_;
-  std::unique_lock lock(mu_);
   for (;;) {
-    changed_.wait_until(lock, next, [this] { return woken_ || done_; });
-    if (done_) return;
-    woken_ = false;
-    lock.unlock();
+    {
+      const base::MutexLock lock(mu_);
+      while (!woken_ && !done_ && changed_.WaitUntil(mu_, next)) {
+      }
+      if (done_) return;
+      woken_ = false;
+    }
     if (Clock::now() >= next) {
       due_();
       next = Clock::now() + interval_;
     }
     woken_work_();
-    lock.lock();
   }
 }
 

@@ -1,6 +1,7 @@
 #include "runtime/shared_cache.h"
 
 #include "absl/cleanup/cleanup.h"
+#include "base/status_macros.h"
 
 namespace certiq::server {
 
@@ -10,7 +11,7 @@ absl::StatusOr<SharedCache::Found> SharedCache::Get(
     std::shared_ptr<Flight> flight;
     bool ours = false;
     {
-      const std::lock_guard lock(mu_);
+      const base::MutexLock lock(mu_);
       if (const auto found = entries_.find(key); found != entries_.end()) {
         by_use_.splice(by_use_.end(), by_use_, found->second.used);
         const std::shared_ptr<Held>& held = found->second.held;
@@ -26,18 +27,17 @@ absl::StatusOr<SharedCache::Found> SharedCache::Get(
       if (flight->value != nullptr) return Found{flight->value, true};
       continue;
     }
-    // Whatever happens, an exception included, those who wait are told.
+    // Runs even if `make` throws, so that no thread waits for ever.
     const absl::Cleanup land = [&] {
       {
-        const std::lock_guard lock(mu_);
+        const base::MutexLock lock(mu_);
         flights_.erase(key);
       }
       flight->done = true;
       pool_.WakeHelpers();
     };
-    absl::StatusOr<Value> made = make();
-    if (!made.ok()) return made.status();
-    flight->value = Keep(key, bytes, *std::move(made));
+    ASSIGN_OR_RETURN(Value made, make());
+    flight->value = Keep(key, bytes, std::move(made));
     return Found{flight->value, false};
   }
 }
@@ -45,32 +45,31 @@ absl::StatusOr<SharedCache::Found> SharedCache::Get(
 SharedCache::Value SharedCache::Keep(const std::string& key, int64_t bytes, Value value) {
   std::list<std::shared_ptr<Held>> dropped;
   {
-    const std::lock_guard lock(mu_);
-    DropUnused([&] { return bytes_ + bytes > capacity_; }, dropped);
+    const base::MutexLock lock(mu_);
+    DropUnused(capacity_ - bytes, dropped);
     if (bytes_ + bytes > capacity_) return value;
-    // Others that come while the budget is asked see that this room is taken.
+    // Counted before the budget is asked, so that other threads see these bytes as taken.
     bytes_ += bytes;
   }
   dropped.clear();
   absl::StatusOr<ByteBudget::Reservation> reservation =
       budget_.TryReserve(bytes, "a factor to keep");
   if (!reservation.ok()) {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     bytes_ -= bytes;
     return value;
   }
   const auto held = std::make_shared<Held>(Held{*std::move(reservation), std::move(value)});
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   const auto used = by_use_.insert(by_use_.end(), key);
   entries_[key] = {held, used};
   return Value(held, held->value.get());
 }
 
-void SharedCache::DropUnused(const std::function<bool()>& more,
-                             std::list<std::shared_ptr<Held>>& dropped) {
-  for (auto at = by_use_.begin(); at != by_use_.end() && more();) {
+void SharedCache::DropUnused(int64_t limit, std::list<std::shared_ptr<Held>>& dropped) {
+  for (auto at = by_use_.begin(); at != by_use_.end() && bytes_ > limit;) {
     const auto entry = entries_.find(*at);
-    // In use: dropping it frees nothing.
+    // Dropping a value in use frees nothing.
     if (entry->second.held.use_count() > 1) {
       ++at;
       continue;
@@ -84,14 +83,13 @@ void SharedCache::DropUnused(const std::function<bool()>& more,
 
 void SharedCache::Reclaim(int64_t bytes) {
   std::list<std::shared_ptr<Held>> dropped;
-  const std::lock_guard lock(mu_);
-  const int64_t before = bytes_;
-  DropUnused([&] { return before - bytes_ < bytes; }, dropped);
+  const base::MutexLock lock(mu_);
+  DropUnused(bytes_ - bytes, dropped);
 }
 
 void SharedCache::Drop(const std::string& prefix) {
   std::list<std::shared_ptr<Held>> dropped;
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   for (auto at = entries_.lower_bound(prefix);
        at != entries_.end() && at->first.compare(0, prefix.size(), prefix) == 0;) {
     bytes_ -= at->second.held->reservation.bytes();

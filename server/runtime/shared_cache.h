@@ -1,4 +1,4 @@
-// What several jobs use and one of them makes.
+// Single-flight LRU cache of values that jobs share.
 
 #ifndef CERTIQ_RUNTIME_SHARED_CACHE_H_
 #define CERTIQ_RUNTIME_SHARED_CACHE_H_
@@ -9,26 +9,26 @@
 #include <list>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "base/mutex.h"
 #include "runtime/byte_budget.h"
 #include "runtime/worker_pool.h"
 
 namespace certiq::server {
 
-// Keeps sums and factors of finalized calibrations while there is room: at most `capacity` bytes,
-// reserved from the budget, the least recently used ones dropped first. A value that is asked for
-// by several at once is made by one of them; the others help with the pool's work meanwhile.
-// Thread-safe.
+// Keeps sums and factors of finalized calibrations: at most `capacity` bytes, which are reserved
+// from the budget; the least recently used value is dropped first. Of several threads that ask for
+// one key at a time, one makes the value (single flight) and the others help with the pool's loops
+// meanwhile. Thread-safe.
 class SharedCache {
  public:
   using Value = std::shared_ptr<const void>;
   struct Found {
     Value value;
-    // Made by somebody else.
+    // True if another call made the value.
     bool shared = false;
   };
 
@@ -36,24 +36,26 @@ class SharedCache {
   SharedCache(WorkerPool& pool, ByteBudget& budget, int64_t capacity)
       : pool_(pool), budget_(budget), capacity_(capacity) {}
 
-  // The value of the key: kept, or made by `make`, of about so many bytes. Where it cannot be kept
-  // it is the caller's alone. Errors go to the one who made them; whoever waited tries itself.
+  // The value that is kept for the key, or else the one that `make` returns, of about `bytes`
+  // bytes. A value that does not fit is returned but not kept. An error of `make` goes to the
+  // caller whose `make` it was; the others call theirs.
   absl::StatusOr<Found> Get(const std::string& key, int64_t bytes,
-                            const std::function<absl::StatusOr<Value>()>& make);
+                            const std::function<absl::StatusOr<Value>()>& make)
+      ABSL_LOCKS_EXCLUDED(mu_);
 
-  // Drops unused values until so many bytes are free again, or none is left.
-  void Reclaim(int64_t bytes);
-  // Drops every key that begins so.
-  void Drop(const std::string& prefix);
+  // Drops unused values until `bytes` are given back to the budget, or none is left.
+  void Reclaim(int64_t bytes) ABSL_LOCKS_EXCLUDED(mu_);
+  // Drops every key that begins with `prefix`.
+  void Drop(const std::string& prefix) ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
-  // A value on its way.
+  // A value that a call is making.
   struct Flight {
     std::atomic<bool> done{false};
-    // Set before `done`; null: it failed.
+    // Set before `done`; null if making it failed.
     Value value;
   };
-  // What the map's pointer keeps alive besides the value, until the last user is gone.
+  // The reservation lives as long as the value: until the last user of the value is gone.
   struct Held {
     ByteBudget::Reservation reservation;
     Value value;
@@ -63,21 +65,23 @@ class SharedCache {
     std::list<std::string>::iterator used;
   };
 
-  Value Keep(const std::string& key, int64_t bytes, Value value);
-  // Needs mu_. Drops unused values, oldest first, while `more` says so. What it drops goes to
-  // `dropped`, to be let go without the lock.
-  void DropUnused(const std::function<bool()>& more, std::list<std::shared_ptr<Held>>& dropped);
+  Value Keep(const std::string& key, int64_t bytes, Value value) ABSL_LOCKS_EXCLUDED(mu_);
+  // Drops unused values, the oldest first, until at most `limit` bytes are kept. They go to
+  // `dropped`, to be freed without the lock.
+  void DropUnused(int64_t limit, std::list<std::shared_ptr<Held>>& dropped)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   WorkerPool& pool_;
   ByteBudget& budget_;
   const int64_t capacity_;
 
-  std::mutex mu_;
-  // All guarded by mu_.
-  std::map<std::string, Entry> entries_;
-  std::list<std::string> by_use_;  // the oldest first
-  std::map<std::string, std::shared_ptr<Flight>> flights_;
-  int64_t bytes_ = 0;
+  base::Mutex mu_;
+  std::map<std::string, Entry> entries_ ABSL_GUARDED_BY(mu_);
+  // Keys of entries_, the least recently used first.
+  std::list<std::string> by_use_ ABSL_GUARDED_BY(mu_);
+  std::map<std::string, std::shared_ptr<Flight>> flights_ ABSL_GUARDED_BY(mu_);
+  // Bytes of entries_, and of values about to be kept.
+  int64_t bytes_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
 }  // namespace certiq::server

@@ -1,4 +1,4 @@
-// Waiting awake for a moment before going to sleep.
+// Bounded spin wait, tried before a condition variable.
 
 #ifndef CERTIQ_RUNTIME_SPIN_WAIT_H_
 #define CERTIQ_RUNTIME_SPIN_WAIT_H_
@@ -7,17 +7,17 @@
 
 namespace certiq::server {
 
-// How long a thread looks out for the next loop, or for the last piece of its own, before it
-// sleeps. The loops of a job follow one another in less, and to be woken takes as long.
-inline constexpr std::chrono::microseconds kLookOut(100);
+// The longest spin. The loops of a job follow one another within it, and waking a thread that
+// sleeps takes about as long.
+inline constexpr std::chrono::microseconds kSpinWait(100);
 
-// Whether `seen` came true in that time.
+// Polls `condition` for at most kSpinWait; true as soon as it holds.
 template <typename Condition>
-bool LookOut(const Condition& seen) {
-  const auto end = std::chrono::steady_clock::now() + kLookOut;
+bool SpinWait(const Condition& condition) {
+  const auto end = std::chrono::steady_clock::now() + kSpinWait;
   do {
     for (int i = 0; i < 16; ++i) {
-      if (seen()) return true;
+      if (condition()) return true;
       __builtin_ia32_pause();
     }
   } while (std::chrono::steady_clock::now() < end);

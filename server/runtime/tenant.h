@@ -1,4 +1,4 @@
-// Whose calibrations and jobs they are.
+// Tenant: the owner of calibrations and jobs, and its limits.
 
 #ifndef CERTIQ_RUNTIME_TENANT_H_
 #define CERTIQ_RUNTIME_TENANT_H_
@@ -11,11 +11,11 @@ namespace certiq::server {
 
 inline constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
-// Shares of the server that one tenant may hold at a time.
+// Limits on what one tenant holds at a time.
 struct TenantLimits {
   int64_t memory_bytes = kNoLimit;
   int64_t disk_bytes = kNoLimit;
-  // Jobs that have not ended, Quantize calls among them.
+  // Jobs that have not ended; a Quantize call is one.
   int64_t jobs = kNoLimit;
   // Open Accumulate and ImportStatistics calls.
   int64_t streams = kNoLimit;
@@ -23,7 +23,8 @@ struct TenantLimits {
   bool operator==(const TenantLimits&) const = default;
 };
 
-// Owner of what a call makes, and all that it sees. Without tokens everyone is the tenant "".
+// A call creates resources for its tenant and sees no others. Without a token file every call is of
+// the tenant "".
 struct Tenant {
   std::string name;
   TenantLimits limits;

@@ -6,12 +6,12 @@
 namespace certiq::server {
 
 void CountQuota::SetLimit(int64_t limit) {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   limit_ = limit;
 }
 
-absl::StatusOr<CountQuota::Place> CountQuota::Take(absl::string_view what) {
-  const std::lock_guard lock(mu_);
+absl::StatusOr<CountQuota::Permit> CountQuota::Take(absl::string_view what) {
+  const base::MutexLock lock(mu_);
   if (taken_ >= limit_) {
     absl::Status status = absl::ResourceExhaustedError(
         absl::StrCat("all ", limit_, " ", what, " that this tenant may have are taken"));
@@ -19,34 +19,34 @@ absl::StatusOr<CountQuota::Place> CountQuota::Take(absl::string_view what) {
     return status;
   }
   ++taken_;
-  return Place(this);
+  return Permit(this);
 }
 
-CountQuota::Place CountQuota::TakeAnyway() {
-  const std::lock_guard lock(mu_);
+CountQuota::Permit CountQuota::TakeUnchecked() {
+  const base::MutexLock lock(mu_);
   ++taken_;
-  return Place(this);
+  return Permit(this);
 }
 
 void CountQuota::Give() {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   --taken_;
 }
 
-Account& Accounts::Of(const std::string& tenant) {
-  const std::lock_guard lock(mu_);
-  std::unique_ptr<Account>& account = accounts_[tenant];
-  if (account == nullptr) account = std::make_unique<Account>(memory_, disk_);
-  return *account;
+TenantQuota& TenantQuotas::Of(const std::string& tenant) {
+  const base::MutexLock lock(mu_);
+  std::unique_ptr<TenantQuota>& quota = quotas_[tenant];
+  if (quota == nullptr) quota = std::make_unique<TenantQuota>(memory_, disk_);
+  return *quota;
 }
 
-Account& Accounts::Of(const Tenant& tenant) {
-  Account& account = Of(tenant.name);
-  account.memory.SetCapacity(tenant.limits.memory_bytes);
-  account.disk.SetCapacity(tenant.limits.disk_bytes);
-  account.jobs.SetLimit(tenant.limits.jobs);
-  account.streams.SetLimit(tenant.limits.streams);
-  return account;
+TenantQuota& TenantQuotas::Of(const Tenant& tenant) {
+  TenantQuota& quota = Of(tenant.name);
+  quota.memory.SetCapacity(tenant.limits.memory_bytes);
+  quota.disk.SetCapacity(tenant.limits.disk_bytes);
+  quota.jobs.SetLimit(tenant.limits.jobs);
+  quota.streams.SetLimit(tenant.limits.streams);
+  return quota;
 }
 
 }  // namespace certiq::server

@@ -1,4 +1,4 @@
-// What each tenant holds of the server.
+// Per-tenant quotas of memory, disk space, jobs and streams.
 
 #ifndef CERTIQ_RUNTIME_TENANT_QUOTA_H_
 #define CERTIQ_RUNTIME_TENANT_QUOTA_H_
@@ -6,56 +6,57 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "base/mutex.h"
 #include "runtime/byte_budget.h"
 #include "runtime/tenant.h"
 
 namespace certiq::server {
 
-// So many of something at a time. Thread-safe; outlives its places.
+// Counting quota: at most `limit` permits at a time. Thread-safe; outlives its permits.
 class CountQuota {
  public:
-  // One of them, given back on destruction. Movable.
-  class Place {
+  // Counts as one until it is destroyed. Movable.
+  class Permit {
    public:
-    Place() = default;
-    Place(Place&& other) noexcept : quota_(std::exchange(other.quota_, nullptr)) {}
-    Place& operator=(Place&& other) noexcept {
+    Permit() = default;
+    Permit(Permit&& other) noexcept : quota_(std::exchange(other.quota_, nullptr)) {}
+    Permit& operator=(Permit&& other) noexcept {
       std::swap(quota_, other.quota_);
       return *this;
     }
-    ~Place() {
+    ~Permit() {
       if (quota_ != nullptr) quota_->Give();
     }
 
    private:
     friend class CountQuota;
-    explicit Place(CountQuota* quota) : quota_(quota) {}
+    explicit Permit(CountQuota* quota) : quota_(quota) {}
     CountQuota* quota_ = nullptr;
   };
 
-  void SetLimit(int64_t limit);
-  // RESOURCE_EXHAUSTED where there is none, with a retry delay if there can be one. `what`: "jobs".
-  absl::StatusOr<Place> Take(absl::string_view what);
-  // For what is there already; may pass the limit.
-  Place TakeAnyway();
+  void SetLimit(int64_t limit) ABSL_LOCKS_EXCLUDED(mu_);
+  // RESOURCE_EXHAUSTED if all permits are taken, with a retry delay unless the limit is 0. `what`
+  // names the thing that is counted, for example "jobs".
+  absl::StatusOr<Permit> Take(absl::string_view what) ABSL_LOCKS_EXCLUDED(mu_);
+  // May pass the limit. It is for what exists already, such as jobs that were found at the start.
+  Permit TakeUnchecked() ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
-  void Give();
+  void Give() ABSL_LOCKS_EXCLUDED(mu_);
 
-  std::mutex mu_;
-  int64_t limit_ = kNoLimit;  // guarded by mu_
-  int64_t taken_ = 0;         // guarded by mu_
+  base::Mutex mu_;
+  int64_t limit_ ABSL_GUARDED_BY(mu_) = kNoLimit;
+  int64_t taken_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
-// A tenant's shares of the whole server's budgets.
-struct Account {
-  Account(ByteBudget& whole_memory, ByteBudget& whole_disk)
+// A tenant's parts of the server's budgets.
+struct TenantQuota {
+  TenantQuota(ByteBudget& whole_memory, ByteBudget& whole_disk)
       : memory(kNoLimit, whole_memory, "this tenant's memory"),
         disk(kNoLimit, whole_disk, "this tenant's disk space") {}
 
@@ -65,21 +66,22 @@ struct Account {
   CountQuota streams;
 };
 
-// Thread-safe. Accounts stay: there are no more of them than tenants.
-class Accounts {
+// The quota of each tenant. Thread-safe. References stay valid: a quota that was made is kept, and
+// there are no more of them than tenants.
+class TenantQuotas {
  public:
-  Accounts(ByteBudget& memory, ByteBudget& disk) : memory_(memory), disk_(disk) {}
+  TenantQuotas(ByteBudget& memory, ByteBudget& disk) : memory_(memory), disk_(disk) {}
 
-  // With the limits as they are now.
-  Account& Of(const Tenant& tenant);
-  // With the limits last heard of.
-  Account& Of(const std::string& tenant);
+  // Sets the quota's limits to those of `tenant`.
+  TenantQuota& Of(const Tenant& tenant) ABSL_LOCKS_EXCLUDED(mu_);
+  // Leaves the limits as they were set last.
+  TenantQuota& Of(const std::string& tenant) ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
   ByteBudget& memory_;
   ByteBudget& disk_;
-  std::mutex mu_;
-  std::map<std::string, std::unique_ptr<Account>> accounts_;  // guarded by mu_
+  base::Mutex mu_;
+  std::map<std::string, std::unique_ptr<TenantQuota>> quotas_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace certiq::server

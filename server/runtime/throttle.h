@@ -1,26 +1,26 @@
-// How much of a job's progress is passed on.
+// Rate limit of progress reports.
 
 #ifndef CERTIQ_RUNTIME_THROTTLE_H_
 #define CERTIQ_RUNTIME_THROTTLE_H_
 
 #include <chrono>
-#include <mutex>
 #include <optional>
 
+#include "base/mutex.h"
 #include "engine/run_context.h"
 
 namespace certiq::server {
 
-// Lets every new phase pass, and of one phase what comes kInterval or more after the last. The
-// engine reports some 600 steps of a large layer; a message for each took the cores that are to
-// quantize it. Thread-safe.
-class ProgressGate {
+// Allows the first report of every phase, and then one report of that phase per kInterval. The
+// engine reports some 600 steps of a large layer; sending a message for each costs CPU time that
+// the layer needs. Thread-safe.
+class Throttle {
  public:
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds kInterval{50};
 
-  bool Passes(engine::Phase phase, Clock::time_point now = Clock::now()) {
-    const std::lock_guard lock(mu_);
+  bool Allow(engine::Phase phase, Clock::time_point now = Clock::now()) ABSL_LOCKS_EXCLUDED(mu_) {
+    const base::MutexLock lock(mu_);
     if (phase == phase_ && now < next_) return false;
     phase_ = phase;
     next_ = now + kInterval;
@@ -28,9 +28,9 @@ class ProgressGate {
   }
 
  private:
-  std::mutex mu_;
-  std::optional<engine::Phase> phase_;
-  Clock::time_point next_;
+  base::Mutex mu_;
+  std::optional<engine::Phase> phase_ ABSL_GUARDED_BY(mu_);
+  Clock::time_point next_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace certiq::server

@@ -16,14 +16,13 @@ absl::Status ShutDown() { return absl::UnavailableError("the server is shutting 
 
 }  // namespace
 
-// Of the calling thread.
 struct WorkerPool::ThreadState {
-  // The pool whose worker it is.
+  // The pool whose worker this thread is.
   const WorkerPool* pool = nullptr;
-  // Loops it is in, its own and those it helps.
+  // Loops on its stack, its own and those it helps.
   int loops = 0;
   bool in_task = false;
-  // A job does no task before this.
+  // Its job serves no task before this.
   std::chrono::steady_clock::time_point serve_after;
 };
 thread_local WorkerPool::ThreadState WorkerPool::thread_;
@@ -32,16 +31,30 @@ WorkerPool::Slot& WorkerPool::Slot::operator=(Slot&& other) noexcept {
   if (this != &other) {
     Release();
     pool_ = std::exchange(other.pool_, nullptr);
+    id_ = other.id_;
+    parked_ = std::exchange(other.parked_, false);
   }
   return *this;
+}
+
+void WorkerPool::Slot::Park() {
+  if (pool_ == nullptr || parked_) return;
+  parked_ = true;
+  const base::MutexLock lock(pool_->mu_);
+  ++pool_->parked_;
+  pool_->QueueChanged();
 }
 
 void WorkerPool::Slot::Release() {
   if (pool_ == nullptr) return;
   WorkerPool* const pool = std::exchange(pool_, nullptr);
-  const std::lock_guard lock(pool->mu_);
+  const base::MutexLock lock(pool->mu_);
   --pool->slots_;
-  if (pool->Idle()) pool->idle_.notify_all();
+  if (std::exchange(parked_, false)) {
+    --pool->parked_;
+    pool->QueueChanged();
+  }
+  if (pool->Idle()) pool->idle_.NotifyAll();
 }
 
 WorkerPool::WorkerPool(int workers, int queue_limit, Observer& observer)
@@ -63,46 +76,44 @@ void WorkerPool::ParallelFor(int64_t count, const std::function<void(int64_t)>& 
   Loop loop(count, body);
   std::list<Loop*>::iterator position;
   {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     position = loops_.insert(loops_.end(), &loop);
     announced_.fetch_add(1, std::memory_order_relaxed);
-    helpers_.notify_all();
+    helpers_.NotifyAll();
     if (count - 1 >= waiting_) {
-      if (waiting_ > 0) work_.notify_all();
+      if (waiting_ > 0) work_.NotifyAll();
     } else {
-      for (int64_t i = 1; i < count; ++i) work_.notify_one();
+      for (int64_t i = 1; i < count; ++i) work_.NotifyOne();
     }
   }
-  RunPieces(loop, /*helper=*/false);
-  std::unique_lock lock(mu_);
-  loops_.erase(position);
-  if (loop.helpers > 0) {
-    lock.unlock();
-    LookOut([&loop] { return loop.helpers.load(std::memory_order_relaxed) == 0; });
-    lock.lock();
+  RunPieces(loop, /*yield=*/false);
+  {
+    const base::MutexLock lock(mu_);
+    loops_.erase(position);
+    if (loop.helpers > 0) {
+      const base::MutexUnlock unlock(mu_);
+      SpinWait([&loop] { return loop.helpers.load(std::memory_order_relaxed) == 0; });
+    }
+    while (loop.helpers > 0) loop.left.Wait(mu_);
   }
-  loop.left.wait(lock, [&loop] { return loop.helpers == 0; });
-  if (loop.error) {
-    const std::exception_ptr error = loop.error;
-    lock.unlock();
-    std::rethrow_exception(error);
-  }
+  // Nobody but this thread has the loop any more.
+  if (loop.error) std::rethrow_exception(loop.error);
 }
 
-void WorkerPool::RunPieces(Loop& loop, bool helper) {
+void WorkerPool::RunPieces(Loop& loop, bool yield) {
   ++thread_.loops;
   for (;;) {
     const bool tasks = tasks_waiting_.load(std::memory_order_relaxed) > 0;
-    if (helper && (tasks || jobs_waiting_.load(std::memory_order_relaxed))) break;
+    if (yield && (tasks || jobs_waiting_.load(std::memory_order_relaxed))) break;
     if (tasks) ServeTask();
     const int64_t i = loop.next.fetch_add(1, std::memory_order_relaxed);
     if (i >= loop.count) break;
     try {
       loop.body(i);
     } catch (...) {
-      // The rest would be thrown away: hand out no more of it.
+      // The results of further pieces would be dropped: hand out no more of them.
       loop.next.store(loop.count, std::memory_order_relaxed);
-      const std::lock_guard lock(mu_);
+      const base::MutexLock lock(mu_);
       if (!loop.error) loop.error = std::current_exception();
     }
   }
@@ -110,14 +121,14 @@ void WorkerPool::RunPieces(Loop& loop, bool helper) {
 }
 
 void WorkerPool::ServeTask() {
-  // Not inside another task or piece: those are short, and stay so.
+  // Tasks run between the pieces of a job only. A task, or a piece inside another, stays short.
   if (thread_.pool != this || thread_.in_task || thread_.loops != 1) return;
   const auto start = std::chrono::steady_clock::now();
   if (start < thread_.serve_after) return;
-  std::unique_lock lock(mu_);
-  // A worker with nothing else to do has been woken for it.
+  const base::MutexLock lock(mu_);
+  // A worker that waits has been notified of the task and takes it.
   if (tasks_.empty() || waiting_ > 0) return;
-  RunTask(lock);
+  RunTask();
   const auto end = std::chrono::steady_clock::now();
   thread_.serve_after = end + (end - start);
 }
@@ -131,42 +142,43 @@ WorkerPool::Loop* WorkerPool::LoopToHelp() {
 }
 
 void WorkerPool::HelpUntil(const std::atomic<bool>& done) {
-  std::unique_lock lock(mu_);
+  const base::MutexLock lock(mu_);
   while (!done) {
     if (Loop* const loop = LoopToHelp(); loop != nullptr) {
-      ++loop->helpers;
-      lock.unlock();
-      RunPieces(*loop, /*helper=*/false);
-      lock.lock();
-      if (--loop->helpers == 0) loop->left.notify_all();
+      Help(*loop, /*yield=*/false);
     } else {
-      helpers_.wait(lock);
+      helpers_.Wait(mu_);
     }
   }
 }
 
+void WorkerPool::Help(Loop& loop, bool yield) {
+  ++loop.helpers;
+  {
+    const base::MutexUnlock unlock(mu_);
+    RunPieces(loop, yield);
+  }
+  if (--loop.helpers == 0) loop.left.NotifyAll();
+}
+
 void WorkerPool::WakeHelpers() {
-  const std::lock_guard lock(mu_);
-  helpers_.notify_all();
+  const base::MutexLock lock(mu_);
+  helpers_.NotifyAll();
 }
 
 absl::Status WorkerPool::Post(Task task) {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   if (stopping_) return ShutDown();
   tasks_.push_back(std::move(task));
   announced_.fetch_add(1, std::memory_order_relaxed);
   tasks_waiting_.fetch_add(1, std::memory_order_relaxed);
-  work_.notify_one();
+  work_.NotifyOne();
   return absl::OkStatus();
 }
 
 absl::StatusOr<WorkerPool::Slot> WorkerPool::Admit() {
-  const std::lock_guard lock(mu_);
-  if (!admitting_) {
-    absl::Status status = absl::UnavailableError("the server is draining and takes no new work");
-    base::SetRetryAfter(status, base::kRetrySoon);
-    return status;
-  }
+  const base::MutexLock lock(mu_);
+  if (!admitting_) return base::DrainingError();
   if (slots_ >= queue_limit_) {
     absl::Status status = absl::ResourceExhaustedError(
         absl::StrCat("the queue is full: all ", queue_limit_,
@@ -175,39 +187,40 @@ absl::StatusOr<WorkerPool::Slot> WorkerPool::Admit() {
     return status;
   }
   ++slots_;
-  return Slot(this);
+  return Slot(this, next_id_++);
 }
 
 WorkerPool::Slot WorkerPool::AdmitAgain() {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   ++slots_;
-  return Slot(this);
+  return Slot(this, next_id_++);
 }
 
 absl::StatusOr<WorkerPool::JobId> WorkerPool::Enqueue(Slot slot, Job job) {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   if (slot.pool_ != this) return absl::InternalError("a job without a place in the queue");
-  // From here on the entry in queue_ holds the place.
+  // From here on the entry in queue_ holds the slot.
   slot.pool_ = nullptr;
+  if (std::exchange(slot.parked_, false)) --parked_;
   if (stopping_) {
     --slots_;
     return ShutDown();
   }
-  const JobId id = next_id_++;
+  const JobId id = slot.id_;
   const Rank rank{-job.priority, id};
   queue_.emplace(rank, Queued{id, std::move(job)});
   queued_.emplace(id, rank);
   jobs_waiting_ = true;
   announced_.fetch_add(1, std::memory_order_relaxed);
   QueueChanged();
-  work_.notify_one();
+  work_.NotifyOne();
   return id;
 }
 
 void WorkerPool::Cancel(JobId id, absl::StatusCode reason) {
   Job job;
   {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     if (const auto running = running_.find(id); running != running_.end()) {
       running->second->Cancel(reason);
       return;
@@ -218,125 +231,129 @@ void WorkerPool::Cancel(JobId id, absl::StatusCode reason) {
     queued_.erase(queued);
     job = std::move(entry.mapped().job);
     --slots_;
-    ++active_;  // until its completion has run
-    // The one behind it may be able to start.
+    // Counted as active until its completion has run.
+    ++active_;
+    // The job behind it may be able to start.
     jobs_waiting_ = true;
-    work_.notify_one();
+    work_.NotifyOne();
     QueueChanged();
   }
   job.cancellation->Cancel(reason);
   base::Complete(job.done, job.cancellation->status());
   job = Job();
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   --active_;
-  if (active_ == 0) idle_.notify_all();
+  if (active_ == 0) idle_.NotifyAll();
 }
 
 int64_t WorkerPool::Position(JobId id) const {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   const auto queued = queued_.find(id);
   if (queued == queued_.end()) return -1;
   return std::distance(queue_.begin(), queue_.find(queued->second));
 }
 
 void WorkerPool::Poke() {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   if (queue_.empty()) return;
   jobs_waiting_ = true;
-  work_.notify_one();
+  work_.NotifyOne();
 }
 
 void WorkerPool::StopAdmitting() {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   admitting_ = false;
 }
 
 bool WorkerPool::admitting() const {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   return admitting_;
 }
 
 bool WorkerPool::Drain(std::chrono::steady_clock::time_point deadline) {
-  std::unique_lock lock(mu_);
+  const base::MutexLock lock(mu_);
   admitting_ = false;
-  return idle_.wait_until(lock, deadline, [this] { return Idle(); });
+  while (!Idle()) {
+    if (!idle_.WaitUntil(mu_, deadline)) return Idle();
+  }
+  return true;
 }
 
 bool WorkerPool::WaitRunning(std::chrono::steady_clock::time_point deadline) {
-  std::unique_lock lock(mu_);
-  return idle_.wait_until(lock, deadline, [this] { return active_ == 0 && tasks_.empty(); });
+  const base::MutexLock lock(mu_);
+  while (active_ != 0 || !tasks_.empty()) {
+    if (!idle_.WaitUntil(mu_, deadline)) return active_ == 0 && tasks_.empty();
+  }
+  return true;
 }
 
 void WorkerPool::Shutdown() {
   std::vector<JobId> queued;
   {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     admitting_ = false;
     stopping_ = true;
     for (const auto& [id, rank] : queued_) queued.push_back(id);
     for (const auto& [id, cancellation] : running_) {
       cancellation->Cancel(absl::StatusCode::kUnavailable);
     }
-    work_.notify_all();
+    work_.NotifyAll();
   }
   for (const JobId id : queued) Cancel(id, absl::StatusCode::kUnavailable);
-  const std::lock_guard join_lock(join_mu_);
+  const base::MutexLock join_lock(join_mu_);
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
 }
 
 int64_t WorkerPool::queue_depth() const {
-  const std::lock_guard lock(mu_);
-  return static_cast<int64_t>(queue_.size());
+  const base::MutexLock lock(mu_);
+  return static_cast<int64_t>(queue_.size()) + parked_;
 }
 
 void WorkerPool::Work() {
   thread_.pool = this;
-  std::unique_lock lock(mu_);
-  // It has just helped: the loop that follows is likely to come soon.
+  const base::MutexLock lock(mu_);
+  // After helping a loop the worker spins before it sleeps: the job's next loop is likely to come
+  // soon.
   bool helped = false;
   for (;;) {
     if (!tasks_.empty()) {
       SetBusy(+1);
-      RunTask(lock);
+      RunTask();
       SetBusy(-1);
     } else if (std::optional<Queued> queued = TakeJob(); queued.has_value()) {
       ++active_;
       SetBusy(+1);
-      lock.unlock();
-      RunJob(*std::exchange(queued, std::nullopt));
-      lock.lock();
+      {
+        const base::MutexUnlock unlock(mu_);
+        RunJob(*std::exchange(queued, std::nullopt));
+      }
       --active_;
       SetBusy(-1);
-      // What it held may be what another waits for.
+      // Its resources may be those that another job waits for.
       jobs_waiting_ = true;
     } else if (Loop* const loop = LoopToHelp(); loop != nullptr) {
-      ++loop->helpers;
       SetBusy(+1);
-      lock.unlock();
-      RunPieces(*loop, /*helper=*/true);
-      lock.lock();
+      Help(*loop, /*yield=*/true);
       SetBusy(-1);
-      if (--loop->helpers == 0) loop->left.notify_all();
       helped = true;
     } else if (stopping_) {
       return;
     } else if (std::exchange(helped, false)) {
       const uint64_t before = announced_.load(std::memory_order_relaxed);
-      lock.unlock();
-      LookOut([&] { return announced_.load(std::memory_order_relaxed) != before; });
-      lock.lock();
+      const base::MutexUnlock unlock(mu_);
+      SpinWait([&] { return announced_.load(std::memory_order_relaxed) != before; });
     } else {
       ++waiting_;
-      work_.wait(lock);
+      work_.Wait(mu_);
       --waiting_;
     }
-    if (active_ == 0) idle_.notify_all();
+    if (active_ == 0) idle_.NotifyAll();
   }
 }
 
 std::optional<WorkerPool::Queued> WorkerPool::TakeJob() {
-  // Shutdown cancels what waits.
+  // Shutdown cancels the jobs that wait.
   if (stopping_) return std::nullopt;
   bool gated = false;
   for (auto at = queue_.begin(); at != queue_.end(); ++at) {
@@ -351,26 +368,27 @@ std::optional<WorkerPool::Queued> WorkerPool::TakeJob() {
     running_.emplace(queued.id, queued.job.cancellation);
     --slots_;
     QueueChanged();
-    // The next one may be able to start too.
-    if (!queue_.empty()) work_.notify_one();
+    // The job behind it may be able to start too.
+    if (!queue_.empty()) work_.NotifyOne();
     return queued;
   }
   jobs_waiting_ = false;
   return std::nullopt;
 }
 
-void WorkerPool::RunTask(std::unique_lock<std::mutex>& lock) {
+void WorkerPool::RunTask() {
   Task task = std::move(tasks_.front());
   tasks_.pop_front();
   tasks_waiting_.fetch_sub(1, std::memory_order_relaxed);
   ++active_;
-  lock.unlock();
-  thread_.in_task = true;
-  base::Complete(task.done, base::RunGuarded(task.run));
-  // What it holds goes before it counts as done.
-  task = Task();
-  thread_.in_task = false;
-  lock.lock();
+  {
+    const base::MutexUnlock unlock(mu_);
+    thread_.in_task = true;
+    base::Complete(task.done, base::RunGuarded(task.run));
+    // The resources that its functions hold are free before it counts as done.
+    task = Task();
+    thread_.in_task = false;
+  }
   --active_;
 }
 
@@ -378,7 +396,7 @@ void WorkerPool::RunJob(Queued&& queued) {
   const Job job = std::move(queued.job);
   absl::Status status = base::RunGuarded(job.run);
   {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     running_.erase(queued.id);
   }
   base::Complete(job.done, std::move(status));
@@ -390,7 +408,7 @@ void WorkerPool::SetBusy(int change) {
 }
 
 void WorkerPool::QueueChanged() {
-  observer_.QueueChanged(static_cast<int64_t>(queue_.size()), queue_limit_);
+  observer_.QueueChanged(static_cast<int64_t>(queue_.size()) + parked_, queue_limit_);
 }
 
 bool WorkerPool::Idle() const {

@@ -1,23 +1,27 @@
-// Records as rows: every field in the order of its column, once for writing, reading and checking.
+// The stored records: protobuf messages, defined once in proto/certiq/internal/stored.proto.
 
 #ifndef CERTIQ_STORE_RECORDS_H_
 #define CERTIQ_STORE_RECORDS_H_
 
-#include <cstdint>
-
-#include "absl/status/status.h"
-#include "absl/status/statusor.h"
-#include "store/sqlite.h"
-#include "store/store.h"
+#include "certiq/internal/stored.pb.h"
+#include "contract/job_state.h"
 
 namespace certiq::server {
 
-// REQUIRES of both inserts: a transaction is open, and there is no row of this id.
-absl::Status InsertCalibration(SqlDatabase& database, const CalibrationRecord& record);
-absl::Status InsertJob(SqlDatabase& database, const JobRecord& record);
+using CalibrationRecord = internal::StoredCalibration;
+using StreamRecord = internal::StoredStream;
+using JobRecord = internal::StoredJob;
+using ResultRecord = internal::StoredResult;
+// Names immutable bytes in the blob store; an empty name stands for none.
+using BlobRef = internal::Blob;
 
-// Every row, checked. DATA_LOSS where one is not what was inserted.
-absl::StatusOr<StoredState> SelectAll(SqlDatabase& database);
+// When a job that has ended is deleted; 0 where it has not ended.
+inline int64_t ExpireTime(const JobRecord& job) {
+  return IsFinal(job.state()) ? job.end_time() + job.ttl_micros() : 0;
+}
+inline int64_t ExpireTime(const CalibrationRecord& calibration) {
+  return calibration.update_time() + calibration.ttl_micros();
+}
 
 }  // namespace certiq::server
 

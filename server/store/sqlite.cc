@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "base/status_macros.h"
 
 namespace certiq::server {
 namespace {
@@ -144,19 +145,15 @@ absl::Status SqlDatabase::Run(const char* sql) {
 }
 
 absl::StatusOr<int64_t> SqlDatabase::Number(const char* sql) {
-  absl::StatusOr<SqlStatement> statement = Prepare(sql);
-  if (!statement.ok()) return statement.status();
-  const absl::StatusOr<bool> row = statement->Step();
-  if (!row.ok()) return row.status();
-  return *row ? statement->NextInteger() : 0;
+  ASSIGN_OR_RETURN(SqlStatement statement, Prepare(sql));
+  ASSIGN_OR_RETURN(const bool row, statement.Step());
+  return row ? statement.NextInteger() : 0;
 }
 
 absl::StatusOr<std::string> SqlDatabase::Text(const char* sql) {
-  absl::StatusOr<SqlStatement> statement = Prepare(sql);
-  if (!statement.ok()) return statement.status();
-  const absl::StatusOr<bool> row = statement->Step();
-  if (!row.ok()) return row.status();
-  return *row ? statement->NextString() : std::string();
+  ASSIGN_OR_RETURN(SqlStatement statement, Prepare(sql));
+  ASSIGN_OR_RETURN(const bool row, statement.Step());
+  return row ? statement.NextString() : std::string();
 }
 
 absl::StatusOr<SqlStatement> SqlDatabase::Prepare(const char* sql) {
@@ -172,6 +169,8 @@ absl::StatusOr<SqlStatement> SqlDatabase::Prepare(const char* sql) {
 }
 
 bool SqlDatabase::in_transaction() const { return sqlite3_get_autocommit(database_.get()) == 0; }
+
+int64_t SqlDatabase::changes() const { return sqlite3_total_changes64(database_.get()); }
 
 absl::Status SqlDatabase::Error(int code) const {
   // sqlite3_system_errno() is the same, but not told of a COMMIT that fails.

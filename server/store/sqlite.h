@@ -47,7 +47,7 @@ class SqlStatement {
   std::unique_ptr<sqlite3_stmt, Finalize> statement_;
   int next_parameter_ = 1;
   int next_column_ = 0;
-  // Of the first Bind that failed; 0 if none.
+  // The code of the first Bind that failed; 0 if none.
   int bind_error_ = 0;
 };
 
@@ -66,6 +66,8 @@ class SqlDatabase {
   absl::StatusOr<SqlStatement> Prepare(const char* sql);
 
   bool in_transaction() const;
+  // Rows that were written or deleted since it was opened.
+  int64_t changes() const;
 
   // What a result code means: RESOURCE_EXHAUSTED or UNAVAILABLE with a retry delay, DATA_LOSS,
   // or INTERNAL for what only a mistake of ours can cause. Right after the call that gave it, whose

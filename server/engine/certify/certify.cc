@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
-#include "engine/linalg/quadratic_form.h"
-#include "engine/methods/sweep_method.h"
+#include "base/status_macros.h"
+#include "engine/gram/quadratic_form.h"
 
 namespace certiq::engine {
 namespace {
@@ -19,24 +19,23 @@ constexpr double kCancellation = 0.1;
 constexpr double kHealthyResidual = 1e-3;
 
 // (M3), (M7) on a sample, the left side from the sums.
-absl::StatusOr<double> IdentityResidual(const WorkingLayer& layer, const Fit& fit,
+absl::StatusOr<double> IdentityResidual(const WorkingLayer& layer, const RoundedLayer& rounded,
                                         const std::vector<double>& norms,
                                         const RunContext& context) {
-  const std::vector<int64_t> sample = EvenlySpaced(kIdentityRows, fit.output.change.rows());
+  const std::vector<int64_t> sample = EvenlySpaced(kIdentityRows, rounded.change.rows());
   // W counts only where inputs are mismatched; elsewhere it may be gone.
-  const StripMatrix change = SelectRows(fit.output.change, sample);
+  const StripMatrix change = SelectRows(rounded.change, sample);
   const StripMatrix weights =
-      layer.statistics().mismatch.has_value() ? SelectRows(layer.reference, sample) : StripMatrix();
-  const auto squares =
+      layer.mismatched() ? SelectRows(layer.reference, sample) : StripMatrix();
+  ASSIGN_OR_RETURN(
+      const std::vector<double> exact,
       ExactSquaredErrors(layer.statistics(), Widen(weights, *context.executor),
-                         Widen(change, *context.executor), nullptr, Phase::kCertify, context);
-  if (!squares.ok()) return squares.status();
-  const std::vector<double>& exact = *squares;
+                         Widen(change, *context.executor), nullptr, Phase::kCertify, context));
   double residual = 0;
   for (size_t i = 0; i < sample.size(); ++i) {
     const auto r = static_cast<size_t>(sample[i]);
-    const double left = exact[i] + fit.damping->lambda_used * norms[r];
-    const double right = fit.output.damped[r];
+    const double left = exact[i] + rounded.damping->lambda_used * norms[r];
+    const double right = rounded.damped[r];
     if (left == 0 && right == 0) continue;
     residual = std::max(residual, std::abs(left / right - 1));
   }
@@ -44,26 +43,25 @@ absl::StatusOr<double> IdentityResidual(const WorkingLayer& layer, const Fit& fi
 }
 
 // Undamped squared error of every row.
-absl::StatusOr<std::vector<double>> UndampedErrors(const WorkingLayer& layer, const Fit& fit,
+absl::StatusOr<std::vector<double>> UndampedErrors(const WorkingLayer& layer,
+                                                   const RoundedLayer& rounded,
                                                    const RunContext& context,
                                                    LayerCertificate& certificate) {
-  if (!fit.damping->factor.has_value()) return fit.output.damped;
-  const std::vector<double> norms = RowNorms(fit.output.change, *context.executor);
-  const absl::StatusOr<double> residual = IdentityResidual(layer, fit, norms, context);
-  if (!residual.ok()) return residual.status();
-  certificate.identity_residual = *residual;
+  if (!rounded.damping->factor.has_value()) return rounded.damped;
+  const std::vector<double> norms = RowNorms(rounded.change, *context.executor);
+  ASSIGN_OR_RETURN(certificate.identity_residual, IdentityResidual(layer, rounded, norms, context));
   const bool healthy = certificate.identity_residual <= kHealthyResidual;
   if (!healthy) {
     certificate.warnings.push_back(absl::StrCat(
         "identity_residual ", certificate.identity_residual,
         " is large: errors were taken from the sums of the activations; a larger lambda helps"));
   }
-  std::vector<double> errors = fit.output.damped;
+  std::vector<double> errors = rounded.damped;
   for (size_t r = 0; r < errors.size(); ++r) {
-    errors[r] = std::max(0.0, errors[r] - fit.damping->lambda_used * norms[r]);
+    errors[r] = std::max(0.0, errors[r] - rounded.damping->lambda_used * norms[r]);
   }
-  if (healthy && Sum(errors) > kCancellation * Sum(fit.output.damped)) return errors;
-  return SquaredErrors(layer.statistics(), layer.reference, fit.output.change, nullptr,
+  if (healthy && Sum(errors) > kCancellation * Sum(rounded.damped)) return errors;
+  return SquaredErrors(layer.statistics(), layer.reference, rounded.change, nullptr,
                        Phase::kCertify, context);
 }
 
@@ -91,43 +89,44 @@ void CertifyFactor(const WorkingLayer& layer, const Factor& factor, LayerCertifi
 // (P1) errors uniform in a cell of delta (nearest) or, given the target, two-valued with mean zero
 // (stochastic: delta^2 / 6 on average), plus what was there before rounding. Without feedback
 // |X~_j|^2 stands for D_j.
-double PredictedError(const ResolvedSpec& spec, const WorkingLayer& layer, const Fit& fit) {
-  std::vector<double> weight(static_cast<size_t>(fit.grid.groups));
+double PredictedError(const ResolvedSpec& spec, const WorkingLayer& layer,
+                      const RoundedLayer& rounded) {
+  std::vector<double> weight(static_cast<size_t>(rounded.grid.groups));
   for (size_t j = 0; j < layer.dead.size(); ++j) {
     if (layer.dead[j]) continue;
     const auto at = static_cast<int64_t>(j);
-    weight[static_cast<size_t>(fit.grid.group_of[j])] += fit.damping->factor.has_value()
-                                                             ? fit.damping->factor->d[j]
-                                                             : layer.statistics().gram.at(at, at);
+    weight[static_cast<size_t>(rounded.grid.group_of[j])] +=
+        rounded.damping->factor.has_value() ? rounded.damping->factor->d[j]
+                                            : layer.statistics().gram.at(at, at);
   }
   double sum = 0;
-  for (size_t at = 0; at < fit.grid.scale.size(); ++at) {
-    const double step = fit.grid.scale[at];
+  for (size_t at = 0; at < rounded.grid.scale.size(); ++at) {
+    const double step = rounded.grid.scale[at];
     sum += step * step * weight[at % weight.size()];
   }
   sum /= spec.rounding == Rounding::kNearest ? 12 : 6;
-  for (const double initial : fit.output.initial) sum += initial * initial;
+  for (const double initial : rounded.initial) sum += initial * initial;
   return sum;
 }
 
 // The largest output error of any token: bounded by the row's norm, always; with stochastic
 // rounding also by (B5) with probability 1 - eps over the m R tokens and rows.
-void CertifyLargest(const ResolvedSpec& spec, const Fit& fit, LayerCertificate& certificate) {
+void CertifyLargest(const ResolvedSpec& spec, const RoundedLayer& rounded,
+                    LayerCertificate& certificate) {
   double always = 0;
-  for (const double bound : fit.output.bound) always = std::max(always, bound);
+  for (const double bound : rounded.bound) always = std::max(always, bound);
   certificate.linf_bound = always;
   certificate.linf_probability = 1;
-  if (fit.output.widest.empty()) return;
+  if (rounded.widest.empty()) return;
   const double pairs =
       static_cast<double>(certificate.tokens) * static_cast<double>(certificate.rows);
   // Each row keeps one of its trials, whichever: the bound holds for all of them at once.
   const double deviations =
       std::sqrt(0.5 * std::log(2 * pairs * spec.scale_trials / spec.failure_probability));
   double likely = 0;
-  for (size_t r = 0; r < fit.output.widest.size(); ++r) {
-    likely = std::max(likely, deviations * std::sqrt(fit.output.widest[r]) +
-                                  fit.output.clipped_reach[r] +
-                                  (fit.output.initial.empty() ? 0 : fit.output.initial[r]));
+  for (size_t r = 0; r < rounded.widest.size(); ++r) {
+    likely = std::max(likely, deviations * std::sqrt(rounded.widest[r]) + rounded.clipped_reach[r] +
+                                  (rounded.initial.empty() ? 0 : rounded.initial[r]));
   }
   certificate.linf_bound = std::min(always, likely);
   certificate.linf_probability = 1 - spec.failure_probability;
@@ -135,59 +134,42 @@ void CertifyLargest(const ResolvedSpec& spec, const Fit& fit, LayerCertificate& 
 
 }  // namespace
 
-std::vector<int64_t> EvenlySpaced(int64_t count, int64_t rows) {
-  const int64_t chosen = std::min(count, rows);
-  std::vector<int64_t> result(static_cast<size_t>(chosen));
-  for (int64_t i = 0; i < chosen; ++i) result[static_cast<size_t>(i)] = i * rows / chosen;
-  return result;
-}
-
-double Sum(const std::vector<double>& values) {
-  double sum = 0;
-  for (const double v : values) sum += v;
-  return sum;
-}
-
-double RelativeError(double squared_error, double energy) {
-  if (squared_error == 0) return 0;
-  return std::sqrt(squared_error / energy);
-}
-
-absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer, const Fit& fit,
-                     const RunContext& context, LayerCertificate& certificate) {
-  certificate.outcome = fit.outcome;
-  certificate.lambda_requested = fit.damping->lambda_requested;
-  certificate.lambda_used = fit.damping->factor.has_value() ? fit.damping->lambda_used : 0;
-  certificate.damping_attempts = fit.damping->attempts;
+absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer,
+                     const RoundedLayer& rounded, const RunContext& context,
+                     LayerCertificate& certificate) {
+  certificate.outcome = rounded.outcome;
+  certificate.lambda_requested = rounded.damping->lambda_requested;
+  certificate.lambda_used = rounded.damping->factor.has_value() ? rounded.damping->lambda_used : 0;
+  certificate.damping_attempts = rounded.damping->attempts;
   certificate.dead_features = std::count(layer.dead.begin(), layer.dead.end(), true);
-  if (fit.damping->factor.has_value()) CertifyFactor(layer, *fit.damping->factor, certificate);
+  if (rounded.damping->factor.has_value())
+    CertifyFactor(layer, *rounded.damping->factor, certificate);
 
-  const absl::StatusOr<std::vector<double>> errors =
-      UndampedErrors(layer, fit, context, certificate);
-  if (!errors.ok()) return errors.status();
-  certificate.squared_error = Sum(*errors);
-  certificate.damped_squared_error = Sum(fit.output.damped);
-  certificate.polish = fit.polish;
+  ASSIGN_OR_RETURN(const std::vector<double> errors,
+                   UndampedErrors(layer, rounded, context, certificate));
+  certificate.squared_error = Sum(errors);
+  certificate.damped_squared_error = Sum(rounded.damped);
+  certificate.polish = rounded.refinement;
   certificate.relative_error =
       RelativeError(certificate.squared_error, certificate.reference_energy);
   double bound = 0;
-  for (size_t r = 0; r < errors->size(); ++r) {
-    certificate.row_error.push_back(std::sqrt((*errors)[r]));
-    bound += fit.output.bound[r] * fit.output.bound[r];
-    certificate.clipped_weights += fit.output.clipped[r];
-    certificate.clipped_rows += fit.output.clipped[r] > 0 ? 1 : 0;
+  for (size_t r = 0; r < errors.size(); ++r) {
+    certificate.row_error.push_back(std::sqrt(errors[r]));
+    bound += rounded.bound[r] * rounded.bound[r];
+    certificate.clipped_weights += rounded.clipped[r];
+    certificate.clipped_rows += rounded.clipped[r] > 0 ? 1 : 0;
   }
-  certificate.row_bound = fit.output.bound;
+  certificate.row_bound = rounded.bound;
   certificate.l2_bound = std::sqrt(bound);
-  certificate.worst_overshoot = fit.output.worst_overshoot;
-  certificate.bits_needed = fit.output.bits_needed;
-  certificate.predicted_squared_error = PredictedError(spec, layer, fit);
-  CertifyLargest(spec, fit, certificate);
-  if (fit.output.terms.has_value()) {
-    certificate.optq_initial = std::sqrt(fit.output.terms->optq);
+  certificate.worst_overshoot = rounded.worst_overshoot;
+  certificate.bits_needed = rounded.bits_needed;
+  certificate.predicted_squared_error = PredictedError(spec, layer, rounded);
+  CertifyLargest(spec, rounded, certificate);
+  if (rounded.terms.has_value()) {
+    certificate.optq_initial = std::sqrt(rounded.terms->optq);
     if (spec.method == Method::kQronos) {
-      certificate.qronos_initial = std::sqrt(fit.output.terms->qronos);
-      certificate.floor = std::sqrt(fit.output.terms->floor);
+      certificate.qronos_initial = std::sqrt(rounded.terms->qronos);
+      certificate.floor = std::sqrt(rounded.terms->floor);
     }
   }
   return absl::OkStatus();

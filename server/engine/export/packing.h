@@ -1,4 +1,4 @@
-// Codes to the tensors of a result.
+// Packing of codes and scales into the tensors of a result.
 
 #ifndef CERTIQ_ENGINE_EXPORT_PACKING_H_
 #define CERTIQ_ENGINE_EXPORT_PACKING_H_

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "base/status_macros.h"
 #include "engine/gram/gram_kernel.h"
 #include "engine/kernels/simd.h"
 
@@ -45,7 +46,7 @@ absl::Status CheckValues(const TokenRows& x, int64_t features, int64_t first_row
   return base::NonFiniteValue(x.field, value, first_row + bad / features, bad % features);
 }
 
-void Add(const UpperPanels<double>& other, UpperPanels<double>& sums) {
+void Add(const UpperTriangle<double>& other, UpperTriangle<double>& sums) {
   for (int64_t i = 0; i < sums.size(); ++i) {
     double* to = sums.row(i);
     const double* from = other.row(i);
@@ -55,13 +56,13 @@ void Add(const UpperPanels<double>& other, UpperPanels<double>& sums) {
 
 // Sixteen features at a time, so that lines of the triangle are read whole, two by two: once along
 // their rows, once down their columns. What is gathered then lies in a row that caches hold.
-UpperPanels<double> PermutePanels(const UpperPanels<double>& from,
-                                  const std::vector<int64_t>& order, Executor& executor) {
+UpperTriangle<double> PermutePanels(const UpperTriangle<double>& from,
+                                    const std::vector<int64_t>& order, Executor& executor) {
   constexpr int64_t kFeatures = 16;
   const int64_t n = from.size();
   std::vector<int64_t> place(order.size());
   for (int64_t i = 0; i < n; ++i) place[static_cast<size_t>(order[i])] = i;
-  auto to = UpperPanels<double>::Unset(n);
+  auto to = UpperTriangle<double>::Unset(n);
   executor.ParallelFor((n + kFeatures - 1) / kFeatures, [&](int64_t at) {
     const int64_t first = at * kFeatures;
     const int64_t live = std::min(kFeatures, n - first);
@@ -95,8 +96,8 @@ void Merge(const Statistics& other, Statistics& sums) {
 }
 
 Statistics Sum(const Statistics& a, const Statistics& b, Executor& executor) {
-  const auto add = [&](const UpperPanels<double>& left, const UpperPanels<double>& right) {
-    auto sums = UpperPanels<double>::Unset(left.size());
+  const auto add = [&](const UpperTriangle<double>& left, const UpperTriangle<double>& right) {
+    auto sums = UpperTriangle<double>::Unset(left.size());
     executor.ParallelFor(sums.panels(), [&](int64_t p) {
       for (int64_t i = sums.begin(p); i < sums.end(p); ++i) {
         const double* x = left.row(i);
@@ -139,10 +140,10 @@ Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& ord
 
 StatisticsAccumulator::StatisticsAccumulator(int64_t features, bool mismatched)
     : features_(features) {
-  statistics_.gram = UpperPanels<double>(features);
+  statistics_.gram = UpperTriangle<double>(features);
   if (mismatched) {
     MismatchSums& mismatch = statistics_.mismatch.emplace();
-    mismatch.residual = UpperPanels<double>(features);
+    mismatch.residual = UpperTriangle<double>(features);
     mismatch.cross.resize(static_cast<size_t>(features * features));
   }
   Allocate();
@@ -160,7 +161,7 @@ void StatisticsAccumulator::Allocate() {
 }
 
 int64_t StatisticsAccumulator::BytesFor(int64_t features, bool mismatched) {
-  const int64_t triangle = UpperPanels<double>::ElementsFor(features) * 8;
+  const int64_t triangle = UpperTriangle<double>::ElementsFor(features) * 8;
   const int64_t staged = Strips(features) * kStrip<float> * (kBlockRows * 4 + 8);
   return mismatched ? 2 * triangle + features * features * 8 + 2 * staged : triangle + staged;
 }
@@ -209,9 +210,7 @@ absl::Status StatisticsAccumulator::Check(const TokenRows& x, int64_t features, 
 absl::Status StatisticsAccumulator::CheckPair(const TokenRows& x, const TokenRows& x_quantized,
                                               int64_t features, int64_t first_row, int64_t rows) {
   for (const TokenRows* each : {&x, &x_quantized}) {
-    if (absl::Status checked = CheckValues(*each, features, first_row, rows); !checked.ok()) {
-      return checked;
-    }
+    RETURN_IF_ERROR(CheckValues(*each, features, first_row, rows));
   }
   // The difference of two binary16 is far inside float32.
   if (x.dtype == DType::kF16 && x_quantized.dtype == DType::kF16) return absl::OkStatus();
@@ -294,7 +293,8 @@ void StatisticsAccumulator::ScaleColumns(Staged& staged, Executor& executor) con
 }
 
 void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool upper, double* out,
-                                     const UpperPanels<double>& layout, Executor& executor) const {
+                                     const UpperTriangle<double>& layout,
+                                     Executor& executor) const {
   // One task a tile of kPanelRows x kPanelRows sums: 128 KiB of float64, which stay in a second
   // level cache beside two tiles of kFoldRows staged float32 rows, 96 KiB each. Of these a strip
   // (24 KiB with AVX-512) stays in the first level while the columns of the other pass.
@@ -331,10 +331,10 @@ void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool uppe
           const int64_t at =
               upper ? layout.offset(p) + (i - layout.begin(p)) * stride + (j - layout.begin(p))
                     : i * features_ + j;
-          FoldBlock(rows, strip_of(a, i, k) + i % kStrip<float>,
-                    std::min<int64_t>(kMicroRows, layout.end(p) - i), right, live_cols,
-                    scaled ? &a.scale[static_cast<size_t>(i)] : nullptr,
-                    scaled ? &b.scale[static_cast<size_t>(j)] : nullptr, out + at, stride);
+          AddGramBlock(rows, strip_of(a, i, k) + i % kStrip<float>,
+                       std::min<int64_t>(kMicroRows, layout.end(p) - i), right, live_cols,
+                       scaled ? &a.scale[static_cast<size_t>(i)] : nullptr,
+                       scaled ? &b.scale[static_cast<size_t>(j)] : nullptr, out + at, stride);
         }
       }
     }
@@ -342,7 +342,7 @@ void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool uppe
 }
 
 void StatisticsAccumulator::Fold(Executor& executor) {
-  UpperPanels<double>& gram = statistics_.gram;
+  UpperTriangle<double>& gram = statistics_.gram;
   ScaleColumns(inputs_, executor);
   FoldInto(inputs_, inputs_, true, gram.panel(0), gram, executor);
   if (statistics_.mismatch.has_value()) {

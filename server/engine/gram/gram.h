@@ -1,4 +1,4 @@
-// Streaming sums of calibration activations.
+// Gram sums of calibration activations, accumulated as tokens stream in.
 
 #ifndef CERTIQ_ENGINE_GRAM_GRAM_H_
 #define CERTIQ_ENGINE_GRAM_GRAM_H_
@@ -22,7 +22,7 @@ namespace certiq::engine {
 // customary ones follow: X~^T X = cross^T + X~^T X~, X^T X = residual + cross + cross^T + X~^T X~.
 struct MismatchSums {
   // P^T P [N, N], upper triangle.
-  UpperPanels<double> residual;
+  UpperTriangle<double> residual;
   // P^T X~ [N, N], row-major: rows belong to P, columns to X~.
   std::vector<double> cross;
 };
@@ -32,7 +32,7 @@ struct Statistics {
   // Tokens (rows) summed.
   int64_t tokens = 0;
   // X~^T X~ [N, N], upper triangle; X^T X where inputs are matched.
-  UpperPanels<double> gram;
+  UpperTriangle<double> gram;
   // Set where X~ differs from X.
   std::optional<MismatchSums> mismatch;
 
@@ -131,7 +131,7 @@ class StatisticsAccumulator {
   // out += a^T b over the staged rows; out is laid out like `layout`'s panels
   // where `upper`, else a row-major square.
   void FoldInto(const Staged& a, const Staged& b, bool upper, double* out,
-                const UpperPanels<double>& layout, Executor& executor) const;
+                const UpperTriangle<double>& layout, Executor& executor) const;
   absl::Status AppendRows(const TokenRows& x, const TokenRows* x_quantized, int64_t first_row,
                           int64_t rows, Executor& executor);
 

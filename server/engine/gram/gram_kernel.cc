@@ -93,8 +93,9 @@ const MicroSums& SumRows(int64_t rows, const float* a, const float* b, const dou
 
 }  // namespace
 
-void FoldBlock(int64_t rows, const float* a, int64_t live_rows, const float* b, int64_t live_cols,
-               const double* scale_a, const double* scale_b, double* out, int64_t out_stride) {
+void AddGramBlock(int64_t rows, const float* a, int64_t live_rows, const float* b,
+                  int64_t live_cols, const double* scale_a, const double* scale_b, double* out,
+                  int64_t out_stride) {
   LevelSums levels;
   const MicroSums& sums = SumRows(rows, a, b, out, out_stride, live_rows, levels);
   for (int64_t r = 0; r < live_rows; ++r) {

@@ -1,4 +1,4 @@
-// The kernel of the sums: products of two strips of columns over a block of rows.
+// Gram kernel: products of two strips of columns over a block of rows.
 // Included by .cc files of the engine only, like simd.h.
 
 #ifndef CERTIQ_ENGINE_GRAM_GRAM_KERNEL_H_
@@ -16,8 +16,9 @@ inline constexpr int64_t kFoldRows = kChainRows * kFoldChains;
 
 // out[i][j] += sum over `rows` <= kFoldRows rows of a_i b_j for one strip of columns j,
 // kMicroRows columns i. Scales are null or per column.
-void FoldBlock(int64_t rows, const float* a, int64_t live_rows, const float* b, int64_t live_cols,
-               const double* scale_a, const double* scale_b, double* out, int64_t out_stride);
+void AddGramBlock(int64_t rows, const float* a, int64_t live_rows, const float* b,
+                  int64_t live_cols, const double* scale_a, const double* scale_b, double* out,
+                  int64_t out_stride);
 
 }  // namespace certiq::engine
 

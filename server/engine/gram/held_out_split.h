@@ -1,4 +1,4 @@
-// Which rows of a stream are held out (V1).
+// Split of a token stream into fit and held-out rows (V1).
 
 #ifndef CERTIQ_ENGINE_GRAM_HELD_OUT_SPLIT_H_
 #define CERTIQ_ENGINE_GRAM_HELD_OUT_SPLIT_H_

@@ -1,4 +1,4 @@
-// Memory for what the kernels read: on cache lines, and on large pages where it is large.
+// Aligned memory: cache lines, and large pages where it is large.
 
 #ifndef CERTIQ_ENGINE_KERNELS_ALIGNED_H_
 #define CERTIQ_ENGINE_KERNELS_ALIGNED_H_

@@ -3,7 +3,6 @@
 #include <Eigen/Core>
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstring>
 #include <iterator>
 

@@ -8,8 +8,9 @@
 
 namespace certiq::engine {
 
-// Little-endian. kF16 is IEEE binary16, kBF16 bfloat16.
-enum class DType { kF64, kF32, kF16, kBF16, kI64, kI32, kU8 };
+// Little-endian. kF16 is IEEE binary16, kBF16 bfloat16. Data directories hold these numbers: a
+// number is never given to another type.
+enum class DType { kF64 = 0, kF32 = 1, kF16 = 2, kBF16 = 3, kI64 = 4, kI32 = 5, kU8 = 6 };
 
 // Bytes of one element.
 int64_t ItemSize(DType dtype);

@@ -1,4 +1,4 @@
-// Products with a block of kPanelRows rows of some matrix, packed once and met by many strips.
+// Packed panel: kPanelRows rows of a matrix, packed once and multiplied with many strips.
 // Included by .cc files of the engine only, like simd.h.
 
 #ifndef CERTIQ_ENGINE_KERNELS_PACKED_PANEL_H_
@@ -20,13 +20,13 @@ namespace certiq::engine {
 // the strips of a tile pass; the part of a strip that it meets and the products (16 KiB each with
 // AVX-512) stay in the first level meanwhile.
 template <typename T>
-class PackedBlock {
+class PackedPanel {
  public:
   static constexpr int64_t kSlice = 128;
   static constexpr int64_t kGroups = kPanelRows / kMicroRows;
   static_assert(kPanelRows % kMicroRows == 0);
 
-  explicit PackedBlock(int64_t largest_depth)
+  explicit PackedPanel(int64_t largest_depth)
       : values_(static_cast<size_t>(largest_depth * kPanelRows)) {}
 
   // Packs a block: fill(k0, columns, to) writes the slice [k0, k0 + columns), A_ik to
@@ -48,12 +48,13 @@ class PackedBlock {
                    int64_t out_step) const {
     for (int64_t k0 = 0; k0 < depth_; k0 += kSlice) {
       const int64_t columns = std::min(kSlice, depth_ - k0);
-      Ahead next_slice(values_.data() + (k0 + kSlice) * kPanelRows,
-                       kSlice * kPanelRows * static_cast<int64_t>(sizeof(T)) / (kGroups * strips));
+      Prefetcher next_slice(
+          values_.data() + (k0 + kSlice) * kPanelRows,
+          kSlice * kPanelRows * static_cast<int64_t>(sizeof(T)) / (kGroups * strips));
       for (int64_t s = 0; s < strips; ++s) {
-        Ahead next(s + 1 < strips ? x + (s + 1) * x_step + k0 * kStrip<T>
-                                  : x + std::min(k0 + kSlice, depth_) * kStrip<T>,
-                   kSlice * kStrip<T> * static_cast<int64_t>(sizeof(T)) / kGroups);
+        Prefetcher next(s + 1 < strips ? x + (s + 1) * x_step + k0 * kStrip<T>
+                                       : x + std::min(k0 + kSlice, depth_) * kStrip<T>,
+                        kSlice * kStrip<T> * static_cast<int64_t>(sizeof(T)) / kGroups);
         for (int64_t g = 0; g < kGroups; ++g) {
           next.FetchPart();
           next_slice.FetchPart();

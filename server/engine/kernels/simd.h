@@ -1,5 +1,5 @@
-// The inner kernel shared by statistics, factor, rounding and quadratic forms,
-// for the instruction set this variant of the library is compiled for.
+// SIMD micro-kernel of sums, factor, rounding and quadratic forms, for the instruction set that
+// this variant of the library is compiled for.
 //
 // Data that is multiplied comes in strips: kStrip<T> columns side by side,
 // [depth][kStrip<T>] row-major, two vector registers wide. The kernel holds kMicroRows
@@ -55,9 +55,9 @@ using Vector = typename VectorOf<T>::Type;
 // Memory that is read soon, fetched into a second-level cache in parts beside work that does not
 // need it yet: it comes from memory or a third level, and there faster than the first product with
 // it could ask for it. Where it ends does not matter.
-class Ahead {
+class Prefetcher {
  public:
-  Ahead(const void* begin, int64_t part_bytes)
+  Prefetcher(const void* begin, int64_t part_bytes)
       : at_(static_cast<const char*>(begin)), part_bytes_(part_bytes) {}
 
   void FetchPart() {

@@ -93,6 +93,13 @@ BasicStripMatrix<double> Widen(const StripMatrix& matrix, Executor& executor) {
   return wide;
 }
 
+std::vector<int64_t> EvenlySpaced(int64_t count, int64_t rows) {
+  const int64_t chosen = std::min(count, rows);
+  std::vector<int64_t> result(static_cast<size_t>(chosen));
+  for (int64_t i = 0; i < chosen; ++i) result[static_cast<size_t>(i)] = i * rows / chosen;
+  return result;
+}
+
 StripMatrix SelectRows(const StripMatrix& matrix, const std::vector<int64_t>& rows) {
   StripMatrix selected(static_cast<int64_t>(rows.size()), matrix.features());
   for (size_t i = 0; i < rows.size(); ++i) {

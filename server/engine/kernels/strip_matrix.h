@@ -1,4 +1,4 @@
-// Rows of weights in the layout the kernels read.
+// Strip matrix: rows of weights side by side, in the layout the kernels read.
 
 #ifndef CERTIQ_ENGINE_KERNELS_STRIP_MATRIX_H_
 #define CERTIQ_ENGINE_KERNELS_STRIP_MATRIX_H_
@@ -58,6 +58,8 @@ using StripMatrix = BasicStripMatrix<float>;
 StripMatrix Copy(const StripMatrix& matrix, Executor& executor);
 // The same values in float64.
 BasicStripMatrix<double> Widen(const StripMatrix& matrix, Executor& executor);
+// At most `count` of `rows` rows, all of them where there are no more.
+std::vector<int64_t> EvenlySpaced(int64_t count, int64_t rows);
 // Some of the rows, in this order.
 StripMatrix SelectRows(const StripMatrix& matrix, const std::vector<int64_t>& rows);
 // Columns in another order: column i of the result is column order[i].

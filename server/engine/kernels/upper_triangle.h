@@ -1,5 +1,5 @@
-// Storage for the upper triangle of a square matrix, half the memory of the
-// square: a stack of block rows ("panels").
+// Packed upper triangle of a square matrix: a stack of block rows ("panels"), half the memory of
+// the square.
 
 #ifndef CERTIQ_ENGINE_KERNELS_UPPER_TRIANGLE_H_
 #define CERTIQ_ENGINE_KERNELS_UPPER_TRIANGLE_H_
@@ -22,16 +22,16 @@ inline constexpr int64_t kPanelRows = 128;
 // diagonal inside a panel's first square is unspecified and never read.
 // Not thread-safe; different elements may be written from different threads.
 template <typename T>
-class UpperPanels {
+class UpperTriangle {
  public:
-  UpperPanels() = default;
+  UpperTriangle() = default;
   // All zero.
-  explicit UpperPanels(int64_t size) : UpperPanels(Unset(size)) {
+  explicit UpperTriangle(int64_t size) : UpperTriangle(Unset(size)) {
     std::fill(values_.begin(), values_.end(), T{0});
   }
 
   // Elements have no value yet.
-  static UpperPanels Unset(int64_t size) { return UpperPanels(size, Tag()); }
+  static UpperTriangle Unset(int64_t size) { return UpperTriangle(size, Tag()); }
 
   // Elements stored for a matrix of this size.
   static int64_t ElementsFor(int64_t size) {
@@ -67,11 +67,11 @@ class UpperPanels {
     const int64_t p = i / kPanelRows;
     return panel(p)[(i - begin(p)) * stride(p) + (j - begin(p))];
   }
-  const T& at(int64_t i, int64_t j) const { return const_cast<UpperPanels*>(this)->at(i, j); }
+  const T& at(int64_t i, int64_t j) const { return const_cast<UpperTriangle*>(this)->at(i, j); }
 
  private:
   struct Tag {};
-  UpperPanels(int64_t size, Tag /*unset*/) : size_(size) {
+  UpperTriangle(int64_t size, Tag /*unset*/) : size_(size) {
     offsets_.reserve(static_cast<size_t>(panels()) + 1);
     int64_t offset = 0;
     for (int64_t p = 0; p < panels(); ++p) {

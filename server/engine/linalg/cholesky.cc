@@ -13,7 +13,7 @@ namespace {
 
 // A block of a panel.
 template <typename T>
-struct Tile {
+struct CholeskyTile {
   T* data;
   int64_t rows;
   int64_t cols;
@@ -24,7 +24,7 @@ struct Tile {
 
 // Block (p, q) of the panels, p <= q.
 template <typename T>
-Tile<T> BlockOf(UpperPanels<T>& m, int64_t p, int64_t q) {
+CholeskyTile<T> BlockOf(UpperTriangle<T>& m, int64_t p, int64_t q) {
   return {m.panel(p) + (m.begin(q) - m.begin(p)), m.rows(p), m.rows(q), m.stride(p)};
 }
 
@@ -54,13 +54,13 @@ struct Pending {
 
 // Block (p, q) -= U_p D U_q^T over the columns that wait.
 template <typename T>
-void UpdateBlock(const Pending<T>& pending, int64_t p, int64_t q, UpperPanels<T>& u) {
+void UpdateBlock(const Pending<T>& pending, int64_t p, int64_t q, UpperTriangle<T>& u) {
   constexpr int64_t kWidth = kStrip<T>;
-  const Tile<T> block = BlockOf(u, p, q);
+  const CholeskyTile<T> block = BlockOf(u, p, q);
   for (int64_t c = 0; c < block.cols; c += kWidth) {
     const int64_t live_cols = std::min(kWidth, block.cols - c);
     const T* right = pending.y.data() + Pending<T>::Strip(u.begin(q) + c);
-    Ahead next(
+    Prefetcher next(
         pending.y.data() + Pending<T>::Strip(u.begin(q) + c + kWidth),
         pending.depth * kWidth * static_cast<int64_t>(sizeof(T)) / (kPanelRows / kMicroRows));
     for (int64_t r = 0; r < block.rows; r += kMicroRows) {
@@ -95,7 +95,7 @@ void UpdateBlock(const Pending<T>& pending, int64_t p, int64_t q, UpperPanels<T>
 // Factors a diagonal block in place, last row first. False, with `bad` the
 // row in the block, where a pivot is not positive and finite.
 template <typename T>
-bool FactorDiagonalBlock(const Tile<T>& block, T* d, int64_t* bad) {
+bool FactorDiagonalBlock(const CholeskyTile<T>& block, T* d, int64_t* bad) {
   const int64_t n = block.rows;
   // Rows of the block may lie a power of two apart, which few sets of a cache are left for.
   constexpr int64_t kStride = kPanelRows + kLanes<T>;
@@ -129,7 +129,7 @@ template <typename T>
 struct Columns {
   UnsetVector<T> values = UnsetVector<T>(static_cast<size_t>(kPanelRows * kPanelRows));
 
-  explicit Columns(const Tile<T>& block) {
+  explicit Columns(const CholeskyTile<T>& block) {
     std::fill(values.begin(), values.end(), T{0});
     for (int64_t c = 0; c < block.rows; ++c) {
       for (int64_t l = c + 1; l < block.rows; ++l) {
@@ -142,7 +142,7 @@ struct Columns {
 
 // kStrip rows of a block, from row `first` on, to [columns][kStrip].
 template <typename T>
-void LoadStrip(const Tile<T>& block, int64_t first, T* to) {
+void LoadStrip(const CholeskyTile<T>& block, int64_t first, T* to) {
   constexpr int64_t kSide = kLanes<T>;
   const int64_t whole = block.cols / kSide * kSide;
   // Few rows at a time: rows lie a power of two apart, and a set of a first-level cache holds a
@@ -162,7 +162,8 @@ void LoadStrip(const Tile<T>& block, int64_t first, T* to) {
 
 // Y [columns][kStrip] times 1 / D, back to the block and as the kernel reads it to `u`.
 template <typename T>
-void StoreScaled(const T* y, const T* reciprocal, int64_t first, const Tile<T>& block, T* u) {
+void StoreScaled(const T* y, const T* reciprocal, int64_t first, const CholeskyTile<T>& block,
+                 T* u) {
   constexpr int64_t kSide = kLanes<T>;
   // A vector is some groups of the kernel, or a part of one.
   constexpr int64_t kPart = std::min<int64_t>(kSide, kMicroRows);
@@ -218,12 +219,12 @@ __attribute__((noinline)) void SolveGroup(int64_t later, const T* columns, T* y)
 // Solves Y U^T = A for kStrip rows of A = block (p, q) from row `first` on, U the factored diagonal
 // block of q: A becomes Y D^-1, and Y and Y D^-1 are appended to what waits.
 template <typename T>
-void SolveRows(const Tile<T>& block, int64_t first, int64_t strip, const Columns<T>& columns,
-               const T* reciprocal, Pending<T>& pending) {
+void SolveRows(const CholeskyTile<T>& block, int64_t first, int64_t strip,
+               const Columns<T>& columns, const T* reciprocal, Pending<T>& pending) {
   constexpr int64_t kWidth = kStrip<T>;
   T* y = pending.y.data() + strip + pending.depth * kWidth;
   LoadStrip(block, first, y);
-  // kMicroRows columns hear of all after them at once, then of one another.
+  // kMicroRows columns get the feedback of all after them at once, then of one another.
   for (int64_t c0 = (block.cols - 1) / kMicroRows * kMicroRows; c0 >= 0; c0 -= kMicroRows) {
     const int64_t count = std::min<int64_t>(kMicroRows, block.cols - c0);
     if (count == kMicroRows) {
@@ -259,7 +260,7 @@ void SolvePanel(CholeskyWork<T>& f, int64_t q, Pending<T>& pending, Executor& ex
 
 // Everything before panel q hears of the columns that wait.
 template <typename T>
-void UpdateBefore(int64_t q, Pending<T>& pending, UpperPanels<T>& u, Executor& executor) {
+void UpdateBefore(int64_t q, Pending<T>& pending, UpperTriangle<T>& u, Executor& executor) {
   std::vector<std::pair<int64_t, int64_t>> blocks;
   blocks.reserve(static_cast<size_t>(q * (q + 1) / 2));
   for (int64_t p = 0; p < q; ++p) {

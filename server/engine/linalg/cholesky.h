@@ -1,4 +1,4 @@
-// The blocked factorisation itself, in float64 or float32.
+// Blocked Cholesky factorisation H = U D U^T, in float64 or float32.
 
 #ifndef CERTIQ_ENGINE_LINALG_CHOLESKY_H_
 #define CERTIQ_ENGINE_LINALG_CHOLESKY_H_
@@ -16,7 +16,7 @@ namespace certiq::engine {
 // H, then U and D of (M1).
 template <typename T>
 struct CholeskyWork {
-  UpperPanels<T> u;
+  UpperTriangle<T> u;
   std::vector<T> d;
 };
 

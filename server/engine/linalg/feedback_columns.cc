@@ -15,7 +15,7 @@ FeedbackColumns::FeedbackColumns(const Factor& factor, Factor* spare, Executor& 
 }
 
 template <typename T>
-void FeedbackColumns::Fill(const UpperPanels<T>& u, UpperPanels<T>* spare, Executor& executor) {
+void FeedbackColumns::Fill(const UpperTriangle<T>& u, UpperTriangle<T>* spare, Executor& executor) {
   features_ = u.size();
   offsets_.reserve(static_cast<size_t>(u.panels()) + 1);
   int64_t offset = 0;
@@ -50,7 +50,7 @@ void FeedbackColumns::Fill(const UpperPanels<T>& u, UpperPanels<T>* spare, Execu
     });
     if (spare != nullptr) spare->DiscardBefore(p + 1);
   }
-  if (spare != nullptr) *spare = UpperPanels<T>();
+  if (spare != nullptr) *spare = UpperTriangle<T>();
 }
 
 int64_t FeedbackColumns::end(int64_t b) const { return std::min(features_, (b + 1) * kPanelRows); }

@@ -1,4 +1,4 @@
-// U of (M1) in float32, as the sweep reads it.
+// Feedback columns: U of (M1) in float32, packed as the sweep reads it.
 
 #ifndef CERTIQ_ENGINE_LINALG_FEEDBACK_COLUMNS_H_
 #define CERTIQ_ENGINE_LINALG_FEEDBACK_COLUMNS_H_
@@ -29,7 +29,7 @@ class FeedbackColumns {
 
  private:
   template <typename T>
-  void Fill(const UpperPanels<T>& u, UpperPanels<T>* spare, Executor& executor);
+  void Fill(const UpperTriangle<T>& u, UpperTriangle<T>* spare, Executor& executor);
 
   int64_t features_ = 0;
   std::vector<int64_t> offsets_;

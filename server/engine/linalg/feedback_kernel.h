@@ -1,4 +1,4 @@
-// Products with U: sum_k w_k U_kj for strips of rows w side by side.
+// Feedback kernel: sums of w_k U_kj over k for strips of rows w side by side.
 // Included by .cc files of the engine only, like simd.h.
 
 #ifndef CERTIQ_ENGINE_LINALG_FEEDBACK_KERNEL_H_
@@ -42,8 +42,9 @@ inline const float* FeedbackRow(const FeedbackColumns& u, int64_t b, int64_t g, 
 // v [kMicroRows][kStrip] += sum_{k0 <= k < k1} U_kj w_k for the columns j of group g of block b; w
 // is [features][kStrip]. The rows lie in one slice. Not inlined: in a larger function GCC 12 does
 // not keep the sums in registers.
-__attribute__((noinline)) inline void HearSlice(const FeedbackColumns& u, int64_t b, int64_t g,
-                                                int64_t k0, int64_t k1, const float* w, float* v) {
+__attribute__((noinline)) inline void AddFeedbackSlice(const FeedbackColumns& u, int64_t b,
+                                                       int64_t g, int64_t k0, int64_t k1,
+                                                       const float* w, float* v) {
   Accumulator<float> sum;
   LoadAccumulator(v, sum);
   MultiplyStrip(k1 - k0, FeedbackRow(u, b, g, k0), kMicroRows, 1, w + k0 * kStrip<float>, sum);
@@ -51,50 +52,50 @@ __attribute__((noinline)) inline void HearSlice(const FeedbackColumns& u, int64_
 }
 
 // The same for any rows.
-inline void HearGroup(const FeedbackColumns& u, int64_t b, int64_t g, int64_t k0, int64_t k1,
-                      const float* w, float* v) {
+inline void AddFeedbackGroup(const FeedbackColumns& u, int64_t b, int64_t g, int64_t k0, int64_t k1,
+                             const float* w, float* v) {
   while (k0 < k1) {
     const int64_t stop = std::min(k1, (k0 / kSliceRows + 1) * kSliceRows);
-    HearSlice(u, b, g, k0, stop, w, v);
+    AddFeedbackSlice(u, b, g, k0, stop, w, v);
     k0 = stop;
   }
 }
 
 // The rows of a slice for all groups of the block; v is [kPanelRows][kStrip]. Beside each product
 // what comes next is fetched, of U and of the rows that it is to meet.
-inline void HearBlock(const FeedbackColumns& u, int64_t b, int64_t k0, int64_t k1, const float* w,
-                      Ahead& next_u, Ahead next_w, float* v) {
+inline void AddFeedbackBlock(const FeedbackColumns& u, int64_t b, int64_t k0, int64_t k1,
+                             const float* w, Prefetcher& next_u, Prefetcher next_w, float* v) {
   for (int64_t g = 0; g < kGroups; ++g) {
     next_u.FetchPart();
     next_w.FetchPart();
-    HearSlice(u, b, g, k0, k1, w, v + g * kMicroRows * kStrip<float>);
+    AddFeedbackSlice(u, b, g, k0, k1, w, v + g * kMicroRows * kStrip<float>);
   }
 }
 
-// Tells every strip of a tile what comes before block b, slice by slice, so that they share each
-// slice of U. A Strip has Hear(b, k0, k1, next_u, next_w) and row(k), row k of what U is multiplied
-// with.
+// Adds the feedback of what comes before block b to every strip of a tile, slice by slice, so that
+// they share each slice of U. A Strip has AddFeedback(b, k0, k1, next_u, next_w) and row(k), row k
+// of what U is multiplied with.
 template <typename Strip>
-void HearBefore(const FeedbackColumns& u, int64_t b, std::vector<Strip>& strips) {
+void AddFeedbackBefore(const FeedbackColumns& u, int64_t b, std::vector<Strip>& strips) {
   constexpr int64_t kFloat = sizeof(float);
   const auto count = static_cast<int64_t>(strips.size());
   for (int64_t k0 = 0; k0 < b * kPanelRows; k0 += kSliceRows) {
     const int64_t k1 = std::min(k0 + kSliceRows, b * kPanelRows);
     // What follows a slice in memory follows it in time.
-    Ahead next_u(u.block(b) + k1 * kPanelRows,
-                 kSliceRows * kPanelRows * kFloat / (kGroups * count));
+    Prefetcher next_u(u.block(b) + k1 * kPanelRows,
+                      kSliceRows * kPanelRows * kFloat / (kGroups * count));
     for (int64_t s = 0; s < count; ++s) {
       const float* next =
           s + 1 < count ? strips[static_cast<size_t>(s + 1)].row(k0) : strips.front().row(k1);
-      strips[static_cast<size_t>(s)].Hear(
-          b, k0, k1, next_u, Ahead(next, kSliceRows * kStrip<float> * kFloat / kGroups));
+      strips[static_cast<size_t>(s)].AddFeedback(
+          b, k0, k1, next_u, Prefetcher(next, kSliceRows * kStrip<float> * kFloat / kGroups));
     }
   }
 }
 
 // A strip of rows x of X U = B, B given in place: x_j = b_j - sum_{k < j} x_k U_kj, the same
-// products that the sweep makes. Blocks pass in order; of each: Begin, Hear what is before it,
-// slice by slice, Solve.
+// products that the sweep makes. Blocks pass in order; of each: Begin, AddFeedback what is before
+// it, slice by slice, Solve.
 class RowsOverU {
  public:
   // `x` [features][kStrip] outlives the object. Nothing before row `first_row` differs from zero.
@@ -106,18 +107,18 @@ class RowsOverU {
 
   void Begin() { std::fill(v_.begin(), v_.end(), 0.0f); }
   const float* row(int64_t k) const { return x_ + k * kStrip<float>; }
-  void Hear(int64_t b, int64_t k0, int64_t k1, Ahead& next_u, Ahead next_w) {
+  void AddFeedback(int64_t b, int64_t k0, int64_t k1, Prefetcher& next_u, Prefetcher next_w) {
     k0 = std::max(k0, first_row_);
-    if (k0 < k1) HearBlock(u_, b, k0, k1, x_, next_u, next_w, v_.data());
+    if (k0 < k1) AddFeedbackBlock(u_, b, k0, k1, x_, next_u, next_w, v_.data());
   }
-  // The columns of the block, from what they heard.
+  // The columns of the block, from the feedback added.
   void Solve(int64_t b) {
     // Nothing before it in the block differs from zero.
     const int64_t begin = std::max(b * kPanelRows, first_row_);
     for (int64_t first = begin; first < u_.end(b); first += kMicroRows) {
       const int64_t g = (first - b * kPanelRows) / kMicroRows;
       float* v = v_.data() + g * kMicroRows * kStrip<float>;
-      if (first > begin) HearSlice(u_, b, g, begin, first, x_, v);
+      if (first > begin) AddFeedbackSlice(u_, b, g, begin, first, x_, v);
       for (int64_t i = 0; i < std::min<int64_t>(kMicroRows, u_.end(b) - first); ++i) {
         float* x = x_ + (first + i) * kStrip<float>;
         for (int64_t c = 0; c < kStrip<float>; ++c) x[c] -= v[i * kStrip<float> + c];
@@ -144,7 +145,7 @@ inline bool SolveTile(const FeedbackColumns& u, std::vector<RowsOverU>& strips,
   for (int64_t b = 0; b < u.blocks(); ++b) {
     if (context.cancelled()) return false;
     for (RowsOverU& strip : strips) strip.Begin();
-    HearBefore(u, b, strips);
+    AddFeedbackBefore(u, b, strips);
     for (RowsOverU& strip : strips) strip.Solve(b);
   }
   return true;

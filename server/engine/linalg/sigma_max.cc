@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "base/status_macros.h"
 #include "engine/linalg/udu_factor.h"
 
 namespace certiq::engine {
@@ -13,7 +14,7 @@ namespace {
 
 using Vector = Eigen::VectorXd;
 
-Vector Multiply(const UpperPanels<double>& s, const Vector& x) {
+Vector Multiply(const UpperTriangle<double>& s, const Vector& x) {
   Vector y = Vector::Zero(s.size());
   for (int64_t i = 0; i < s.size(); ++i) {
     const double* row = s.row(i);
@@ -44,7 +45,8 @@ Vector Start(int64_t size) {
 
 }  // namespace
 
-absl::StatusOr<double> LargestEigenvalue(const UpperPanels<double>& s, const RunContext& context) {
+absl::StatusOr<double> LargestEigenvalue(const UpperTriangle<double>& s,
+                                         const RunContext& context) {
   constexpr int64_t kSteps = 128;
   const int64_t steps = std::min(kSteps, s.size());
   Eigen::MatrixXd basis(s.size(), steps);
@@ -73,24 +75,22 @@ absl::StatusOr<double> LargestEigenvalue(const UpperPanels<double>& s, const Run
   return ritz;
 }
 
-absl::StatusOr<double> LargestEigenvalueBound(const UpperPanels<double>& s,
+absl::StatusOr<double> LargestEigenvalueBound(const UpperTriangle<double>& s,
                                               const RunContext& context) {
-  const absl::StatusOr<double> ritz = LargestEigenvalue(s, context);
-  if (!ritz.ok()) return ritz.status();
-  if (*ritz <= 0) return 0;
-  UpperPanels<double> negative = s;
+  ASSIGN_OR_RETURN(const double ritz, LargestEigenvalue(s, context));
+  if (ritz <= 0) return 0;
+  UpperTriangle<double> negative = s;
   for (int64_t i = 0; i < s.size(); ++i) {
     for (int64_t j = i; j < s.size(); ++j) negative.at(i, j) = -s.at(i, j);
   }
   const std::vector<bool> none(static_cast<size_t>(s.size()), false);
   // Sums that are not finite have no finite bound.
-  for (double margin = 1e-4; std::isfinite(*ritz * (1 + margin)); margin *= 4) {
-    const double bound = *ritz * (1 + margin);
-    absl::StatusOr<FactorAttempt> attempt =
-        FactorDamped(negative, none, bound, FactorUse::kCertify, context);
-    if (!attempt.ok()) return attempt.status();
+  for (double margin = 1e-4; std::isfinite(ritz * (1 + margin)); margin *= 4) {
+    const double bound = ritz * (1 + margin);
+    ASSIGN_OR_RETURN(FactorAttempt attempt,
+                     FactorDamped(negative, none, bound, FactorUse::kCertify, context));
     // All pivots were positive; how well conditioned it is does not matter.
-    if (attempt->cause == StabilityCause::kNone || attempt->cause == StabilityCause::kCondition) {
+    if (attempt.cause == StabilityCause::kNone || attempt.cause == StabilityCause::kCondition) {
       return bound;
     }
   }

@@ -1,4 +1,4 @@
-// Why a damping attempt failed.
+// Causes of a factorisation that was not accepted (D2).
 
 #ifndef CERTIQ_ENGINE_LINALG_STABILITY_H_
 #define CERTIQ_ENGINE_LINALG_STABILITY_H_

@@ -8,13 +8,14 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "engine/kernels/simd.h"
 #include "engine/linalg/cholesky.h"
 
 namespace certiq::engine {
 namespace {
 
-double OneNorm(const UpperPanels<double>& gram, double lambda, Executor& executor) {
+double OneNorm(const UpperTriangle<double>& gram, double lambda, Executor& executor) {
   const int64_t n = gram.size();
   // What each panel adds, then the sum over panels in order.
   std::vector<double> parts(static_cast<size_t>(gram.panels() * n));
@@ -100,15 +101,23 @@ double InverseOneNorm(const Factor& f, Executor& executor) {
 
 }  // namespace
 
-const UpperPanels<double>& WideU(const Factor& factor, UpperPanels<double>& room,
-                                 Executor& executor) {
-  const UpperPanels<float>& narrow = factor.narrow;
+const UpperTriangle<double>& WideU(const Factor& factor, UpperTriangle<double>& room,
+                                   Executor& executor) {
+  const UpperTriangle<float>& narrow = factor.narrow;
   if (narrow.size() == 0) return factor.u;
-  room = UpperPanels<double>::Unset(narrow.size());
+  room = UpperTriangle<double>::Unset(narrow.size());
   executor.ParallelFor(narrow.panels(), [&](int64_t p) {
     std::copy_n(narrow.panel(p), narrow.rows(p) * narrow.stride(p), room.panel(p));
   });
   return room;
+}
+
+std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead) {
+  std::vector<double> d = factor.d;
+  for (size_t j = 0; j < dead.size(); ++j) {
+    if (dead[j]) d[j] = 0;
+  }
+  return d;
 }
 
 double LargestCondition(int64_t features) {
@@ -116,7 +125,7 @@ double LargestCondition(int64_t features) {
 }
 
 void SolveInPlace(const Factor& factor, std::vector<double>& x, Executor& executor) {
-  const UpperPanels<double>& u = factor.u;
+  const UpperTriangle<double>& u = factor.u;
   const int64_t n = u.size();
   // Reading U takes the time: pieces of a panel to every thread, its diagonal block to the caller.
   constexpr int64_t kRows = 16;
@@ -156,9 +165,9 @@ namespace {
 
 // 2^-exponent H in T.
 template <typename T>
-CholeskyWork<T> Load(const UpperPanels<double>& gram, const std::vector<double>& diagonal,
+CholeskyWork<T> Load(const UpperTriangle<double>& gram, const std::vector<double>& diagonal,
                      int exponent, Executor& executor) {
-  CholeskyWork<T> f{UpperPanels<T>::Unset(gram.size()), {}};
+  CholeskyWork<T> f{UpperTriangle<T>::Unset(gram.size()), {}};
   const double unit = std::ldexp(1.0, -exponent);
   executor.ParallelFor(f.u.panels(), [&](int64_t p) {
     const double* from = gram.panel(p);
@@ -180,14 +189,13 @@ bool SingleIsEnough(const std::vector<double>& diagonal, double lambda) {
 }
 
 // In float32. None where a pivot is bad. Fails only by cancellation.
-absl::StatusOr<std::optional<Factor>> FactorInSingle(const UpperPanels<double>& gram,
+absl::StatusOr<std::optional<Factor>> FactorInSingle(const UpperTriangle<double>& gram,
                                                      const std::vector<double>& diagonal,
                                                      const RunContext& context) {
   const int exponent = std::ilogb(*std::max_element(diagonal.begin(), diagonal.end()));
   CholeskyWork<float> work = Load<float>(gram, diagonal, exponent, *context.executor);
-  const auto bad = FactorInPlace(work, context);
-  if (!bad.ok()) return bad.status();
-  if (bad->has_value()) return std::nullopt;
+  ASSIGN_OR_RETURN(const auto bad, FactorInPlace(work, context));
+  if (bad.has_value()) return std::nullopt;
   Factor f;
   f.narrow = std::move(work.u);
   for (const float d : work.d) f.d.push_back(std::ldexp(static_cast<double>(d), exponent));
@@ -196,7 +204,7 @@ absl::StatusOr<std::optional<Factor>> FactorInSingle(const UpperPanels<double>& 
 
 }  // namespace
 
-absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
+absl::StatusOr<FactorAttempt> FactorDamped(const UpperTriangle<double>& gram,
                                            const std::vector<bool>& dead, double lambda,
                                            FactorUse use, const RunContext& context) {
   FactorAttempt attempt;
@@ -220,18 +228,15 @@ absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
 
   std::optional<Factor> single;
   if (use == FactorUse::kJudge && SingleIsEnough(diagonal, lambda)) {
-    auto made = FactorInSingle(gram, diagonal, context);
-    if (!made.ok()) return made.status();
-    single = *std::move(made);
+    ASSIGN_OR_RETURN(single, FactorInSingle(gram, diagonal, context));
   }
   if (single.has_value()) {
     f = *std::move(single);
   } else {
     CholeskyWork<double> work = Load<double>(gram, diagonal, 0, executor);
-    const auto bad = FactorInPlace(work, context);
-    if (!bad.ok()) return bad.status();
-    if (bad->has_value()) {
-      const auto [feature, pivot] = **bad;
+    ASSIGN_OR_RETURN(const auto bad, FactorInPlace(work, context));
+    if (bad.has_value()) {
+      const auto [feature, pivot] = *bad;
       return reject(std::isfinite(pivot) ? StabilityCause::kPivot : StabilityCause::kNonFinite,
                     absl::StrCat("pivot ", pivot, " at feature ", feature));
     }
@@ -245,10 +250,10 @@ absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
     return attempt;
   }
   if (f.narrow.size() > 0) {
-    UpperPanels<double> room;
+    UpperTriangle<double> room;
     WideU(f, room, executor);
     f.u = std::move(room);
-    f.narrow = UpperPanels<float>();
+    f.narrow = UpperTriangle<float>();
   }
   const double norm = OneNorm(gram, lambda, executor);
   f.condition = norm * InverseOneNorm(f, executor);

@@ -1,4 +1,4 @@
-// H = U D U^T from the far end, and what is read off the factor.
+// UDU factorisation H = U D U^T from the far end (M1), its condition and its solves.
 
 #ifndef CERTIQ_ENGINE_LINALG_UDU_FACTOR_H_
 #define CERTIQ_ENGINE_LINALG_UDU_FACTOR_H_
@@ -21,9 +21,9 @@ namespace certiq::engine {
 struct Factor {
   // Strictly above the diagonal: U. The diagonal itself is one and not stored. Of no size where the
   // factor was made in float32.
-  UpperPanels<double> u;
+  UpperTriangle<double> u;
   // U then.
-  UpperPanels<float> narrow;
+  UpperTriangle<float> narrow;
   std::vector<double> d;
   // Lower bound, usually within a factor of three, of the 1-norm condition
   // number |H|_1 |H^-1|_1 (Higham, Accuracy and Stability of Numerical Algorithms, Alg. 15.1).
@@ -53,13 +53,16 @@ struct FactorAttempt {
 // out: their row and column of U are those of the identity, their D is lambda + trace / N. Costs
 // N^3/3 multiply-adds of two flops; blocked, the result does not depend on the
 // executor. Fails only by cancellation; a stability failure is reported in the attempt.
-absl::StatusOr<FactorAttempt> FactorDamped(const UpperPanels<double>& gram,
+absl::StatusOr<FactorAttempt> FactorDamped(const UpperTriangle<double>& gram,
                                            const std::vector<bool>& dead, double lambda,
                                            FactorUse use, const RunContext& context);
 
 // U in float64, whichever it was made in: `room` is for what has to be converted.
-const UpperPanels<double>& WideU(const Factor& factor, UpperPanels<double>& room,
-                                 Executor& executor);
+const UpperTriangle<double>& WideU(const Factor& factor, UpperTriangle<double>& room,
+                                   Executor& executor);
+
+// D with zeros for dead features.
+std::vector<double> LiveD(const Factor& factor, const std::vector<bool>& dead);
 
 // The largest condition estimate accepted for N features: past 1 / (8 N u), u = 2^-53, a
 // solve with the factor may have no correct digit.

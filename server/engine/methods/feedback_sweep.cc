@@ -1,10 +1,10 @@
 #include "engine/methods/feedback_sweep.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <mutex>
 
+#include "absl/base/thread_annotations.h"
+#include "base/mutex.h"
 #include "engine/methods/strip_sweep.h"
 
 namespace certiq::engine {
@@ -71,16 +71,19 @@ struct StripResult {
   }
 };
 
-// Copies what a strip's sweep found into the layer's results, and its steps where they are new.
+// Copies what a strip's sweep found into the layer's results, and its scales where they are new.
 void Collect(const StripSums& sums, const StripGrid& steps, int64_t first_row, int64_t live,
-             bool new_steps, Grid& grid, Rounded& result) {
+             bool new_steps, RoundedLayer& result) {
+  Grid& grid = result.grid;
   for (int64_t c = 0; c < live; ++c) {
     const auto r = static_cast<size_t>(first_row + c);
-    result.damped[r] = sums.damped[c];
+    result.rounding[r] = sums.damped[c];
     result.bound[r] = sums.bound[c];
     result.clipped[r] = sums.clipped[c];
-    result.widest[r] = sums.widest[c];
-    result.clipped_reach[r] = sums.clipped_reach[c];
+    if (!result.widest.empty()) {
+      result.widest[r] = sums.widest[c];
+      result.clipped_reach[r] = sums.clipped_reach[c];
+    }
     if (!new_steps) continue;
     for (int64_t g = 0; g < grid.groups; ++g) {
       const auto from = static_cast<size_t>(g * kStripRows + c);
@@ -92,11 +95,11 @@ void Collect(const StripSums& sums, const StripGrid& steps, int64_t first_row, i
 }
 
 // Some strips of rows that pass through the sweep together.
-class Tile {
+class SweepTile {
  public:
-  Tile(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
-       const std::vector<double>& d, const DiagonalMetric& metric, Grid& grid, int64_t first_strip,
-       int64_t strips, StripMatrix& weights)
+  SweepTile(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
+            const std::vector<double>& d, const DiagonalMetric& metric, const Grid& grid,
+            int64_t first_strip, int64_t strips, StripMatrix& weights)
       : spec_(spec),
         rules_(rules),
         u_(u),
@@ -107,7 +110,7 @@ class Tile {
         strips_(strips),
         weights_(weights) {}
 
-  // One sweep of all strips, with every step times `multiplier`. `w` is the tile's weights, which
+  // One sweep of all strips, with every scale times `multiplier`. `w` is the tile's weights, which
   // turn into weights minus levels; codes go to rows of `codes`. `done` is called after each block.
   // Without strips where it was cancelled.
   template <typename Done>
@@ -124,9 +127,9 @@ class Tile {
       const int64_t begin = b * kPanelRows;
       const int64_t columns = u_.end(b) - begin;
       for (StripSweep& sweep : sweeps) sweep.Begin(b);
-      HearBefore(u_, b, sweeps);
+      AddFeedbackBefore(u_, b, sweeps);
       for (int64_t g = 0; g * kMicroRows < columns; ++g) {
-        for (StripSweep& sweep : sweeps) sweep.HearWithin(b, g);
+        for (StripSweep& sweep : sweeps) sweep.AddFeedbackWithin(b, g);
         // Column by column over all strips: each waits for its own column before only.
         for (int64_t j = g * kMicroRows; j < std::min((g + 1) * kMicroRows, columns); ++j) {
           for (StripSweep& sweep : sweeps) sweep.RoundColumn(b, j);
@@ -143,7 +146,7 @@ class Tile {
 
   // The spec's sweep, or for every row the best of the trials.
   template <typename Done>
-  void Sweep(Rounded& result, const RunContext& context, const Done& done) {
+  void Sweep(RoundedLayer& result, const RunContext& context, const Done& done) {
     const int64_t features = u_.features();
     uint8_t* const codes = result.codes.data() + first_ * kStripRows * features;
     float* const w = weights_.strip(first_);
@@ -192,7 +195,7 @@ class Tile {
     }
   }
 
-  // Of all its rows.
+  // The largest of all its rows.
   double overshoot() const { return overshoot_; }
 
  private:
@@ -213,8 +216,8 @@ class Tile {
   }
 
   void Finish(int64_t s, const StripSums& sums, const StripGrid& steps, bool new_steps,
-              Rounded& result) {
-    Collect(sums, steps, (first_ + s) * kStripRows, Live(s), new_steps, grid_, result);
+              RoundedLayer& result) {
+    Collect(sums, steps, (first_ + s) * kStripRows, Live(s), new_steps, result);
     for (int64_t c = 0; c < Live(s); ++c) {
       overshoot_ = std::max(overshoot_, static_cast<double>(sums.overshoot[c]));
     }
@@ -225,7 +228,7 @@ class Tile {
   const FeedbackColumns& u_;
   const std::vector<double>& d_;
   const DiagonalMetric& metric_;
-  Grid& grid_;
+  const Grid& grid_;
   int64_t first_;
   int64_t strips_;
   StripMatrix& weights_;
@@ -234,45 +237,52 @@ class Tile {
 
 }  // namespace
 
-absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
-                                      const FeedbackColumns& u, const std::vector<double>& bound_d,
-                                      Grid& grid, StripMatrix& weights, const RunContext& context) {
-  const int64_t rows = weights.rows();
+absl::Status FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
+                           const FeedbackColumns& u, const std::vector<double>& bound_d,
+                           StripMatrix& weights, RoundedLayer& result, const RunContext& context) {
+  const auto rows = static_cast<size_t>(weights.rows());
   const int64_t features = weights.features();
-  Rounded result;
-  result.codes.resize(static_cast<size_t>(rows * features));
-  for (std::vector<double>* sums :
-       {&result.damped, &result.bound, &result.widest, &result.clipped_reach}) {
-    sums->resize(static_cast<size_t>(rows));
+  result.codes.resize(rows * static_cast<size_t>(features));
+  result.rounding.resize(rows);
+  result.bound.resize(rows);
+  result.clipped.resize(rows);
+  if (spec.rounding == Rounding::kStochastic) {
+    result.widest.resize(rows);
+    result.clipped_reach.resize(rows);
   }
-  result.clipped.resize(static_cast<size_t>(rows));
+  const Grid& grid = result.grid;
   const DiagonalMetric metric = rules.first_dynamic_group < grid.groups && HasMetric(spec.scale)
-                                    ? DiagonalMetric(rules.steps->metric)
+                                    ? DiagonalMetric(rules.metric->diagonal)
                                     : DiagonalMetric();
 
   const int64_t tile_strips =
       std::clamp<int64_t>(weights.strips() / kWantedTiles, 1, kTileRows / kStripRows);
   const int64_t tiles = (weights.strips() + tile_strips - 1) / tile_strips;
   const int64_t sweeps = std::max<int64_t>(1, static_cast<int64_t>(rules.multipliers.size()));
-  std::mutex mutex;
-  int64_t blocks_done = 0;
+  struct {
+    base::Mutex mu;
+    int64_t blocks_done ABSL_GUARDED_BY(mu) = 0;
+    double overshoot ABSL_GUARDED_BY(mu) = 0;
+  } all;
   const auto done = [&] {
-    const std::lock_guard<std::mutex> lock(mutex);
-    ++blocks_done;
-    context.Report(Phase::kRound, static_cast<double>(blocks_done) /
+    const base::MutexLock lock(all.mu);
+    ++all.blocks_done;
+    context.Report(Phase::kRound, static_cast<double>(all.blocks_done) /
                                       static_cast<double>(tiles * u.blocks() * sweeps));
   };
 
   context.executor->ParallelFor(tiles, [&](int64_t at) {
     const int64_t first = at * tile_strips;
-    Tile tile(spec, rules, u, bound_d, metric, grid, first,
-              std::min(tile_strips, weights.strips() - first), weights);
+    SweepTile tile(spec, rules, u, bound_d, metric, grid, first,
+                   std::min(tile_strips, weights.strips() - first), weights);
     tile.Sweep(result, context, done);
-    const std::lock_guard<std::mutex> lock(mutex);
-    result.worst_overshoot = std::max(result.worst_overshoot, tile.overshoot());
+    const base::MutexLock lock(all.mu);
+    all.overshoot = std::max(all.overshoot, tile.overshoot());
   });
   if (context.cancelled()) return context.CancellationStatus();
-  return result;
+  const base::MutexLock lock(all.mu);
+  result.worst_overshoot = all.overshoot;
+  return absl::OkStatus();
 }
 
 }  // namespace certiq::engine

@@ -1,4 +1,4 @@
-// The blocked feedback sweep, shared by every method with error feedback.
+// Blocked feedback sweep, shared by every method with error feedback.
 
 #ifndef CERTIQ_ENGINE_METHODS_FEEDBACK_SWEEP_H_
 #define CERTIQ_ENGINE_METHODS_FEEDBACK_SWEEP_H_
@@ -6,35 +6,16 @@
 #include <cstdint>
 #include <vector>
 
-#include "absl/status/statusor.h"
+#include "absl/status/status.h"
 #include "engine/kernels/aligned.h"
 #include "engine/kernels/strip_matrix.h"
 #include "engine/linalg/feedback_columns.h"
+#include "engine/methods/method.h"
 #include "engine/run_context.h"
 #include "engine/scales/qparams.h"
 #include "engine/spec.h"
 
 namespace certiq::engine {
-
-// What a sweep leaves behind. Sums are float64, one a row.
-struct Rounded {
-  // Row-major [rows, features], in working order.
-  UnsetVector<uint8_t> codes;
-  // sum_j e_j^2 D_j (M3).
-  std::vector<double> damped;
-  // sum_j eps_j^2 D_j, eps_j = max(delta_j / 2, |e_j|) widened by the rounding of v_j: (B1).
-  std::vector<double> bound;
-  // Weights outside the grid: with nearest rounding |e_j| > (delta_j / 2)(1 + 1e-6) beyond the
-  // outermost code, with stochastic rounding targets beyond the outermost levels.
-  std::vector<int32_t> clipped;
-  // For (B5), stochastic rounding: max delta_j^2 D_j over what did not clip,
-  // and sum |e_j| sqrt(D_j) over what did.
-  std::vector<double> widest;
-  std::vector<double> clipped_reach;
-  // How far beyond the outermost cell (nearest) or level (stochastic) the worst target
-  // lay, in steps; 0 without clipping.
-  double worst_overshoot = 0;
-};
 
 // What Qronos' first feature adds to a row's error beside the others: d (w_1 - q_1 + shift)^2.
 struct FirstError {
@@ -47,12 +28,12 @@ struct FirstError {
 struct SweepRules {
   // Working order: feature i is original feature order[i]; empty: natural.
   const std::vector<int64_t>* order = nullptr;
-  // Groups from this one on take their step from the updated weights when
+  // Groups from this one on take their scale from the updated weights when
   // the sweep reaches them (dynamic scales); past the last group: none do.
   int64_t first_dynamic_group = 0;
-  // Scale trials: a sweep for each, with every step of a row times this and rounded to the scale's
+  // Scale trials: a sweep for each, with every scale of a row times this and rounded to the scale's
   // type; each row keeps the first of those with the least sum_j e_j^2 D_j, which is the true error
-  // (M3), (M7). Empty: one sweep with the steps as they are.
+  // (M3), (M7). Empty: one sweep with the scales as they are.
   std::vector<float> multipliers;
   // Row-major [rows, features]: codes that are given, so that the sweep only measures them; null:
   // it chooses.
@@ -61,8 +42,8 @@ struct SweepRules {
   const StripMatrix* offsets = nullptr;
   // What D_1 = 0 leaves out of sums where there are offsets, to compare trials; null: nothing.
   const FirstError* first = nullptr;
-  // What dynamic steps are found by; needed where the rule looks at more than the weights.
-  const StepRules* steps = nullptr;
+  // What dynamic scales are found by; needed where the rule looks at more than the weights.
+  const ScaleMetric* metric = nullptr;
 };
 
 // (M2) for every row: v_j = w_j + o_j + sum_{k<j} (w_k - q_k) U_kj, q_j = Q(v_j), e_j = v_j - q_j,
@@ -71,16 +52,18 @@ struct SweepRules {
 // that makes it unbiased, from a random number keyed by seed, row and original column.
 //
 // Dynamic groups: with the columns of group g next and P = o_g + sum_{k before g} (w_k - q_k) U_k,g
-// the updated weights are v* = w_g + P U_gg^-1 (a column's own group still moves it); their step is
-// chosen by the spec's rule and written to `grid`.
+// the updated weights are v* = w_g + P U_gg^-1 (a column's own group still moves it); their scale
+// is chosen by the spec's rule and written to result.grid.
 //
-// `bound_d` is D with zeros for dead features, which take no part in the sums.
+// `bound_d` is D with zeros for dead features, which take no part in the sums. The sweep fills the
+// result's codes, clipping, what (B5) needs, `rounding` = sum_j e_j^2 D_j (M3) and `bound` =
+// sum_j eps_j^2 D_j (B1), eps_j = max(delta_j / 2, |e_j|) widened by the rounding of v_j.
 // Costs R N^2 flops: per block of columns one product with what came before it, then a triangular
 // sweep inside the block. Rows are independent and results do not depend on
 // the executor. Fails only by cancellation.
-absl::StatusOr<Rounded> FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
-                                      const FeedbackColumns& u, const std::vector<double>& bound_d,
-                                      Grid& grid, StripMatrix& weights, const RunContext& context);
+absl::Status FeedbackSweep(const ResolvedSpec& spec, const SweepRules& rules,
+                           const FeedbackColumns& u, const std::vector<double>& bound_d,
+                           StripMatrix& weights, RoundedLayer& result, const RunContext& context);
 
 }  // namespace certiq::engine
 

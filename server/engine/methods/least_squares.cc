@@ -1,12 +1,13 @@
 #include "engine/methods/least_squares.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
+#include "base/status_macros.h"
 #include "engine/kernels/aligned.h"
 #include "engine/kernels/packed_panel.h"
 #include "engine/kernels/simd.h"
+#include "engine/linalg/feedback_kernel.h"
 
 namespace certiq::engine {
 namespace {
@@ -16,10 +17,12 @@ constexpr int64_t kFloatWidth = kStrip<float>;
 // Where less than this share of |P w|^2 is left as floor, float32 terms of it would be off by more
 // than about 1e-4 of the floor.
 constexpr double kCancellation = 0.05;
+// Rows of a task of AddLeastSquares: they share each slice of U.
+constexpr int64_t kCorrectedRows = 128;
 
 // Strips of one block of features, [strips][kPanelRows][kStrip].
 template <typename T>
-AlignedVector<T> BlockProducts(const PackedBlock<T>& block, const T* x, int64_t features,
+AlignedVector<T> BlockProducts(const PackedPanel<T>& block, const T* x, int64_t features,
                                int64_t strips) {
   AlignedVector<T> products(static_cast<size_t>(strips * kPanelRows * kStrip<T>));
   block.AddProducts(/*upper=*/false, strips, x, features * kStrip<T>, products.data(),
@@ -28,7 +31,7 @@ AlignedVector<T> BlockProducts(const PackedBlock<T>& block, const T* x, int64_t 
 }
 
 // The diagonal block of SolveUpper for one strip x [rows][kWidth], in place: a micro-group of rows
-// hears of those after it at once, and then its own, last to first.
+// gets the part of those after it at once, and then of its own, last to first.
 void SolveDiagonal(const double* diagonal, int64_t rows, double* x) {
   for (int64_t first = (rows - 1) / kMicroRows * kMicroRows; first >= 0; first -= kMicroRows) {
     const int64_t end = std::min(rows, first + kMicroRows);
@@ -45,9 +48,9 @@ void SolveDiagonal(const double* diagonal, int64_t rows, double* x) {
 }
 
 // U a = y in place for every row, last feature first. Fails only by cancellation.
-absl::Status SolveUpper(const UpperPanels<double>& u, BasicStripMatrix<double>& x,
+absl::Status SolveUpper(const UpperTriangle<double>& u, BasicStripMatrix<double>& x,
                         const RunContext& context) {
-  PackedBlock<double> block(u.size());
+  PackedPanel<double> block(u.size());
   for (int64_t p = u.panels() - 1; p >= 0; --p) {
     if (context.cancelled()) return context.CancellationStatus();
     const int64_t after = u.end(p);
@@ -103,9 +106,9 @@ absl::StatusOr<BasicStripMatrix<double>> SolveCross(const Statistics& statistics
       }
     }
   });
-  UpperPanels<double> room;
-  const UpperPanels<double>& u = WideU(factor, room, *context.executor);
-  if (absl::Status status = SolveUpper(u, solved, context); !status.ok()) return status;
+  UpperTriangle<double> room;
+  const UpperTriangle<double>& u = WideU(factor, room, *context.executor);
+  RETURN_IF_ERROR(SolveUpper(u, solved, context));
   return solved;
 }
 
@@ -115,7 +118,7 @@ absl::StatusOr<StripMatrix> Offsets(const BasicStripMatrix<double>& solved,
                                     const RunContext& context) {
   const int64_t n = weights.features();
   StripMatrix offsets = StripMatrix::Unset(weights.rows(), n);
-  PackedBlock<float> block(n);
+  PackedPanel<float> block(n);
   for (int64_t j0 = 0; j0 < n; j0 += kPanelRows) {
     if (context.cancelled()) return context.CancellationStatus();
     const int64_t live = std::min(kPanelRows, n - j0);
@@ -193,9 +196,9 @@ absl::StatusOr<LeastSquares> SolveRowByRow(InitialError initial, const Factor& f
   for (int64_t r = 0; r < rows; ++r) {
     result.first_product.push_back(y.strip(r / kWidth)[r % kWidth]);
   }
-  UpperPanels<double> room;
-  const UpperPanels<double>& u = WideU(factor, room, *context.executor);
-  if (absl::Status status = SolveUpper(u, y, context); !status.ok()) return status;
+  UpperTriangle<double> room;
+  const UpperTriangle<double>& u = WideU(factor, room, *context.executor);
+  RETURN_IF_ERROR(SolveUpper(u, y, context));
   result.first_solved.resize(static_cast<size_t>(rows));
   result.offsets = StripMatrix(rows, n);
   context.executor->ParallelFor(y.strips(), [&](int64_t s) {
@@ -227,19 +230,15 @@ absl::StatusOr<LeastSquares> SolveTogether(const Statistics& statistics, const S
                                            const Factor& factor, const RunContext& context) {
   const int64_t n = weights.features();
   LeastSquares result;
-  auto unchanged = QuadraticForms(statistics.mismatch->residual, weights, Phase::kRound, context);
-  if (!unchanged.ok()) return unchanged.status();
-  result.unchanged = *std::move(unchanged);
+  ASSIGN_OR_RETURN(result.unchanged,
+                   QuadraticForms(statistics.mismatch->residual, weights, Phase::kRound, context));
   {
-    const auto solved = SolveCross(statistics, factor, context);
-    if (!solved.ok()) return solved.status();
-    auto offsets = Offsets(*solved, factor.d, weights, context);
-    if (!offsets.ok()) return offsets.status();
-    result.offsets = *std::move(offsets);
+    ASSIGN_OR_RETURN(const auto solved, SolveCross(statistics, factor, context));
+    ASSIGN_OR_RETURN(result.offsets, Offsets(solved, factor.d, weights, context));
     std::vector<double> first_row(static_cast<size_t>(n));
     std::vector<double> first_cross(first_row.size());
     for (int64_t i = 0; i < n; ++i) {
-      first_row[static_cast<size_t>(i)] = solved->strip(i / kWidth)[i % kWidth];
+      first_row[static_cast<size_t>(i)] = solved.strip(i / kWidth)[i % kWidth];
       first_cross[static_cast<size_t>(i)] = statistics.mismatch->cross[static_cast<size_t>(i * n)];
     }
     result.first_solved = Dots(weights, first_row, *context.executor);
@@ -255,22 +254,41 @@ absl::StatusOr<LeastSquares> SolveTogether(const Statistics& statistics, const S
   }
   if (inexact.empty()) return result;
 
-  auto initial = ComputeInitialError(
-      statistics, Widen(SelectRows(weights, inexact), *context.executor), Phase::kRound, context);
-  if (!initial.ok()) return initial.status();
-  const auto exact = SolveRowByRow(*std::move(initial), factor, context);
-  if (!exact.ok()) return exact.status();
+  ASSIGN_OR_RETURN(
+      auto initial,
+      ComputeInitialError(statistics, Widen(SelectRows(weights, inexact), *context.executor),
+                          Phase::kRound, context));
+  ASSIGN_OR_RETURN(const auto exact, SolveRowByRow(std::move(initial), factor, context));
   std::vector<float> row(static_cast<size_t>(n));
   for (size_t i = 0; i < inexact.size(); ++i) {
     const auto r = static_cast<size_t>(inexact[i]);
-    exact->offsets.GetRow(static_cast<int64_t>(i), row.data());
+    exact.offsets.GetRow(static_cast<int64_t>(i), row.data());
     result.offsets.SetRow(inexact[i], row.data());
-    result.first_product[r] = exact->first_product[i];
-    result.first_solved[r] = exact->first_solved[i];
-    result.unchanged[r] = exact->unchanged[i];
-    result.floor[r] = exact->floor[i];
+    result.first_product[r] = exact.first_product[i];
+    result.first_solved[r] = exact.first_solved[i];
+    result.unchanged[r] = exact.unchanged[i];
+    result.floor[r] = exact.floor[i];
   }
   return result;
+}
+
+absl::Status AddLeastSquares(const FeedbackColumns& u, const StripMatrix& offsets,
+                             StripMatrix& weights, const RunContext& context) {
+  constexpr int64_t kTileStrips = kCorrectedRows / kFloatWidth;
+  const int64_t values = weights.features() * kFloatWidth;
+  const int64_t tiles = (weights.strips() + kTileStrips - 1) / kTileStrips;
+  context.executor->ParallelFor(tiles, [&](int64_t tile) {
+    const int64_t first = tile * kTileStrips;
+    const int64_t strips = std::min(kTileStrips, weights.strips() - first);
+    AlignedVector<float> z(static_cast<size_t>(strips * values));
+    std::copy_n(offsets.strip(first), strips * values, z.data());
+    std::vector<RowsOverU> solves;
+    for (int64_t s = 0; s < strips; ++s) solves.emplace_back(u, z.data() + s * values, 0);
+    if (!SolveTile(u, solves, context)) return;
+    float* to = weights.strip(first);
+    for (int64_t i = 0; i < strips * values; ++i) to[i] += z[static_cast<size_t>(i)];
+  });
+  return context.cancelled() ? context.CancellationStatus() : absl::OkStatus();
 }
 
 }  // namespace certiq::engine

@@ -1,4 +1,4 @@
-// What least squares would add to W where earlier quantization has changed the inputs (M5).
+// Least-squares correction of W for inputs that earlier quantization has changed (M5).
 
 #ifndef CERTIQ_ENGINE_METHODS_LEAST_SQUARES_H_
 #define CERTIQ_ENGINE_METHODS_LEAST_SQUARES_H_
@@ -8,8 +8,9 @@
 
 #include "absl/status/statusor.h"
 #include "engine/gram/gram.h"
+#include "engine/gram/quadratic_form.h"
 #include "engine/kernels/strip_matrix.h"
-#include "engine/linalg/quadratic_form.h"
+#include "engine/linalg/feedback_columns.h"
 #include "engine/linalg/udu_factor.h"
 #include "engine/run_context.h"
 
@@ -37,6 +38,13 @@ absl::StatusOr<LeastSquares> SolveRowByRow(InitialError initial, const Factor& f
 // cancellation.
 absl::StatusOr<LeastSquares> SolveTogether(const Statistics& statistics, const StripMatrix& weights,
                                            const Factor& factor, const RunContext& context);
+
+// w + z for every row of `weights`, z U = o the row of `offsets` (see SweepRules): from
+// v_j = w_j + o_j + sum_{k<j} (w_k - q_k) U_kj follows v - (w + z) = -e U^-1 off its diagonal, for
+// the least-squares weights w + z what (B6) says of W. Float32, R N^2 flops. Fails only by
+// cancellation.
+absl::Status AddLeastSquares(const FeedbackColumns& u, const StripMatrix& offsets,
+                             StripMatrix& weights, const RunContext& context);
 
 }  // namespace certiq::engine
 

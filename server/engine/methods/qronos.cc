@@ -5,9 +5,9 @@
 #include <utility>
 #include <vector>
 
+#include "base/status_macros.h"
 #include "engine/methods/least_squares.h"
 #include "engine/methods/optq.h"
-#include "engine/methods/sweep_method.h"
 
 namespace certiq::engine {
 namespace {
@@ -15,71 +15,78 @@ namespace {
 // Covers the rounding of sums where a bound rests on an initial term alone.
 constexpr double kOutward = 1 + 1e-6;
 
-// Of W as it came; where that is spare, its products are taken.
+// The initial error of W as it came: the layer's own where that is spare.
 InitialError TakeInitial(const MethodInput& input) {
-  return input.spare_initial ? std::move(*input.initial) : *input.initial;
+  return input.spare_initial ? std::move(*input.layer.initial) : *input.layer.initial;
 }
 
 }  // namespace
 
 bool QronosNeedsInitialError(int64_t rows, int64_t features) { return 2 * rows <= features; }
 
-absl::StatusOr<MethodOutput> Qronos(const MethodInput& input, const Factor& factor, double lambda,
-                                    Grid& grid, const RunContext& context) {
-  if (!input.statistics.mismatch.has_value()) {
-    absl::StatusOr<MethodOutput> output = Optq(input, factor, lambda, grid, context);
-    if (output.ok()) output->terms.emplace();
-    return output;
+absl::Status Qronos(const MethodInput& input, RoundedLayer& result, const RunContext& context) {
+  const WorkingLayer& layer = input.layer;
+  if (!layer.mismatched()) {
+    RETURN_IF_ERROR(Optq(input, result, context));
+    result.terms.emplace();
+    return absl::OkStatus();
   }
-  absl::StatusOr<LeastSquares> solved =
-      QronosNeedsInitialError(grid.rows, input.weights.features())
-          ? SolveRowByRow(TakeInitial(input), factor, context)
-          : SolveTogether(input.statistics, input.reference, factor, context);
-  if (!solved.ok()) return solved.status();
+  const Factor& factor = *result.damping->factor;
+  const int64_t rows = result.grid.rows;
+  const int64_t n = layer.weights().features();
+  ASSIGN_OR_RETURN(LeastSquares solved,
+                   QronosNeedsInitialError(rows, n)
+                       ? SolveRowByRow(TakeInitial(input), factor, context)
+                       : SolveTogether(layer.statistics(), layer.reference, factor, context));
   // A dead feature 0 has y_1 = a_1 = 0; D_1 stands in for the zero of H_11 where lambda is 0.
-  const double h11 = input.dead[0] ? factor.d[0] : input.statistics.gram.at(0, 0) + lambda;
-  const double d1 = input.dead[0] ? 0 : factor.d[0];
+  const double h11 =
+      layer.dead[0] ? factor.d[0] : layer.statistics().gram.at(0, 0) + result.damping->lambda_used;
+  const double d1 = layer.dead[0] ? 0 : factor.d[0];
   const int64_t width = StripMatrix::StripRows();
-  const int64_t n = input.weights.features();
   // The sweep may take W.
-  std::vector<float> first_weight(static_cast<size_t>(grid.rows));
+  std::vector<float> first_weight(static_cast<size_t>(rows));
   std::vector<float> first_offset(first_weight.size());
   FirstError first{d1, std::vector<double>(first_weight.size())};
-  for (int64_t r = 0; r < grid.rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     const auto at = static_cast<size_t>(r);
-    first_weight[at] = input.weights.strip(r / width)[r % width];
-    first_offset[at] = static_cast<float>(solved->first_product[at] / h11);
-    solved->offsets.strip(r / width)[r % width] = first_offset[at];
-    first.shift[at] = solved->first_solved[at] / factor.d[0];
+    first_weight[at] = layer.weights().strip(r / width)[r % width];
+    first_offset[at] = static_cast<float>(solved.first_product[at] / h11);
+    solved.offsets.strip(r / width)[r % width] = first_offset[at];
+    first.shift[at] = solved.first_solved[at] / factor.d[0];
   }
 
-  const int64_t first_dynamic = input.spec.group_scales == GroupScales::kDynamic ? 1 : grid.groups;
-  absl::StatusOr<MethodOutput> output =
-      Sweep(input, factor, first_dynamic, &solved->offsets, &first, grid, context);
-  if (!output.ok()) return output;
+  const int64_t first_dynamic =
+      input.spec.group_scales == GroupScales::kDynamic ? 1 : result.grid.groups;
+  RETURN_IF_ERROR(
+      RoundWithFeedback(input, first_dynamic, &solved.offsets, &first, result, context));
 
-  InitialTerms& terms = output->terms.emplace();
-  for (int64_t r = 0; r < grid.rows; ++r) {
+  result.damped.clear();
+  result.initial.clear();
+  InitialTerms& terms = result.terms.emplace();
+  std::vector<double> prior_bound(first_weight.size());
+  for (int64_t r = 0; r < rows; ++r) {
     const auto at = static_cast<size_t>(r);
     const float w1 = first_weight[at];
-    const float q1 = grid.Level(r, 0, output->codes[static_cast<size_t>(r * n)]);
+    const float q1 = result.grid.Level(r, 0, result.codes[static_cast<size_t>(r * n)]);
     const double best = first.shift[at];
     const double left = static_cast<double>(w1) - static_cast<double>(q1) + best;
-    const double initial = solved->floor[at] + d1 * left * left;
-    const double moved = best - solved->first_product[at] / h11;
-    const double prior = solved->floor[at] + d1 * moved * moved;
+    const double initial = solved.floor[at] + d1 * left * left;
+    const double moved = best - solved.first_product[at] / h11;
+    const double prior = solved.floor[at] + d1 * moved * moved;
     // epsilon_1 as the sweep has it for the others.
     const float v1 = w1 + first_offset[at];
-    const float half = 0.5f * grid.scale[grid.At(r, 0)];
+    const float half = 0.5f * result.grid.scale[result.grid.At(r, 0)];
     const double eps = std::max(half, std::abs(v1 - q1)) + 0x1p-22f * std::abs(v1);
-    output->damped.push_back(initial + output->rounding[at]);
-    output->initial.push_back(std::sqrt(initial));
-    output->bound[at] = kOutward * std::sqrt(prior) + std::sqrt(output->bound[at] + d1 * eps * eps);
+    result.damped.push_back(initial + result.rounding[at]);
+    result.initial.push_back(std::sqrt(initial));
+    prior_bound[at] = kOutward * std::sqrt(prior);
+    result.bound[at] = std::sqrt(result.bound[at] + d1 * eps * eps);
     terms.qronos += prior;
-    terms.optq += solved->unchanged[at];
-    terms.floor += solved->floor[at];
+    terms.optq += solved.unchanged[at];
+    terms.floor += solved.floor[at];
   }
-  return output;
+  for (size_t r = 0; r < prior_bound.size(); ++r) result.bound[r] += prior_bound[r];
+  return absl::OkStatus();
 }
 
 }  // namespace certiq::engine

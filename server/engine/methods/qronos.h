@@ -1,13 +1,13 @@
-// Qronos (arXiv 2505.11695): OPTQ for a layer whose inputs earlier
-// quantization has changed.
+// Qronos (arXiv 2505.11695): OPTQ for a layer whose inputs earlier quantization has changed.
 
 #ifndef CERTIQ_ENGINE_METHODS_QRONOS_H_
 #define CERTIQ_ENGINE_METHODS_QRONOS_H_
 
 #include <cstdint>
 
-#include "absl/status/statusor.h"
+#include "absl/status/status.h"
 #include "engine/methods/method.h"
+#include "engine/run_context.h"
 
 namespace certiq::engine {
 
@@ -30,12 +30,11 @@ namespace certiq::engine {
 // where m - sum a^2 / D would lose digits by that are done in float64 all the same.
 //
 // Matched inputs: G = H, the offsets are zero, and the method is OPTQ. The first dynamic group, if
-// any, takes its step from W: q_1 is needed before its other weights are updated. Fails only by
-// cancellation.
-absl::StatusOr<MethodOutput> Qronos(const MethodInput& input, const Factor& factor, double lambda,
-                                    Grid& grid, const RunContext& context);
+// any, takes its scale from W: q_1 is needed before its other weights are updated. REQUIRES:
+// result.damping has a factor. Fails as OPTQ does.
+absl::Status Qronos(const MethodInput& input, RoundedLayer& result, const RunContext& context);
 
-// Whether Qronos needs `input.initial` of a layer of this size.
+// Whether Qronos needs the initial error of a layer of this size.
 bool QronosNeedsInitialError(int64_t rows, int64_t features);
 
 }  // namespace certiq::engine

@@ -3,10 +3,11 @@
 #include <Eigen/Cholesky>
 #include <algorithm>
 #include <cmath>
-#include <mutex>
 #include <numeric>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
+#include "base/mutex.h"
 #include "engine/methods/refine_form.h"
 #include "engine/methods/round_column.h"
 
@@ -24,7 +25,7 @@ constexpr float kLeastGain = 1e-5f;
 constexpr int64_t kJointGroups = 64;
 // Scales that move by less, relative, are left as they are.
 constexpr double kLeastStretch = 1e-4;
-// Of the diagonal of A: makes a system of collinear groups definite.
+// Share of the diagonal of A that is added to it: makes a system of collinear groups definite.
 constexpr double kRidge = 1e-10;
 
 // Group by group, in the working order inside a group.
@@ -44,8 +45,8 @@ inline float LevelOf(const StripGrid& grid, int64_t at, float code) {
 }
 
 // A strip of rows, features in the form's order.
-struct Strip {
-  Strip(int64_t at, const Grid& grid) : index(at), steps(grid, at * kStripRows) {}
+struct RefineStrip {
+  RefineStrip(int64_t at, const Grid& grid) : index(at), steps(grid, at * kStripRows) {}
 
   int64_t index;
   StripGrid steps;
@@ -63,18 +64,22 @@ struct Strip {
   bool moved = false;
 };
 
-class Tile {
+class RefineTile {
  public:
-  Tile(const MethodInput& input, const PolishForm& form, const Grid& grid,
-       const std::vector<int64_t>& first_of_group, int64_t first_strip, int64_t strips,
-       const UnsetVector<uint8_t>& codes)
-      : input_(input), form_(form), group_of_(form.order().size()), first_(first_of_group) {
+  RefineTile(const MethodInput& input, const RefineForm& form, const Grid& grid,
+             const std::vector<int64_t>& first_of_group, int64_t first_strip, int64_t strips,
+             const UnsetVector<uint8_t>& codes)
+      : input_(input),
+        weights_(input.layer.weights()),
+        form_(form),
+        group_of_(form.order().size()),
+        first_(first_of_group) {
     for (size_t i = 0; i < group_of_.size(); ++i) {
       group_of_[i] = grid.group_of[static_cast<size_t>(form.order()[i])];
     }
     const int64_t n = form.features();
     for (int64_t s = first_strip; s < first_strip + strips; ++s) {
-      Strip& strip = strips_.emplace_back(s, grid);
+      RefineStrip& strip = strips_.emplace_back(s, grid);
       strip.change.resize(static_cast<size_t>(n * kStripRows));
       strip.codes.resize(static_cast<size_t>(n * kStripRows));
       strip.r.resize(static_cast<size_t>(kPanelRows * kStripRows));
@@ -93,18 +98,18 @@ class Tile {
   // Returns the passes taken; stops early where it was cancelled.
   int32_t Run(const RunContext& context) {
     int32_t pass = 0;
-    const auto active = [](const Strip& strip) { return strip.active; };
+    const auto active = [](const RefineStrip& strip) { return strip.active; };
     while (pass < input_.spec.polish && std::any_of(strips_.begin(), strips_.end(), active)) {
-      for (Strip& strip : strips_) strip.moved = false;
+      for (RefineStrip& strip : strips_) strip.moved = false;
       if (input_.spec.grid == nullptr) RefitScales(context);
       for (int64_t b = 0; b < form_.blocks(); ++b) {
         if (context.cancelled()) return pass;
         FormResidual(b);
-        for (Strip& strip : strips_) {
+        for (RefineStrip& strip : strips_) {
           if (strip.active) DescendBlock(strip, b);
         }
       }
-      for (Strip& strip : strips_) strip.active = strip.active && strip.moved;
+      for (RefineStrip& strip : strips_) strip.active = strip.active && strip.moved;
       ++pass;
     }
     return pass;
@@ -112,7 +117,7 @@ class Tile {
 
   void Store(Grid& grid, UnsetVector<uint8_t>& codes) const {
     const int64_t n = form_.features();
-    for (const Strip& strip : strips_) {
+    for (const RefineStrip& strip : strips_) {
       const int64_t first_row = strip.index * kStripRows;
       for (int64_t c = 0; c < std::min(kStripRows, grid.rows - first_row); ++c) {
         uint8_t* row = codes.data() + (first_row + c) * n;
@@ -130,10 +135,10 @@ class Tile {
 
  private:
   // c of feature i from its codes.
-  void RenewChange(Strip& strip, int64_t i) const {
+  void RenewChange(RefineStrip& strip, int64_t i) const {
     const int64_t feature = form_.order()[static_cast<size_t>(i)];
     const int64_t group = group_of_[static_cast<size_t>(i)];
-    const float* w = input_.weights.strip(strip.index) + feature * kStripRows;
+    const float* w = weights_.strip(strip.index) + feature * kStripRows;
     float* change = strip.change.data() + i * kStripRows;
     const uint8_t* codes = strip.codes.data() + i * kStripRows;
     for (int64_t c = 0; c < kStripRows; ++c) {
@@ -142,12 +147,12 @@ class Tile {
   }
 
   // Products of block b with columns [k0, k1) of each active strip's `x`, added to its `out`.
-  void AddProducts(int64_t b, int64_t k0, int64_t k1, AlignedVector<float> Strip::*x,
-                   AlignedVector<float> Strip::*out) {
-    for (int64_t k = k0; k < k1; k += PolishForm::kSlice) {
-      for (Strip& strip : strips_) {
+  void AddProducts(int64_t b, int64_t k0, int64_t k1, AlignedVector<float> RefineStrip::*x,
+                   AlignedVector<float> RefineStrip::*out) {
+    for (int64_t k = k0; k < k1; k += RefineForm::kSlice) {
+      for (RefineStrip& strip : strips_) {
         if (!strip.active) continue;
-        form_.AddSlice(b, k, std::min(k1, k + PolishForm::kSlice), (strip.*x).data(),
+        form_.AddSlice(b, k, std::min(k1, k + RefineForm::kSlice), (strip.*x).data(),
                        (strip.*out).data());
       }
     }
@@ -155,12 +160,12 @@ class Tile {
 
   // r = H c + y for the features of block b, from c as it is.
   void FormResidual(int64_t b) {
-    for (Strip& strip : strips_) {
+    for (RefineStrip& strip : strips_) {
       std::fill(strip.r.begin(), strip.r.end(), 0.0f);
-      if (input_.initial == nullptr) continue;
+      if (input_.layer.initial_error() == nullptr) continue;
       // A strip of float32 is two of float64.
       constexpr int64_t kHalf = kStrip<double>;
-      const BasicStripMatrix<double>& cross = input_.initial->cross;
+      const BasicStripMatrix<double>& cross = input_.layer.initial->cross;
       for (int64_t i = form_.begin(b); i < form_.end(b); ++i) {
         const int64_t feature = form_.order()[static_cast<size_t>(i)];
         for (int64_t half = 0; half < 2; ++half) {
@@ -172,15 +177,15 @@ class Tile {
         }
       }
     }
-    AddProducts(b, 0, form_.features(), &Strip::change, &Strip::r);
+    AddProducts(b, 0, form_.features(), &RefineStrip::change, &RefineStrip::r);
   }
 
   // (S7) over the features of block b.
-  void DescendBlock(Strip& strip, int64_t b) const {
+  void DescendBlock(RefineStrip& strip, int64_t b) const {
     for (int32_t round = 0; round < kRounds; ++round) {
       bool moved = false;
       for (int64_t i = form_.begin(b); i < form_.end(b); ++i) {
-        if (input_.dead[static_cast<size_t>(form_.order()[static_cast<size_t>(i)])]) continue;
+        if (input_.layer.dead[static_cast<size_t>(form_.order()[static_cast<size_t>(i)])]) continue;
         moved = DescendFeature(strip, b, i) || moved;
       }
       if (!moved) return;
@@ -188,7 +193,7 @@ class Tile {
     }
   }
 
-  bool DescendFeature(Strip& strip, int64_t b, int64_t i) const {
+  bool DescendFeature(RefineStrip& strip, int64_t b, int64_t i) const {
     const int64_t group = group_of_[static_cast<size_t>(i)];
     const float h = form_.diagonal(i);
     const float* r = strip.r.data() + (i - form_.begin(b)) * kStripRows;
@@ -221,7 +226,7 @@ class Tile {
   // (S6), a lot of groups after the other.
   void RefitScales(const RunContext& context) {
     const auto groups = static_cast<int64_t>(first_.size()) - 1;
-    for (Strip& strip : strips_) {
+    for (RefineStrip& strip : strips_) {
       strip.multiples.resize(strip.change.size());
       strip.product.resize(strip.r.size());
       for (size_t i = 0; i < group_of_.size(); ++i) {
@@ -235,7 +240,7 @@ class Tile {
     }
     for (int64_t g0 = 0; g0 < groups; g0 += kJointGroups) {
       const int64_t g1 = std::min(groups, g0 + kJointGroups);
-      for (Strip& strip : strips_) {
+      for (RefineStrip& strip : strips_) {
         strip.a.assign(static_cast<size_t>((g1 - g0) * (g1 - g0) * kStripRows), 0);
         strip.b.assign(static_cast<size_t>((g1 - g0) * kStripRows), 0);
       }
@@ -245,7 +250,7 @@ class Tile {
         if (context.cancelled()) return;
         AddBlock(b, g0, g1);
       }
-      for (Strip& strip : strips_) {
+      for (RefineStrip& strip : strips_) {
         if (!strip.active) continue;
         for (int64_t c = 0; c < kStripRows; ++c) SolveRow(strip, c, g0, g1);
         for (int64_t i = begin; i < end; ++i) RenewChange(strip, i);
@@ -259,7 +264,7 @@ class Tile {
     const int64_t begin = std::max(form_.begin(b), first_[static_cast<size_t>(g0)]);
     const int64_t end = std::min(form_.end(b), first_[static_cast<size_t>(g1)]);
     FormResidual(b);
-    for (Strip& strip : strips_) {
+    for (RefineStrip& strip : strips_) {
       if (!strip.active) continue;
       for (int64_t i = begin; i < end; ++i) {
         double* to = strip.b.data() + (group_of_[static_cast<size_t>(i)] - g0) * kStripRows;
@@ -280,9 +285,9 @@ class Tile {
   void AddCross(int64_t b, int64_t begin, int64_t end, int64_t h, int64_t k0, int64_t k1,
                 double times, int64_t g0, int64_t g1) {
     if (k0 >= k1) return;
-    for (Strip& strip : strips_) std::fill(strip.product.begin(), strip.product.end(), 0.0f);
-    AddProducts(b, k0, k1, &Strip::multiples, &Strip::product);
-    for (Strip& strip : strips_) {
+    for (RefineStrip& strip : strips_) std::fill(strip.product.begin(), strip.product.end(), 0.0f);
+    AddProducts(b, k0, k1, &RefineStrip::multiples, &RefineStrip::product);
+    for (RefineStrip& strip : strips_) {
       if (!strip.active) continue;
       for (int64_t i = begin; i < end && group_of_[static_cast<size_t>(i)] <= h; ++i) {
         const int64_t g = group_of_[static_cast<size_t>(i)];
@@ -293,7 +298,7 @@ class Tile {
   }
 
   // to += times K_i values_i, row by row.
-  void AddDots(const Strip& strip, int64_t i, int64_t b, const AlignedVector<float>& values,
+  void AddDots(const RefineStrip& strip, int64_t i, int64_t b, const AlignedVector<float>& values,
                double times, double* to) const {
     const float* k = strip.multiples.data() + i * kStripRows;
     const float* v = values.data() + (i - form_.begin(b)) * kStripRows;
@@ -303,7 +308,7 @@ class Tile {
   }
 
   // New scales of groups [g0, g1) of row c of the strip, where they lower f.
-  void SolveRow(Strip& strip, int64_t c, int64_t g0, int64_t g1) const {
+  void SolveRow(RefineStrip& strip, int64_t c, int64_t g0, int64_t g1) const {
     const int64_t size = g1 - g0;
     Eigen::MatrixXd a(size, size);
     Eigen::VectorXd b(size);
@@ -321,65 +326,69 @@ class Tile {
     }
     Eigen::VectorXd moves = damped.ldlt().solve(b);
     double furthest = 0;
-    std::vector<Step> steps(static_cast<size_t>(size));
+    std::vector<QuantParams> params(static_cast<size_t>(size));
     for (int64_t g = 0; g < size; ++g) {
       const auto at = static_cast<size_t>((g0 + g) * kStripRows + c);
       const float old = strip.steps.scale[at];
-      Step& step = steps[static_cast<size_t>(g)];
-      step = {old, static_cast<int32_t>(strip.steps.zero[at])};
+      QuantParams& to = params[static_cast<size_t>(g)];
+      to = {old, static_cast<int32_t>(strip.steps.zero[at])};
       const double wanted = (static_cast<double>(old) + moves[g]) / static_cast<double>(old);
       if (a(g, g) > 0 && wanted > 0.25 && wanted < 4) {
-        step = StretchedStep(input_.spec, step, static_cast<float>(wanted));
+        to = StretchedQuantParams(input_.spec, to, static_cast<float>(wanted));
       }
-      moves[g] = static_cast<double>(step.scale) - static_cast<double>(old);
+      moves[g] = static_cast<double>(to.scale) - static_cast<double>(old);
       furthest = std::max(furthest, std::abs(moves[g]) / static_cast<double>(old));
     }
     if (furthest < kLeastStretch || !(moves.dot(a * moves) - 2 * moves.dot(b) < 0)) return;
     for (int64_t g = 0; g < size; ++g) {
-      strip.steps.Set(g0 + g, c, steps[static_cast<size_t>(g)]);
+      strip.steps.Set(g0 + g, c, params[static_cast<size_t>(g)]);
     }
     strip.moved = true;
   }
 
   const MethodInput& input_;
-  const PolishForm& form_;
+  const StripMatrix& weights_;
+  const RefineForm& form_;
   std::vector<int32_t> group_of_;
-  // Of the features in the form's order: where group g begins, and the end.
+  // Where group g begins among the features in the form's order, and the end.
   const std::vector<int64_t>& first_;
-  std::vector<Strip> strips_;
+  std::vector<RefineStrip> strips_;
 };
 
 }  // namespace
 
-absl::StatusOr<int32_t> Polish(const MethodInput& input, double lambda, Grid& grid,
+absl::StatusOr<int32_t> Refine(const MethodInput& input, double lambda, Grid& grid,
                                UnsetVector<uint8_t>& codes, const RunContext& context) {
-  const PolishForm form(input.statistics.gram, lambda, GroupedOrder(grid.group_of),
+  const RefineForm form(input.layer.statistics().gram, lambda, GroupedOrder(grid.group_of),
                         *context.executor);
   std::vector<int64_t> first_of_group(static_cast<size_t>(grid.groups) + 1);
   for (const int32_t g : grid.group_of) ++first_of_group[static_cast<size_t>(g) + 1];
   std::partial_sum(first_of_group.begin(), first_of_group.end(), first_of_group.begin());
 
-  const int64_t strips = input.weights.strips();
+  const int64_t strips = input.layer.weights().strips();
   const int64_t tile_strips = std::clamp<int64_t>(strips / kWantedTiles, 1, kTileStrips);
   const int64_t tiles = (strips + tile_strips - 1) / tile_strips;
-  std::mutex mutex;
-  int32_t passes = 0;
-  int64_t tiles_done = 0;
+  struct {
+    base::Mutex mu;
+    int32_t passes ABSL_GUARDED_BY(mu) = 0;
+    int64_t tiles_done ABSL_GUARDED_BY(mu) = 0;
+  } all;
   context.executor->ParallelFor(tiles, [&](int64_t t) {
     if (context.cancelled()) return;
-    Tile tile(input, form, grid, first_of_group, t * tile_strips,
-              std::min(tile_strips, strips - t * tile_strips), codes);
+    RefineTile tile(input, form, grid, first_of_group, t * tile_strips,
+                    std::min(tile_strips, strips - t * tile_strips), codes);
     const int32_t taken = tile.Run(context);
     tile.Store(grid, codes);
-    const std::lock_guard<std::mutex> lock(mutex);
-    passes = std::max(passes, taken);
-    ++tiles_done;
-    context.Report(Phase::kRound, static_cast<double>(tiles_done) / static_cast<double>(tiles));
+    const base::MutexLock lock(all.mu);
+    all.passes = std::max(all.passes, taken);
+    ++all.tiles_done;
+    context.Report(Phase::kRound, static_cast<double>(all.tiles_done) / static_cast<double>(tiles));
   });
   if (context.cancelled()) return context.CancellationStatus();
-  return passes;
+  const base::MutexLock lock(all.mu);
+  return all.passes;
 }
 
-int64_t PolishBytes(int64_t features) { return PolishForm::BytesFor(features); }
+int64_t RefineBytes(int64_t features) { return RefineForm::BytesFor(features); }
 
 }  // namespace certiq::engine

@@ -1,5 +1,4 @@
-// Better codes and scales for a layer that is rounded already: coordinate descent on codes (S7),
-// the scales of a row refitted to its codes (S6).
+// Refinement of a rounded layer: coordinate descent on codes (S7), scales refitted to codes (S6).
 
 #ifndef CERTIQ_ENGINE_METHODS_REFINE_H_
 #define CERTIQ_ENGINE_METHODS_REFINE_H_
@@ -32,11 +31,11 @@ namespace certiq::engine {
 // many; N^2 floats of memory. `input.spec.rounding` must be nearest. Changes `grid` and `codes`
 // (row-major [rows, features]). Returns the most passes that a row took. Fails only by
 // cancellation.
-absl::StatusOr<int32_t> Polish(const MethodInput& input, double lambda, Grid& grid,
+absl::StatusOr<int32_t> Refine(const MethodInput& input, double lambda, Grid& grid,
                                UnsetVector<uint8_t>& codes, const RunContext& context);
 
 // Bytes held by it beside its arguments, on `threads` threads.
-int64_t PolishBytes(int64_t features);
+int64_t RefineBytes(int64_t features);
 
 }  // namespace certiq::engine
 

@@ -1,4 +1,4 @@
-// H of the polish's objective in float32, packed as its products read it.
+// Refinement's H in float32, packed as its products read it.
 // Included by .cc files of the engine only, like simd.h.
 
 #ifndef CERTIQ_ENGINE_METHODS_REFINE_FORM_H_
@@ -20,14 +20,14 @@ namespace certiq::engine {
 // H = S + lambda I, features in the order given, divided by a power of two so that its entries are
 // at most about 1. Blocks of kPanelRows rows, the last one padded with zeros; a block in groups of
 // kMicroRows rows, each [features][kMicroRows]: any run of columns is contiguous. N^2 floats.
-class PolishForm {
+class RefineForm {
  public:
   static constexpr int64_t kSlice = 128;
   static constexpr int64_t kGroups = kPanelRows / kMicroRows;
   static_assert(kPanelRows % kMicroRows == 0);
 
   // `order`: element i is the feature of S that comes at place i.
-  PolishForm(const UpperPanels<double>& s, double lambda, std::vector<int64_t> order,
+  RefineForm(const UpperTriangle<double>& s, double lambda, std::vector<int64_t> order,
              Executor& executor)
       : order_(std::move(order)),
         values_(static_cast<size_t>(BytesFor(s.size()) / static_cast<int64_t>(sizeof(float)))),
@@ -92,7 +92,7 @@ class PolishForm {
   }
 
  private:
-  float Entry(const UpperPanels<double>& s, double lambda, int64_t i, int64_t k) const {
+  float Entry(const UpperTriangle<double>& s, double lambda, int64_t i, int64_t k) const {
     const int64_t a = order_[static_cast<size_t>(i)];
     const int64_t b = order_[static_cast<size_t>(k)];
     const double entry = s.at(std::min(a, b), std::max(a, b)) + (a == b ? lambda : 0);

@@ -1,4 +1,4 @@
-// Rounding one feature of a strip of rows: codes, levels, errors and sums.
+// Rounding of one feature for a strip of rows: codes, levels, errors and sums.
 // Included by .cc files of the engine only, like simd.h.
 
 #ifndef CERTIQ_ENGINE_METHODS_ROUND_COLUMN_H_
@@ -45,16 +45,16 @@ struct StripGrid {
     }
   }
 
-  void Set(int64_t group, int64_t lane, Step step) {
+  void Set(int64_t group, int64_t lane, QuantParams params) {
     const auto to = static_cast<size_t>(group * kStripRows + lane);
-    scale[to] = step.scale;
-    zero[to] = static_cast<float>(step.zero);
-    const bool moderate = step.scale > 0x1p-100f && step.scale < 0x1p100f;
-    inverse[to] = moderate ? 1 / step.scale : std::numeric_limits<float>::quiet_NaN();
+    scale[to] = params.scale;
+    zero[to] = static_cast<float>(params.zero);
+    const bool moderate = params.scale > 0x1p-100f && params.scale < 0x1p100f;
+    inverse[to] = moderate ? 1 / params.scale : std::numeric_limits<float>::quiet_NaN();
   }
 };
 
-// What rounding leaves behind, per row of the strip; see Rounded.
+// What rounding leaves behind, per row of the strip; see RoundedLayer.
 struct StripSums {
   double damped[kStripRows] = {};
   double bound[kStripRows] = {};
@@ -72,7 +72,7 @@ inline float ClampCode(float code, float lowest, float highest) {
 
 // Codes by nearest rounding in float32, exact unless a quotient is so close to a tie, or to the
 // limits of float32, that float64 has to decide: then false. A product with the inverse is
-// off by at most 2^-23 of itself; where it passes every alphabet by far that does not matter.
+// off by at most 2^-23 of itself; where it passes every grid by far that does not matter.
 inline bool EasyCodes(const StripGrid& grid, int64_t group, const float* v, float* code) {
   const float* inverse = grid.inverse.data() + group * kStripRows;
   const float* zero = grid.zero.data() + group * kStripRows;

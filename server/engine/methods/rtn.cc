@@ -2,25 +2,36 @@
 
 #include <algorithm>
 #include <cmath>
-#include <mutex>
+#include <cstdint>
+#include <vector>
 
+#include "absl/base/thread_annotations.h"
+#include "base/mutex.h"
+#include "base/status.h"
+#include "base/status_macros.h"
+#include "engine/gram/quadratic_form.h"
+#include "engine/linalg/sigma_max.h"
+#include "engine/methods/required_bits.h"
 #include "engine/methods/round_column.h"
 
 namespace certiq::engine {
 
-NearestRounded RoundAlone(const ResolvedSpec& spec, const std::vector<int64_t>& order,
-                          const Grid& grid, const std::vector<double>& feature_norms,
-                          const StripMatrix& weights, const UnsetVector<uint8_t>* codes,
-                          const RunContext& context) {
+std::vector<RowReach> RoundAlone(const ResolvedSpec& spec, const WorkingLayer& layer,
+                                 const std::vector<double>& feature_norms,
+                                 const UnsetVector<uint8_t>* codes, const RunContext& context,
+                                 RoundedLayer& result) {
+  const StripMatrix& weights = layer.weights();
+  const Grid& grid = result.grid;
   const int64_t rows = weights.rows();
   const int64_t features = weights.features();
-  NearestRounded result;
   result.codes.resize(static_cast<size_t>(rows * features));
   result.change = StripMatrix(rows, features);
-  result.clipped.resize(static_cast<size_t>(rows));
-  result.reach.resize(static_cast<size_t>(rows));
-  result.width.resize(static_cast<size_t>(rows));
-  std::mutex mutex;
+  result.clipped.assign(static_cast<size_t>(rows), 0);
+  std::vector<RowReach> reaches(static_cast<size_t>(rows));
+  struct {
+    base::Mutex mu;
+    double worst ABSL_GUARDED_BY(mu) = 0;
+  } overshoot;
 
   context.executor->ParallelFor(weights.strips(), [&](int64_t s) {
     const int64_t first = s * kStripRows;
@@ -41,7 +52,7 @@ NearestRounded RoundAlone(const ResolvedSpec& spec, const std::vector<int64_t>& 
         NearestCodes(steps, group, v, code);
       } else {
         StochasticCodes(steps, group, v, spec.seed, first,
-                        order.empty() ? j : order[static_cast<size_t>(j)], code);
+                        layer.order.empty() ? j : layer.order[static_cast<size_t>(j)], code);
       }
       AddRounded(steps, group, spec.rounding, 0, v, code, level, sums);
       const double norm = feature_norms[static_cast<size_t>(j)];
@@ -58,18 +69,45 @@ NearestRounded RoundAlone(const ResolvedSpec& spec, const std::vector<int64_t>& 
             static_cast<uint8_t>(static_cast<int32_t>(code[c]));
       }
     }
-    double overshoot = 0;
+    double worst = 0;
     for (int64_t c = 0; c < live; ++c) {
       const auto r = static_cast<size_t>(first + c);
       result.clipped[r] = sums.clipped[c];
-      result.reach[r] = reach[c];
-      result.width[r] = width[c];
-      overshoot = std::max(overshoot, static_cast<double>(sums.overshoot[c]));
+      reaches[r] = {reach[c], width[c]};
+      worst = std::max(worst, static_cast<double>(sums.overshoot[c]));
     }
-    const std::lock_guard<std::mutex> lock(mutex);
-    result.worst_overshoot = std::max(result.worst_overshoot, overshoot);
+    const base::MutexLock lock(overshoot.mu);
+    overshoot.worst = std::max(overshoot.worst, worst);
   });
-  return result;
+  const base::MutexLock lock(overshoot.mu);
+  result.worst_overshoot = overshoot.worst;
+  return reaches;
+}
+
+absl::Status Nearest(const MethodInput& input, RoundedLayer& result, const RunContext& context) {
+  const WorkingLayer& layer = input.layer;
+  const UpperTriangle<double>& gram = layer.statistics().gram;
+  std::vector<double> norms(static_cast<size_t>(gram.size()));
+  for (int64_t j = 0; j < gram.size(); ++j) norms[j] = std::sqrt(gram.at(j, j));
+  const std::vector<RowReach> reaches =
+      RoundAlone(input.spec, layer, norms, input.codes, context, result);
+  ASSIGN_OR_RETURN(const double sigma, LargestEigenvalueBound(gram, context));
+  if (!std::isfinite(sigma)) {
+    return base::InvalidField("x", "expected activations whose sums are finite");
+  }
+  ASSIGN_OR_RETURN(result.damped, SquaredErrors(layer.statistics(), layer.reference, result.change,
+                                                layer.initial_error(), Phase::kRound, context));
+  if (layer.mismatched()) result.initial = Roots(layer.initial->squares);
+  result.bound.clear();
+  for (size_t r = 0; r < reaches.size(); ++r) {
+    const double bound = std::min(reaches[r].weighted, std::sqrt(reaches[r].squares * sigma));
+    // The statistics' own rounding, where a bound is attained.
+    result.bound.push_back((1 + 1e-6) * (bound + (result.initial.empty() ? 0 : result.initial[r])));
+  }
+  if (input.certified) {
+    result.bits_needed = RequiredBits(input.spec, result.grid, {}, layer.weights(), context);
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace certiq::engine

@@ -1,5 +1,4 @@
-// Rounding without error feedback (RTN), the yardstick every method is
-// compared with, and a method of its own.
+// RTN, rounding to nearest without error feedback: a method, and the yardstick of the others.
 
 #ifndef CERTIQ_ENGINE_METHODS_RTN_H_
 #define CERTIQ_ENGINE_METHODS_RTN_H_
@@ -7,34 +6,34 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/status/status.h"
+#include "engine/gram/layer.h"
 #include "engine/kernels/aligned.h"
-#include "engine/kernels/strip_matrix.h"
+#include "engine/methods/method.h"
 #include "engine/run_context.h"
-#include "engine/scales/qparams.h"
 #include "engine/spec.h"
 
 namespace certiq::engine {
 
-// Every weight rounded by itself. Vectors but `codes` have one entry a row.
-struct NearestRounded {
-  // Row-major [rows, features], in working order.
-  UnsetVector<uint8_t> codes;
-  // W - Q.
-  StripMatrix change;
-  std::vector<int32_t> clipped;
-  double worst_overshoot = 0;
-  // With eps_j = max(delta_j / 2, |e_j|): sum_j eps_j |X~_j| and sum_j eps_j^2, for (B2).
-  std::vector<double> reach;
-  std::vector<double> width;
+// Every weight rounded by itself, by the spec's rounding rule, on result.grid. With eps_j =
+// max(delta_j / 2, |e_j|) the bound is (B2), min(sum_j eps_j |X~_j|, sqrt(sum_j eps_j^2)
+// sigma_max(X~)), plus |(X - X~) w| where inputs are mismatched. Dead features take no part in the
+// sums. Fails by cancellation, and with INVALID_ARGUMENT where sums are not finite.
+absl::Status Nearest(const MethodInput& input, RoundedLayer& result, const RunContext& context);
+
+// Sums of a row for (B2): sum_j eps_j |X~_j| and, over live features, sum_j eps_j^2.
+struct RowReach {
+  double weighted = 0;
+  double squares = 0;
 };
 
-// Rounds by the spec's rounding rule, or takes the codes that are given (row-major, working order;
-// null: none are). `feature_norms` are |X~_j|, 0 for dead features, which take
-// no part in the sums; `order` as in SweepRules.
-NearestRounded RoundAlone(const ResolvedSpec& spec, const std::vector<int64_t>& order,
-                          const Grid& grid, const std::vector<double>& feature_norms,
-                          const StripMatrix& weights, const UnsetVector<uint8_t>* codes,
-                          const RunContext& context);
+// The rounding alone, or the codes that are given (row-major; null: none are): fills result.codes,
+// change and clipping on result.grid, and returns the sums of each row. `feature_norms` are |X~_j|,
+// 0 for dead features.
+std::vector<RowReach> RoundAlone(const ResolvedSpec& spec, const WorkingLayer& layer,
+                                 const std::vector<double>& feature_norms,
+                                 const UnsetVector<uint8_t>* codes, const RunContext& context,
+                                 RoundedLayer& result);
 
 }  // namespace certiq::engine
 

@@ -1,4 +1,4 @@
-// The feedback sweep over one strip of rows.
+// Feedback sweep over one strip of rows.
 // Included by .cc files of the engine only, like simd.h.
 
 #ifndef CERTIQ_ENGINE_METHODS_STRIP_SWEEP_H_
@@ -19,7 +19,7 @@ namespace certiq::engine {
 
 // The sweep over one strip of rows. `w` is the strip of weights, which turns
 // into weights minus levels from the left; `v` [kPanelRows][kStripRows] is
-// the block being rounded, weights and offsets plus the feedback heard so far.
+// the block being rounded, weights and offsets plus the feedback added so far.
 class StripSweep {
  public:
   StripSweep(const ResolvedSpec& spec, const SweepRules& rules, const FeedbackColumns& u,
@@ -45,7 +45,7 @@ class StripSweep {
       for (int64_t g = 0; g < grid.groups; ++g) {
         const auto at = static_cast<size_t>(r * grid.groups + g);
         steps_.Set(g, r - first_row,
-                   StretchedStep(spec, {grid.scale[at], grid.zero[at]}, multiplier));
+                   StretchedQuantParams(spec, {grid.scale[at], grid.zero[at]}, multiplier));
       }
     }
   }
@@ -61,18 +61,19 @@ class StripSweep {
   }
 
   // Adds the feedback of columns [k0, k1), all before the block, to the whole block.
-  void Hear(int64_t b, int64_t k0, int64_t k1, Ahead& next_u, Ahead next_w) {
-    HearBlock(u_, b, k0, k1, w_, next_u, next_w, v_.data());
+  void AddFeedback(int64_t b, int64_t k0, int64_t k1, Prefetcher& next_u, Prefetcher next_w) {
+    AddFeedbackBlock(u_, b, k0, k1, w_, next_u, next_w, v_.data());
   }
   const float* row(int64_t k) const { return w_ + k * kStripRows; }
 
   // Adds the feedback of the block's columns before micro-group g to that group.
-  void HearWithin(int64_t b, int64_t g) {
+  void AddFeedbackWithin(int64_t b, int64_t g) {
     const int64_t first = g * kMicroRows;
-    if (g > 0) HearSlice(u_, b, g, begin_, begin_ + first, w_, v_.data() + first * kStripRows);
+    if (g > 0)
+      AddFeedbackSlice(u_, b, g, begin_, begin_ + first, w_, v_.data() + first * kStripRows);
   }
 
-  // Rounds column j of block b and tells the rest of its micro-group.
+  // Rounds column j of block b and adds its feedback to the rest of its micro-group.
   void RoundColumn(int64_t b, int64_t j) {
     if (StartsDynamicGroup(begin_ + j)) FitGroup(j);
     float* v = v_.data() + j * kStripRows;
@@ -128,29 +129,29 @@ class StripSweep {
         const bool there = offsets_ != nullptr && first + i / kStripRows < u_.features();
         p[i] = there ? offsets_[first * kStripRows + i] : 0.0f;
       }
-      HearGroup(u_, block, g, 0, start, w_, p);
+      AddFeedbackGroup(u_, block, g, 0, start, w_, p);
       return;
     }
-    // Has heard what is before the block.
+    // The feedback of what is before the block is in v_ already.
     const float* v = v_.data() + (first - begin_) * kStripRows;
     for (int64_t i = 0; i < kMicroRows * kStripRows; ++i) {
       p[i] = first + i / kStripRows < u_.features() ? v[i] - w_[first * kStripRows + i] : 0.0f;
     }
-    // Its own group has been told column by column.
-    if (first > start) HearGroup(u_, block, g, begin_, start, w_, p);
+    // Its own group got its feedback column by column.
+    if (first > start) AddFeedbackGroup(u_, block, g, begin_, start, w_, p);
   }
 
-  // By the spec's rule, from the updated weights of a group.
-  Step FittedStep(int32_t group, int64_t start, const std::vector<float>& updated) {
+  // Scale and zero point of a group by the spec's rule, from its updated weights.
+  QuantParams FittedQuantParams(int32_t group, int64_t start, const std::vector<float>& updated) {
     const auto count = static_cast<int64_t>(updated.size());
-    if (!HasMetric(spec_.scale)) return FitStep(spec_, updated.data(), count);
-    const Step step = search_.Find(updated.data(), count, metric_, start);
-    if (rules_.steps->full_metric == nullptr) return step;
+    if (!HasMetric(spec_.scale)) return FitQuantParams(spec_, updated.data(), count);
+    const QuantParams params = search_.Find(updated.data(), count, metric_, start);
+    if (rules_.metric->full == nullptr) return params;
     std::vector<double> wide(updated.begin(), updated.end());
-    return PisoStep(piso_, *rules_.steps->full_metric, group, count, wide.data(), step);
+    return PisoQuantParams(piso_, *rules_.metric->full, group, count, wide.data(), params);
   }
 
-  // The step of the group that starts at column s0 of the block, from the
+  // The scale and zero point of the group that starts at column s0 of the block, from the
   // updated weights v* = w + P U_gg^-1.
   void FitGroup(int64_t s0) {
     const int64_t start = begin_ + s0;
@@ -187,7 +188,9 @@ class StripSweep {
         updated[static_cast<size_t>(j)] =
             w_[(start + j) * kStripRows + c] + moved[static_cast<size_t>(j * kStripRows + c)];
       }
-      steps_.Set(group, c, StretchedStep(spec_, FittedStep(group, start, updated), multiplier_));
+      steps_.Set(
+          group, c,
+          StretchedQuantParams(spec_, FittedQuantParams(group, start, updated), multiplier_));
     }
   }
 
@@ -196,8 +199,8 @@ class StripSweep {
   const FeedbackColumns& u_;
   const std::vector<double>& d_;
   const DiagonalMetric& metric_;
-  ScaleSearch search_;
-  PisoSearch piso_;
+  DiagonalScaleSearch search_;
+  PisoRowSearch piso_;
   const std::vector<int32_t>& group_of_;
   int64_t first_row_;
   float multiplier_;

@@ -1,4 +1,4 @@
-// Sums over the rows of a metric's slice, in registers.
+// Register accumulator of a packed metric's columns.
 // Included by .cc files of the engine only, like simd.h.
 
 #ifndef CERTIQ_ENGINE_SCALES_COLUMN_ACCUMULATOR_H_
@@ -12,9 +12,9 @@
 
 namespace certiq::engine {
 
-// MetricSlices::kWidth sums in float64 of float32 rows: four registers with AVX-512, eight with
+// PackedMetric::kWidth sums in float64 of float32 rows: four registers with AVX-512, eight with
 // AVX2.
-class SliceSums {
+class ColumnAccumulator {
  public:
   void Add(double factor, const float* row) {
     using Half = float __attribute__((vector_size(kVectorBytes / 2)));
@@ -31,7 +31,7 @@ class SliceSums {
   }
 
  private:
-  static constexpr int64_t kVectors = MetricSlices::kWidth / kLanes<double>;
+  static constexpr int64_t kVectors = PackedMetric::kWidth / kLanes<double>;
   Vector<double> sums_[kVectors] = {};
 };
 

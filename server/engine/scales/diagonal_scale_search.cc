@@ -79,9 +79,10 @@ DiagonalMetric::DiagonalMetric(std::vector<double> values) : exact_(std::move(va
   unit_ = largest;
 }
 
-ScaleSearch::ScaleSearch(const ResolvedSpec& spec) : spec_(spec), top_((1 << spec.bits) - 1) {}
+DiagonalScaleSearch::DiagonalScaleSearch(const ResolvedSpec& spec)
+    : spec_(spec), top_((1 << spec.bits) - 1) {}
 
-void ScaleSearch::Load(const float* weights, int64_t count) {
+void DiagonalScaleSearch::Load(const float* weights, int64_t count) {
   count_ = count;
   const auto padded = static_cast<size_t>((count + kParts - 1) / kParts * kParts);
   weights_.assign(padded, 0.0f);
@@ -92,8 +93,8 @@ void ScaleSearch::Load(const float* weights, int64_t count) {
 }
 
 template <int kRanges>
-void ScaleSearch::Sum(double scale, const float* lowest, const float* highest,
-                      Value* values) const {
+void DiagonalScaleSearch::Sum(double scale, const float* lowest, const float* highest,
+                              Value* values) const {
   const double normal = scale / unit_;
   const bool vanishes = normal < kVanishing;
   const float s = vanishes ? 0.0f : static_cast<float>(normal);
@@ -125,7 +126,7 @@ void ScaleSearch::Sum(double scale, const float* lowest, const float* highest,
   }
 }
 
-ScaleSearch::Values ScaleSearch::Evaluate(double scale, const Zeros& zeros) {
+DiagonalScaleSearch::Values DiagonalScaleSearch::Evaluate(double scale, const Zeros& zeros) {
   ++evaluations_;
   Values values{zeros.first, zeros.last, {}, {}};
   if (zeros.count() == 2) {
@@ -145,7 +146,8 @@ ScaleSearch::Values ScaleSearch::Evaluate(double scale, const Zeros& zeros) {
   return values;
 }
 
-ScaleSearch::Values ScaleSearch::Select(const Values* known, double scale, const Zeros& zeros) {
+DiagonalScaleSearch::Values DiagonalScaleSearch::Select(const Values* known, double scale,
+                                                        const Zeros& zeros) {
   if (known != nullptr && known->last - known->first <= 1) {
     // One of two that are known each.
     if (zeros.count() == 1 && zeros.first == known->first) {
@@ -159,7 +161,7 @@ ScaleSearch::Values ScaleSearch::Select(const Values* known, double scale, const
   return Evaluate(scale, zeros);
 }
 
-double ScaleSearch::Bound(const Value& at_low, const Value& at_high, double width) const {
+double DiagonalScaleSearch::Bound(const Value& at_low, const Value& at_high, double width) const {
   // The least of the parabola through both ends with the largest curvature there is.
   const double bend = at_low.energy * width * width;
   const double rise = at_high.error - at_low.error;
@@ -171,7 +173,7 @@ double ScaleSearch::Bound(const Value& at_low, const Value& at_high, double widt
   return bound - (Tolerance(larger, all_) + kSumTolerance * bend);
 }
 
-bool ScaleSearch::NarrowZeros(double low, Zeros& zeros) const {
+bool DiagonalScaleSearch::NarrowZeros(double low, Zeros& zeros) const {
   if (low == 0 || zeros.least == zeros.most) return true;
   // Codes needed on either side at the lower end, where they are largest; a tie is no matter.
   const double all = top_;
@@ -186,8 +188,8 @@ bool ScaleSearch::NarrowZeros(double low, Zeros& zeros) const {
   return zeros.first <= zeros.last;
 }
 
-void ScaleSearch::Push(double low, double high, const Zeros& given, const Values* known_at_low,
-                       const Values* known_at_high) {
+void DiagonalScaleSearch::Push(double low, double high, const Zeros& given,
+                               const Values* known_at_low, const Values* known_at_high) {
   Zeros zeros = given;
   if (!NarrowZeros(low, zeros)) return;
   const Values at_low = Select(known_at_low, low, zeros);
@@ -203,7 +205,7 @@ void ScaleSearch::Push(double low, double high, const Zeros& given, const Values
   double bound_last = pair ? Bound(at_low.of_last, at_high.of_last, width) : bound_first;
   const double bound = std::min(bound_first, bound_last);
   if (bound > least_) return;
-  // Of two zero points the one that is left.
+  // The one that is left of two zero points.
   if (bound_first > least_) {
     zeros.first = zeros.last;
     bound_first = bound_last;
@@ -216,7 +218,7 @@ void ScaleSearch::Push(double low, double high, const Zeros& given, const Values
   nodes_.push_back({bound_first, bound_last, low, high, zeros, at_low, at_high});
 }
 
-void ScaleSearch::Split(const Node& node) {
+void DiagonalScaleSearch::Split(const Node& node) {
   // Where an interval is wide, so is the range of zero points that fit it.
   const Zeros& zeros = node.zeros;
   if (zeros.count() > 2 && node.high - node.low <= 0.25 * node.low) {
@@ -236,7 +238,7 @@ void ScaleSearch::Split(const Node& node) {
   Push(middle, node.high, zeros, &at_middle, &node.at_high);
 }
 
-bool ScaleSearch::IsSmall(const Node& node) const {
+bool DiagonalScaleSearch::IsSmall(const Node& node) const {
   if (node.zeros.count() > 2 || node.low == 0) return false;
   // Breakpoints expected: each weight has |w| / s of them in a factor e of scales. Passing over the
   // weights costs as much as sorting some.
@@ -245,14 +247,14 @@ bool ScaleSearch::IsSmall(const Node& node) const {
   return expected <= 8 + static_cast<double>(count_) / 64;
 }
 
-void ScaleSearch::Offer(double scale, double error, int32_t zero) {
+void DiagonalScaleSearch::Offer(double scale, double error, int32_t zero) {
   if (scale <= 0 || !(error < best_error_)) return;
   best_error_ = error;
   best_.scale = static_cast<float>(scale);
   best_.zero = zero;
 }
 
-void ScaleSearch::Finish(double low, double high, int32_t zero) {
+void DiagonalScaleSearch::Finish(double low, double high, int32_t zero) {
   ++finished_;
   if (low == 0) low = high;
   const double lowest = -zero;
@@ -335,8 +337,8 @@ void ScaleSearch::Finish(double low, double high, int32_t zero) {
   least_ = std::min(least_, best_error_ / (unit_ * unit_ * metric_unit_));
 }
 
-Step ScaleSearch::Find(const float* weights, int64_t count, const DiagonalMetric& metric,
-                       int64_t first) {
+QuantParams DiagonalScaleSearch::Find(const float* weights, int64_t count,
+                                      const DiagonalMetric& metric, int64_t first) {
   Vector<float> lows = {};
   Vector<float> highs = {};
   const auto see = [&](const Vector<float>& w) {
@@ -357,7 +359,7 @@ Step ScaleSearch::Find(const float* weights, int64_t count, const DiagonalMetric
   }
   low_ = bottom;
   high_ = top;
-  const Step whole = AbsmaxStep(spec_, bottom, top);
+  const QuantParams whole = AbsmaxQuantParams(spec_, bottom, top);
   if (low_ == high_ || !(whole.scale > 0) || !std::isfinite(whole.scale)) return whole;
   const double largest = std::max(-low_, high_);
   // So that neither weights nor their inverse leave float32.

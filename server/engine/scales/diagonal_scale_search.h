@@ -1,4 +1,4 @@
-// The best step for nearest rounding where the metric is diagonal (S3, S5).
+// Exact search of scale and zero point under a diagonal metric (S3, S5).
 
 #ifndef CERTIQ_ENGINE_SCALES_DIAGONAL_SCALE_SEARCH_H_
 #define CERTIQ_ENGINE_SCALES_DIAGONAL_SCALE_SEARCH_H_
@@ -33,7 +33,7 @@ class DiagonalMetric {
   double unit_ = 1;
 };
 
-// Finds, for rows or groups one after another, the step that minimises
+// Finds, for rows or groups one after another, the scale and zero point that minimise
 //   F(s, z) = sum_j M_jj (w_j - s k_j)^2, k_j = clip(rint(w_j / s), -z, 2^bits - 1 - z),
 // over every positive scale s that spec.scale_dtype holds and every zero point z that is allowed: 0
 // ... 2^bits - 1 for an asymmetric grid, 2^(bits - 1) for a symmetric one, or with signed scales
@@ -56,13 +56,14 @@ class DiagonalMetric {
 // decides in the end is float64.
 //
 // Keeps its buffers; not thread-safe.
-class ScaleSearch {
+class DiagonalScaleSearch {
  public:
-  explicit ScaleSearch(const ResolvedSpec& spec);
+  explicit DiagonalScaleSearch(const ResolvedSpec& spec);
 
   // `first` is the feature of the metric that weights[0] belongs to. Where M or w is all zero, or
-  // where the type cannot hold the scale of (S1): the step of (S1). REQUIRES: count >= 1.
-  Step Find(const float* weights, int64_t count, const DiagonalMetric& metric, int64_t first);
+  // where the type cannot hold the scale of (S1): the scale of (S1). REQUIRES: count >= 1.
+  QuantParams Find(const float* weights, int64_t count, const DiagonalMetric& metric,
+                   int64_t first);
 
   // Evaluations of F and intervals searched exactly so far, for benchmarks and tests.
   int64_t evaluations() const { return evaluations_; }
@@ -161,11 +162,11 @@ class ScaleSearch {
   std::vector<Event> events_;
   std::vector<Node> nodes_;
   std::vector<Entry> heap_;
-  // The least F known of any single step, in Value's units.
+  // The least F known of any single scale, in Value's units.
   double least_ = 0;
   // From Finish alone: F in the weights' own units.
   double best_error_ = 0;
-  Step best_;
+  QuantParams best_;
   int64_t evaluations_ = 0;
   int64_t finished_ = 0;
 };

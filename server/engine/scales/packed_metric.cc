@@ -4,7 +4,7 @@
 
 namespace certiq::engine {
 
-MetricSlices::MetricSlices(const UpperPanels<double>& s, double shift,
+PackedMetric::PackedMetric(const UpperTriangle<double>& s, double shift,
                            const std::vector<int32_t>& group_of, int64_t groups, Rows rows,
                            Executor& executor)
     : rows_(rows), order_(group_of.size()), first_(static_cast<size_t>(groups) + 1) {
@@ -50,7 +50,7 @@ MetricSlices::MetricSlices(const UpperPanels<double>& s, double shift,
   });
 }
 
-int64_t MetricSlices::BytesFor(int64_t features, int64_t group_size, Rows rows) {
+int64_t PackedMetric::BytesFor(int64_t features, int64_t group_size, Rows rows) {
   const int64_t group = group_size == 0 ? features : std::min(group_size, features);
   const int64_t groups = (features + group - 1) / group;
   return groups * ((group + kWidth - 1) / kWidth) * kWidth *

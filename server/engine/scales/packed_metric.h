@@ -1,4 +1,4 @@
-// A full metric in the order in which the search of (S3) reads it.
+// Packed metric: a full symmetric matrix in float32, in the order in which PiSO reads it (S3).
 
 #ifndef CERTIQ_ENGINE_SCALES_PACKED_METRIC_H_
 #define CERTIQ_ENGINE_SCALES_PACKED_METRIC_H_
@@ -17,7 +17,7 @@ namespace certiq::engine {
 // kWidth) of the group, padded with zeros, of every row, [N][kWidth], or of the group's own rows.
 // What a search accumulates for a slice stays in registers while rows pass in any order; the rows
 // of a group in a slice (512 KiB for 4096) stay in a second-level cache.
-class MetricSlices {
+class PackedMetric {
  public:
   static constexpr int64_t kWidth = 32;
   enum class Rows { kAll, kOwn };
@@ -25,7 +25,7 @@ class MetricSlices {
   // `group_of` has a group for each of the N features, 0 ... groups - 1. Only the upper triangle of
   // S is read. Rounds to float32: a relative 2^-24 of each entry, less than what the sums are off
   // by.
-  MetricSlices(const UpperPanels<double>& s, double shift, const std::vector<int32_t>& group_of,
+  PackedMetric(const UpperTriangle<double>& s, double shift, const std::vector<int32_t>& group_of,
                int64_t groups, Rows rows, Executor& executor);
 
   // Bytes for groups of this size (0: one group).

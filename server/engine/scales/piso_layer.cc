@@ -8,17 +8,17 @@
 namespace certiq::engine {
 namespace {
 
-constexpr int64_t kWidth = MetricSlices::kWidth;
+constexpr int64_t kWidth = PackedMetric::kWidth;
 // Rows of a task share each slice while it is in the second-level cache.
 constexpr int64_t kTileRows = 4;
 // Tasks that run at once at most: their breakpoints are what takes memory.
 constexpr int64_t kTiles = 16;
 
 // Some rows of W, sorted by group.
-class Tile {
+class PisoTile {
  public:
-  Tile(const ResolvedSpec& spec, const PisoObjective& objective, const StripMatrix& weights,
-       int64_t first_row, int64_t rows, Grid& grid)
+  PisoTile(const ResolvedSpec& spec, const PisoObjective& objective, const StripMatrix& weights,
+           int64_t first_row, int64_t rows, Grid& grid)
       : objective_(objective),
         metric_(*objective.metric),
         first_row_(first_row),
@@ -27,7 +27,7 @@ class Tile {
         weights_(static_cast<size_t>(rows * metric_.features())),
         change_(weights_.size()),
         linear_(weights_.size()),
-        searches_(static_cast<size_t>(rows), PisoSearch(spec)),
+        searches_(static_cast<size_t>(rows), PisoRowSearch(spec)),
         active_(static_cast<size_t>(rows), 1) {
     const int64_t n = metric_.features();
     std::vector<float> row(static_cast<size_t>(n));
@@ -58,7 +58,7 @@ class Tile {
     return static_cast<size_t>(metric_.order()[static_cast<size_t>(i)]);
   }
   bool Active(int64_t r) const { return active_[static_cast<size_t>(r)] != 0; }
-  PisoSearch& Search(int64_t r) { return searches_[static_cast<size_t>(r)]; }
+  PisoRowSearch& Search(int64_t r) { return searches_[static_cast<size_t>(r)]; }
 
   // y of group g given the other groups' codes, for every row.
   void GatherLinear(int64_t g, std::vector<double>& linear) const {
@@ -79,7 +79,7 @@ class Tile {
       const int64_t live = std::min(kWidth, size - t * kWidth);
       for (int64_t r = 0; r < rows_; ++r) {
         if (!Active(r)) continue;
-        SliceSums sums;
+        ColumnAccumulator sums;
         for (int64_t i = 0; i < metric_.features(); ++i) {
           const double change = change_[At(r, i)];
           // Its own, and groups still at their weights.
@@ -112,8 +112,9 @@ class Tile {
       Search(r).Begin(size, weights_.data() + At(r, first), linear.data() + r * size,
                       {grid_.scale[at], grid_.zero[at]});
     }
-    for_slices(
-        [](PisoSearch& search, const float* slice, int64_t t, int64_t) { search.Weigh(slice, t); });
+    for_slices([](PisoRowSearch& search, const float* slice, int64_t t, int64_t) {
+      search.Weigh(slice, t);
+    });
     for (int64_t r = 0; r < rows_; ++r) {
       if (Active(r)) Search(r).Sort();
     }
@@ -122,7 +123,7 @@ class Tile {
       for (int64_t r = 0; r < rows_; ++r) {
         selected[static_cast<size_t>(r)] = Active(r) && Search(r).Select(zero) ? 1 : 0;
       }
-      for_slices([&](PisoSearch& search, const float* slice, int64_t t, int64_t r) {
+      for_slices([&](PisoRowSearch& search, const float* slice, int64_t t, int64_t r) {
         if (selected[static_cast<size_t>(r)] != 0) search.Stream(slice, t);
       });
       for (int64_t r = 0; r < rows_; ++r) {
@@ -132,13 +133,13 @@ class Tile {
     for (int64_t r = 0; r < rows_; ++r) {
       if (!Active(r)) continue;
       const size_t at = Cell(r, g);
-      const Step step = Search(r).best();
-      if (pass == 0 || step.scale != grid_.scale[at] || step.zero != grid_.zero[at]) {
+      const QuantParams params = Search(r).best();
+      if (pass == 0 || params.scale != grid_.scale[at] || params.zero != grid_.zero[at]) {
         changed[static_cast<size_t>(r)] = 1;
       }
-      grid_.scale[at] = step.scale;
-      grid_.zero[at] = step.zero;
-      Round(r, first, size, step);
+      grid_.scale[at] = params.scale;
+      grid_.zero[at] = params.zero;
+      Round(r, first, size, params);
     }
   }
 
@@ -147,21 +148,21 @@ class Tile {
   }
 
   // w - q of a group.
-  void Round(int64_t r, int64_t first, int64_t size, Step step) {
+  void Round(int64_t r, int64_t first, int64_t size, QuantParams params) {
     const auto lowest = static_cast<float>(grid_.lowest_code);
     const auto highest = static_cast<float>(grid_.highest_code);
-    const auto zero = static_cast<float>(step.zero);
+    const auto zero = static_cast<float>(params.zero);
     for (int64_t i = first; i < first + size; ++i) {
       const double w = weights_[At(r, i)];
       const float code =
-          std::clamp(FreeCode(static_cast<float>(w), step.scale, zero), lowest, highest);
+          std::clamp(FreeCode(static_cast<float>(w), params.scale, zero), lowest, highest);
       change_[At(r, i)] =
-          w - static_cast<double>(RoundTo(grid_.level_type, step.scale * (code - zero)));
+          w - static_cast<double>(RoundTo(grid_.level_type, params.scale * (code - zero)));
     }
   }
 
   const PisoObjective& objective_;
-  const MetricSlices& metric_;
+  const PackedMetric& metric_;
   int64_t first_row_;
   int64_t rows_;
   Grid& grid_;
@@ -169,15 +170,15 @@ class Tile {
   std::vector<double> weights_;
   std::vector<double> change_;
   std::vector<double> linear_;
-  std::vector<PisoSearch> searches_;
-  // Rows whose steps still change.
+  std::vector<PisoRowSearch> searches_;
+  // Rows whose scales still change.
   std::vector<uint8_t> active_;
 };
 
 }  // namespace
 
-Step PisoStep(PisoSearch& search, const MetricSlices& metric, int64_t group, int64_t count,
-              const double* weights, Step start) {
+QuantParams PisoQuantParams(PisoRowSearch& search, const PackedMetric& metric, int64_t group,
+                            int64_t count, const double* weights, QuantParams start) {
   if (!(start.scale > 0) || !std::isfinite(start.scale)) return start;
   search.Begin(count, weights, nullptr, start);
   for (int64_t t = 0; t < metric.slices(group); ++t) search.Weigh(metric.own(group, t), t);
@@ -197,7 +198,7 @@ absl::Status ImproveByPiso(const ResolvedSpec& spec, const PisoObjective& object
   for (int64_t wave = 0; wave < tiles; wave += kTiles) {
     context.executor->ParallelFor(std::min(kTiles, tiles - wave), [&](int64_t t) {
       const int64_t first = (wave + t) * kTileRows;
-      Tile tile(spec, objective, weights, first, std::min(kTileRows, grid.rows - first), grid);
+      PisoTile tile(spec, objective, weights, first, std::min(kTileRows, grid.rows - first), grid);
       for (int32_t pass = 0; pass < passes; ++pass) {
         if (!tile.Pass(pass, context)) return;
       }
@@ -212,7 +213,7 @@ absl::Status ImproveByPiso(const ResolvedSpec& spec, const PisoObjective& object
 int64_t PisoBytes(const ResolvedSpec& spec, int64_t features) {
   const int64_t group =
       spec.group_size == 0 ? features : std::min<int64_t>(spec.group_size, features);
-  return kTiles * kTileRows * (PisoSearch::BytesFor(spec, group) + features * 40);
+  return kTiles * kTileRows * (PisoRowSearch::BytesFor(spec, group) + features * 40);
 }
 
 }  // namespace certiq::engine

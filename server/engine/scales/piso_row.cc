@@ -10,11 +10,12 @@
 namespace certiq::engine {
 namespace {
 
-constexpr int64_t kWidth = MetricSlices::kWidth;
+constexpr int64_t kWidth = PackedMetric::kWidth;
 
 }  // namespace
 
-void PisoSearch::Begin(int64_t count, const double* weights, const double* linear, Step start) {
+void PisoRowSearch::Begin(int64_t count, const double* weights, const double* linear,
+                          QuantParams start) {
   count_ = count;
   w_ = weights;
   const auto n = static_cast<size_t>(count);
@@ -34,9 +35,9 @@ void PisoSearch::Begin(int64_t count, const double* weights, const double* linea
   }
 }
 
-void PisoSearch::Weigh(const float* slice, int64_t t) {
-  SliceSums image;
-  SliceSums codes;
+void PisoRowSearch::Weigh(const float* slice, int64_t t) {
+  ColumnAccumulator image;
+  ColumnAccumulator codes;
   for (int64_t i = 0; i < count_; ++i) {
     const float* row = slice + i * kWidth;
     image.Add(w_[i], row);
@@ -47,10 +48,10 @@ void PisoSearch::Weigh(const float* slice, int64_t t) {
   codes.Store(start_image_.data() + t * kWidth);
 }
 
-int32_t PisoSearch::first_zero() const { return AllowedZeroPoints(spec_).first; }
-int32_t PisoSearch::last_zero() const { return AllowedZeroPoints(spec_).last; }
+int32_t PisoRowSearch::first_zero() const { return AllowedZeroPoints(spec_).first; }
+int32_t PisoRowSearch::last_zero() const { return AllowedZeroPoints(spec_).last; }
 
-bool PisoSearch::Excluded(double scale, int32_t zero) const {
+bool PisoRowSearch::Excluded(double scale, int32_t zero) const {
   const double above = (1 << spec_.bits) - 1 - zero;
   const double below = zero;
   // The best t depends on what y adds; each is valid.
@@ -75,7 +76,7 @@ bool PisoSearch::Excluded(double scale, int32_t zero) const {
   return false;
 }
 
-double PisoSearch::Stop(int32_t zero) const {
+double PisoRowSearch::Stop(int32_t zero) const {
   double included = top_;
   if (Excluded(included, zero)) return included;
   double excluded = top_ * 0x1p-20;
@@ -87,7 +88,7 @@ double PisoSearch::Stop(int32_t zero) const {
   return excluded;
 }
 
-void PisoSearch::Sort() {
+void PisoRowSearch::Sort() {
   double a = 0;
   double b = 0;
   square_ = 0;
@@ -133,7 +134,7 @@ void PisoSearch::Sort() {
   });
 }
 
-bool PisoSearch::Select(int32_t zero) {
+bool PisoRowSearch::Select(int32_t zero) {
   zero_ = zero;
   const double stop = stops_[static_cast<size_t>(zero - first_zero())];
   if (stop >= top_) return false;
@@ -148,8 +149,8 @@ bool PisoSearch::Select(int32_t zero) {
   return true;
 }
 
-void PisoSearch::Stream(const float* slice, int64_t t) {
-  SliceSums sums;
+void PisoRowSearch::Stream(const float* slice, int64_t t) {
+  ColumnAccumulator sums;
   alignas(kVectorBytes) double stored[kWidth];
   const int64_t first = t * kWidth;
   for (size_t m = 0; m < crossed_.size(); ++m) {
@@ -163,14 +164,14 @@ void PisoSearch::Stream(const float* slice, int64_t t) {
   }
 }
 
-void PisoSearch::Offer(double scale, double a, double b) {
+void PisoRowSearch::Offer(double scale, double a, double b) {
   const double error = constant_ - 2 * scale * a + scale * scale * b;
   if (!(error < best_error_)) return;
   best_error_ = error;
   best_ = {static_cast<float>(scale), zero_};
 }
 
-void PisoSearch::MinimiseBetween(double from, double to, double a, double b) {
+void PisoRowSearch::MinimiseBetween(double from, double to, double a, double b) {
   if (b > 0 && constant_ - a * (a / b) >= best_error_) return;
   const double aim = b > 0 ? std::clamp(a / b, from, to) : (a > 0 ? to : from);
   const DType type = spec_.scale_dtype;
@@ -184,7 +185,7 @@ void PisoSearch::MinimiseBetween(double from, double to, double a, double b) {
   if (above > from && above < to && above != below) Offer(above, a, b);
 }
 
-void PisoSearch::Minimise() {
+void PisoRowSearch::Minimise() {
   double a = 0;
   double b = 0;
   const double stop = stops_[static_cast<size_t>(zero_ - first_zero())];
@@ -200,7 +201,7 @@ void PisoSearch::Minimise() {
   MinimiseBetween(stop, std::min(to, top_), a, b);
 }
 
-int64_t PisoSearch::BytesFor(const ResolvedSpec& spec, int64_t count) {
+int64_t PisoRowSearch::BytesFor(const ResolvedSpec& spec, int64_t count) {
   const int64_t codes = spec.symmetric ? 1 << (spec.bits - 1) : (1 << spec.bits) - 1;
   // Vectors grow by doubling; `sorted_` has what both signs may need.
   constexpr auto kEach = static_cast<int64_t>(4 * sizeof(Breakpoint) + sizeof(double));

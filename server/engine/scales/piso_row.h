@@ -1,4 +1,4 @@
-// The best step for nearest rounding where the metric is a full matrix (S3): PiSO.
+// PiSO for one row or group: its best scale and zero point under a full metric (S3).
 
 #ifndef CERTIQ_ENGINE_SCALES_PISO_ROW_H_
 #define CERTIQ_ENGINE_SCALES_PISO_ROW_H_
@@ -24,9 +24,10 @@ namespace certiq::engine {
 // y)_i sign(w_i) and b by 2 sign(w_i) (M k)_i + M_ii, and M k by a column of M. In between f is a
 // quadratic in s. At a breakpoint f jumps and rint may take either code, so scales strictly inside
 // an interval are looked at: the one that f's minimum a / b rounds to from either side, or the one
-// next to the end. What is found is the global minimum over those, and never worse than the step it
-// starts from. Breakpoints do not depend on M: they are sorted once, and only the (M k)_i at their
-// own crossing are needed of M k. So M passes in slices of columns, for all crossings at once.
+// next to the end. What is found is the global minimum over those, and never worse than the scale
+// it starts from. Breakpoints do not depend on M: they are sorted once, and only the (M k)_i at
+// their own crossing are needed of M k. So M passes in slices of columns, for all crossings at
+// once.
 //
 // Which breakpoints: for any t >= 0, |M^1/2 (w - q) - t M^1/2 w|^2 >= 0 gives
 //   f >= 2 sum_j (t M w + y)_j (w - q)_j - t^2 w^T M w.
@@ -36,12 +37,12 @@ namespace certiq::engine {
 // bound rises as S falls, so S is found by bisection, for each zero point.
 //
 // float64; M is float32, and the same rounded M in a, b and c. Keeps its buffers; not thread-safe.
-class PisoSearch {
+class PisoRowSearch {
  public:
-  explicit PisoSearch(const ResolvedSpec& spec) : spec_(spec) {}
+  explicit PisoRowSearch(const ResolvedSpec& spec) : spec_(spec) {}
 
-  // Begins a group: its weights, y (null: zeros), and the step to start from.
-  void Begin(int64_t count, const double* weights, const double* linear, Step start);
+  // Begins a group: its weights, y (null: zeros), and the scale to start from.
+  void Begin(int64_t count, const double* weights, const double* linear, QuantParams start);
   // First pass over the group's own rows of its slices, t = 0, 1, ...
   void Weigh(const float* slice, int64_t t);
   // After the last one: sorts the breakpoints that matter.
@@ -55,7 +56,7 @@ class PisoSearch {
   void Stream(const float* slice, int64_t t);
   void Minimise();
 
-  Step best() const { return best_; }
+  QuantParams best() const { return best_; }
   // f there.
   double error() const { return best_error_; }
   // Breakpoints crossed so far, for benchmarks and tests.
@@ -97,7 +98,7 @@ class PisoSearch {
   std::vector<double> stops_;
   double top_ = 0;
   int32_t zero_ = 0;
-  Step best_;
+  QuantParams best_;
   double best_error_ = 0;
   int64_t crossings_ = 0;
 };

@@ -36,12 +36,12 @@ inline float Power24(float x) {
 }
 
 // sum |w - q|^2.4 in units of `unit`.
-double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, Step step,
+double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, QuantParams params,
                   float unit) {
-  const auto zero = static_cast<float>(step.zero);
+  const auto zero = static_cast<float>(params.zero);
   const auto top = static_cast<float>((1 << spec.bits) - 1);
-  const float inverse = 1 / step.scale;
-  const float scaled = step.scale / unit;
+  const float inverse = 1 / params.scale;
+  const float scaled = params.scale / unit;
   // Independent partial sums: a float sum of a few thousand terms loses no
   // digit that decides between candidates.
   constexpr int64_t kParts = 16;
@@ -67,25 +67,25 @@ double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, 
 // Neighbouring scale trials lie this factor apart.
 constexpr double kTrialFactor = 1.02;
 
-bool Holds(Step step) { return step.scale > 0 && std::isfinite(step.scale); }
+bool Holds(QuantParams params) { return params.scale > 0 && std::isfinite(params.scale); }
 
 }  // namespace
 
-Step AbsmaxStep(const ResolvedSpec& spec, float low, float high) {
+QuantParams AbsmaxQuantParams(const ResolvedSpec& spec, float low, float high) {
   const double levels = std::ldexp(1.0, spec.bits) - 1;
   const double bottom = low;
   const double top = high;
   const double span = spec.symmetric ? 2 * std::max(-bottom, top) : top - bottom;
-  Step step;
-  step.scale = span == 0 ? 1.0f : RoundTo(spec.scale_dtype, static_cast<float>(span / levels));
+  QuantParams params;
+  params.scale = span == 0 ? 1.0f : RoundTo(spec.scale_dtype, static_cast<float>(span / levels));
   if (spec.symmetric) {
-    step.zero = 1 << (spec.bits - 1);
-  } else if (Holds(step)) {
+    params.zero = 1 << (spec.bits - 1);
+  } else if (Holds(params)) {
     // The quotient may pass the top code by the rounding of the scale.
-    step.zero = static_cast<int32_t>(
-        std::clamp(std::nearbyint(-bottom / static_cast<double>(step.scale)), 0.0, levels));
+    params.zero = static_cast<int32_t>(
+        std::clamp(std::nearbyint(-bottom / static_cast<double>(params.scale)), 0.0, levels));
   }
-  return step;
+  return params;
 }
 
 ZeroPoints AllowedZeroPoints(const ResolvedSpec& spec) {
@@ -94,36 +94,36 @@ ZeroPoints AllowedZeroPoints(const ResolvedSpec& spec) {
   return {spec.signed_scales ? middle - 1 : middle, middle};
 }
 
-Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count) {
+QuantParams FitQuantParams(const ResolvedSpec& spec, const float* values, int64_t count) {
   float low = 0;
   float high = 0;
   for (int64_t i = 0; i < count; ++i) {
     low = std::min(low, values[i]);
     high = std::max(high, values[i]);
   }
-  const Step whole = AbsmaxStep(spec, low, high);
+  const QuantParams whole = AbsmaxQuantParams(spec, low, high);
   if (spec.scale != ScaleRule::kMse || !Holds(whole) || low == high) return whole;
-  Step best = whole;
+  QuantParams best = whole;
   double least = std::numeric_limits<double>::infinity();
   for (int shrink = 0; shrink < 80; ++shrink) {
     const float p = 1 - static_cast<float>(shrink) / 100;
-    Step step = AbsmaxStep(spec, p * low, p * high);
-    if (!Holds(step)) break;
-    const int32_t mirrored = spec.signed_scales ? step.zero - 1 : step.zero;
-    for (; step.zero >= mirrored; --step.zero) {
-      const double loss = ShrinkLoss(spec, values, count, step, whole.scale);
+    QuantParams params = AbsmaxQuantParams(spec, p * low, p * high);
+    if (!Holds(params)) break;
+    const int32_t mirrored = spec.signed_scales ? params.zero - 1 : params.zero;
+    for (; params.zero >= mirrored; --params.zero) {
+      const double loss = ShrinkLoss(spec, values, count, params, whole.scale);
       if (loss < least) {
         least = loss;
-        best = step;
+        best = params;
       }
     }
   }
   return best;
 }
 
-Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier) {
-  const Step stretched = {RoundTo(spec.scale_dtype, step.scale * multiplier), step.zero};
-  return Holds(stretched) ? stretched : step;
+QuantParams StretchedQuantParams(const ResolvedSpec& spec, QuantParams params, float multiplier) {
+  const QuantParams stretched = {RoundTo(spec.scale_dtype, params.scale * multiplier), params.zero};
+  return Holds(stretched) ? stretched : params;
 }
 
 std::vector<float> TrialMultipliers(int32_t n) {
@@ -176,17 +176,17 @@ void FillAbsmax(const ResolvedSpec& spec, const float* strip, int64_t first_row,
     for (int64_t g = 0; g < grid.groups; ++g) {
       const auto from = static_cast<size_t>(g * kWidth + c);
       const auto to = static_cast<size_t>((first_row + c) * grid.groups + g);
-      const Step step = AbsmaxStep(spec, low[from], high[from]);
-      grid.scale[to] = step.scale;
-      grid.zero[to] = step.zero;
+      const QuantParams params = AbsmaxQuantParams(spec, low[from], high[from]);
+      grid.scale[to] = params.scale;
+      grid.zero[to] = params.zero;
     }
   }
 }
 
 }  // namespace
 
-void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
-               Grid& grid, const StepRules& rules) {
+void FillQuantParams(const ResolvedSpec& spec, const StripMatrix& weights,
+                     const RunContext& context, Grid& grid, const ScaleMetric& metric) {
   if (spec.grid != nullptr) {
     grid.scale = spec.grid->scales;
     if (!spec.symmetric) grid.zero = spec.grid->zero_points;
@@ -205,13 +205,13 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
   for (size_t j = 0; j < place.size(); ++j) {
     place[j] = next[static_cast<size_t>(grid.group_of[j])]++;
   }
-  DiagonalMetric metric;
+  DiagonalMetric diagonal;
   if (HasMetric(spec.scale)) {
     std::vector<double> grouped(place.size());
     for (size_t j = 0; j < place.size(); ++j) {
-      grouped[static_cast<size_t>(place[j])] = rules.metric[j];
+      grouped[static_cast<size_t>(place[j])] = metric.diagonal[j];
     }
-    metric = DiagonalMetric(std::move(grouped));
+    diagonal = DiagonalMetric(std::move(grouped));
   }
   ResolvedSpec absmax = spec;
   absmax.scale = ScaleRule::kAbsmax;
@@ -220,11 +220,11 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
   context.executor->ParallelFor(weights.strips(), [&](int64_t s) {
     // A shrink search takes as long as 80 roundings; the caller asks whether it ended.
     if (context.cancelled()) return;
-    if (spec.scale == ScaleRule::kAbsmax || rules.searched_groups <= 0) {
+    if (spec.scale == ScaleRule::kAbsmax || metric.searched_groups <= 0) {
       FillAbsmax(spec, weights.strip(s), s * width, grid);
       return;
     }
-    ScaleSearch search(spec);
+    DiagonalScaleSearch search(spec);
     const int64_t live = std::min(width, grid.rows - s * width);
     std::vector<float> grouped(static_cast<size_t>(live * features));
     for (int64_t j = 0; j < features; ++j) {
@@ -237,13 +237,13 @@ void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunCo
         const auto begin = first[static_cast<size_t>(g)];
         const float* values = grouped.data() + c * features + begin;
         const int64_t count = first[static_cast<size_t>(g) + 1] - begin;
-        const bool searched = g < rules.searched_groups;
-        const Step step = searched && HasMetric(spec.scale)
-                              ? search.Find(values, count, metric, begin)
-                              : FitStep(searched ? spec : absmax, values, count);
+        const bool searched = g < metric.searched_groups;
+        const QuantParams params = searched && HasMetric(spec.scale)
+                                       ? search.Find(values, count, diagonal, begin)
+                                       : FitQuantParams(searched ? spec : absmax, values, count);
         const auto at = static_cast<size_t>((s * width + c) * grid.groups + g);
-        grid.scale[at] = step.scale;
-        grid.zero[at] = step.zero;
+        grid.scale[at] = params.scale;
+        grid.zero[at] = params.zero;
       }
     }
   });

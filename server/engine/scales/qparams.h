@@ -1,4 +1,5 @@
-// Alphabets: scales and zero points, and the codes they allow.
+// Quantization parameters: scales and zero points, the grid of codes they span, and how they are
+// found from weights alone (S1, S2).
 
 #ifndef CERTIQ_ENGINE_SCALES_QPARAMS_H_
 #define CERTIQ_ENGINE_SCALES_QPARAMS_H_
@@ -15,7 +16,7 @@
 
 namespace certiq::engine {
 
-class MetricSlices;
+class PackedMetric;
 
 // A code u in [lowest_code, highest_code] of row r at feature j stands for
 // scale[r, g] (u - zero[r, g]) with g = group_of[j], rounded to level_type.
@@ -42,7 +43,7 @@ struct Grid {
 };
 
 // A scale and its zero point.
-struct Step {
+struct QuantParams {
   float scale = 1;
   int32_t zero = 0;
 };
@@ -56,7 +57,7 @@ struct ZeroPoints {
 };
 ZeroPoints AllowedZeroPoints(const ResolvedSpec& spec);
 
-// The code nearest to value on a grid of this step and zero, ties to even, before clipping. The
+// The code nearest to value on a grid of this scale and zero, ties to even, before clipping. The
 // quotient of two float32 is taken in float64, where a tie is a tie only if it
 // is one exactly: absmax scales put the largest weight next to one.
 inline float FreeCode(float value, float scale, float zero) {
@@ -65,29 +66,29 @@ inline float FreeCode(float value, float scale, float zero) {
          zero;
 }
 
-// The step that spans [low, high], low <= 0 <= high (S1):
+// The scale that spans [low, high], low <= 0 <= high (S1):
 //   symmetric   scale = 2 max(-low, high) / (2^b - 1), zero = 2^(b-1);
 //   asymmetric  scale = (high - low) / (2^b - 1), zero = rint(-low / scale).
 // Both 0: scale 1. The scale is rounded to spec.scale_dtype first; it may come out as 0 or
 // infinite, which CheckScales refuses.
-Step AbsmaxStep(const ResolvedSpec& spec, float low, float high);
+QuantParams AbsmaxQuantParams(const ResolvedSpec& spec, float low, float high);
 
-// The step for these values by a rule that looks at nothing else: (S1), or (S2), the shrink
-// search: of the steps that span p [low, high], p = 1, 0.99 ... 0.21, the first that minimises
-// sum |w - q|^2.4 (as in the GPTQ authors' code); of a step and its mirror image, where both are
+// The scale for these values by a rule that looks at nothing else: (S1), or (S2), the shrink
+// search: of the scales that span p [low, high], p = 1, 0.99 ... 0.21, the first that minimises
+// sum |w - q|^2.4 (as in the GPTQ authors' code); of a scale and its mirror image, where both are
 // allowed, the former.
-Step FitStep(const ResolvedSpec& spec, const float* values, int64_t count);
+QuantParams FitQuantParams(const ResolvedSpec& spec, const float* values, int64_t count);
 
 // Whether the rule looks at a metric too.
 inline bool HasMetric(ScaleRule rule) {
   return rule == ScaleRule::kPiso || rule == ScaleRule::kCompensated;
 }
 
-// A step times `multiplier`, rounded to spec.scale_dtype, with the same zero point; the step itself
-// where that type cannot hold it.
-Step StretchedStep(const ResolvedSpec& spec, Step step, float multiplier);
+// A scale times `multiplier`, rounded to spec.scale_dtype, with the same zero point; the scale
+// itself where that type cannot hold it.
+QuantParams StretchedQuantParams(const ResolvedSpec& spec, QuantParams params, float multiplier);
 
-// What the scale trials multiply steps by: 1, and n - 1 more around it, a factor apart. Empty for
+// What the scale trials multiply scales by: 1, and n - 1 more around it, a factor apart. Empty for
 // n <= 1.
 std::vector<float> TrialMultipliers(int32_t n);
 
@@ -97,23 +98,23 @@ std::vector<float> TrialMultipliers(int32_t n);
 Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
               const std::vector<int64_t>& order);
 
-// What steps are found by, besides the weights.
-struct StepRules {
-  // The diagonal of M (S3), one a feature in working order; only where the rule has a metric.
-  std::vector<double> metric;
-  // All of M for dynamic groups; null where it is diagonal. FillSteps does not look at it.
-  const MetricSlices* full_metric = nullptr;
-  // Groups from this one on get the step of (S1), for the sweep to replace.
+// The metric M (S3) that scales are found by, besides the weights.
+struct ScaleMetric {
+  // Its diagonal, one a feature in working order; only where the rule has a metric.
+  std::vector<double> diagonal;
+  // All of it for dynamic groups; null where it is diagonal. FillQuantParams does not look at it.
+  const PackedMetric* full = nullptr;
+  // Groups from this one on get the scale of (S1), for the sweep to replace.
   int64_t searched_groups = std::numeric_limits<int64_t>::max();
 };
 
-// Fills the steps from `weights` (in working order) by the spec's rule, or
+// Fills the scales from `weights` (in working order) by the spec's rule, or
 // from the spec's explicit grid; for a full metric by its diagonal, which is where the search of
 // (S3) starts. Dynamic groups are filled too, from the original weights.
-void FillSteps(const ResolvedSpec& spec, const StripMatrix& weights, const RunContext& context,
-               Grid& grid, const StepRules& rules = {});
+void FillQuantParams(const ResolvedSpec& spec, const StripMatrix& weights,
+                     const RunContext& context, Grid& grid, const ScaleMetric& metric = {});
 
-// Gives mirrored steps their negative scale: level s (u - 2^(b-1) + 1) of code u is level
+// Gives mirrored scales their negative scale: level s (u - 2^(b-1) + 1) of code u is level
 // -s (u' - 2^(b-1)) of u' = 2^b - 1 - u. `codes` is row-major [rows, features], in the grid's
 // order.
 void TurnMirrored(const ResolvedSpec& spec, Executor& executor, Grid& grid,

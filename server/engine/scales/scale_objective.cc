@@ -2,16 +2,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
 #include "base/status.h"
-#include "engine/linalg/quadratic_form.h"
-#include "engine/methods/sweep_method.h"
+#include "base/status_macros.h"
+#include "engine/gram/quadratic_form.h"
+#include "engine/linalg/udu_factor.h"
 
 namespace certiq::engine {
 namespace {
 
-std::vector<double> Diagonal(const UpperPanels<double>& s, double shift,
+std::vector<double> Diagonal(const UpperTriangle<double>& s, double shift,
                              const std::vector<bool>& dead) {
   std::vector<double> diagonal(static_cast<size_t>(s.size()));
   for (int64_t j = 0; j < s.size(); ++j) {
@@ -22,9 +22,9 @@ std::vector<double> Diagonal(const UpperPanels<double>& s, double shift,
 }
 
 // X^T X of mismatched inputs.
-UpperPanels<double> FloatGram(const Statistics& sums, Executor& executor) {
+UpperTriangle<double> FloatGram(const Statistics& sums, Executor& executor) {
   const MismatchSums& mismatch = *sums.mismatch;
-  UpperPanels<double> gram(sums.features());
+  UpperTriangle<double> gram(sums.features());
   const int64_t n = sums.features();
   executor.ParallelFor(n, [&](int64_t i) {
     for (int64_t j = i; j < n; ++j) {
@@ -37,20 +37,21 @@ UpperPanels<double> FloatGram(const Statistics& sums, Executor& executor) {
 }
 
 // Which rows of the metric a search reads.
-MetricSlices::Rows RowsFor(const ResolvedSpec& spec) {
+PackedMetric::Rows RowsFor(const ResolvedSpec& spec) {
   const bool dynamic =
       spec.group_scales == GroupScales::kDynamic && spec.method != Method::kNearest;
-  return spec.group_size == 0 || (spec.scale_passes > 0 && !dynamic) ? MetricSlices::Rows::kAll
-                                                                     : MetricSlices::Rows::kOwn;
+  return spec.group_size == 0 || (spec.scale_passes > 0 && !dynamic) ? PackedMetric::Rows::kAll
+                                                                     : PackedMetric::Rows::kOwn;
 }
 
 }  // namespace
 
-absl::StatusOr<StepObjective> StepObjective::Make(const ResolvedSpec& spec,
-                                                  const WorkingLayer& layer,
-                                                  const DampedFactor& damped, const Grid& grid,
-                                                  const RunContext& context) {
-  StepObjective objective;
+absl::StatusOr<ScaleObjectiveTerms> ScaleObjectiveTerms::Make(const ResolvedSpec& spec,
+                                                              const WorkingLayer& layer,
+                                                              const DampedFactor& damped,
+                                                              const Grid& grid,
+                                                              const RunContext& context) {
+  ScaleObjectiveTerms objective;
   objective.sums_ = layer.sums;
   const Statistics& sums = layer.statistics();
   const bool factored = damped.factor.has_value();
@@ -63,9 +64,9 @@ absl::StatusOr<StepObjective> StepObjective::Make(const ResolvedSpec& spec,
   } else {
     const bool float_inputs =
         sums.mismatch.has_value() && spec.scale_objective == ScaleObjective::kInputs;
-    const UpperPanels<double> made =
-        float_inputs ? FloatGram(sums, *context.executor) : UpperPanels<double>();
-    const UpperPanels<double>& gram = float_inputs ? made : sums.gram;
+    const UpperTriangle<double> made =
+        float_inputs ? FloatGram(sums, *context.executor) : UpperTriangle<double>();
+    const UpperTriangle<double>& gram = float_inputs ? made : sums.gram;
     objective.diagonal_ = Diagonal(gram, shift, layer.dead);
     objective.metric_.emplace(gram, shift, grid.group_of, grid.groups, RowsFor(spec),
                               *context.executor);
@@ -74,10 +75,9 @@ absl::StatusOr<StepObjective> StepObjective::Make(const ResolvedSpec& spec,
       if (!objective.own_cross_ && layer.initial.has_value()) {
         objective.linear_ = layer.initial->cross;
       } else if (!objective.own_cross_) {
-        auto linear = TimesSquare(Widen(layer.reference, *context.executor), sums.mismatch->cross,
-                                  Phase::kRound, context);
-        if (!linear.ok()) return linear.status();
-        objective.linear_ = *std::move(linear);
+        ASSIGN_OR_RETURN(objective.linear_,
+                         TimesSquare(Widen(layer.reference, *context.executor),
+                                     sums.mismatch->cross, Phase::kRound, context));
       }
     }
   }
@@ -88,35 +88,35 @@ absl::StatusOr<StepObjective> StepObjective::Make(const ResolvedSpec& spec,
   return objective;
 }
 
-StepRules StepObjective::Rules(int64_t searched) const {
-  StepRules rules;
-  rules.metric = diagonal_;
-  rules.full_metric = metric();
-  rules.searched_groups = searched;
-  return rules;
+ScaleMetric ScaleObjectiveTerms::Metric(int64_t searched) const {
+  ScaleMetric terms;
+  terms.diagonal = diagonal_;
+  terms.full = metric();
+  terms.searched_groups = searched;
+  return terms;
 }
 
-absl::Status StepObjective::Improve(const ResolvedSpec& spec, int64_t searched,
-                                    const StripMatrix& weights, const RunContext& context,
-                                    Grid& grid) const {
+absl::Status ScaleObjectiveTerms::Improve(const ResolvedSpec& spec, int64_t searched,
+                                          const StripMatrix& weights, const RunContext& context,
+                                          Grid& grid) const {
   if (!metric_.has_value()) return absl::OkStatus();
   PisoObjective objective;
   objective.metric = &*metric_;
   objective.linear = linear_.has_value() ? &*linear_ : nullptr;
   objective.cross = own_cross_ ? &sums_->mismatch->cross : nullptr;
-  objective.passes = metric_->rows() == MetricSlices::Rows::kAll ? spec.scale_passes : 0;
+  objective.passes = metric_->rows() == PackedMetric::Rows::kAll ? spec.scale_passes : 0;
   objective.groups = std::min(searched, grid.groups);
   return ImproveByPiso(spec, objective, weights, context, grid);
 }
 
-int64_t StepObjective::BytesFor(const ResolvedSpec& spec, int64_t rows, int64_t features,
-                                bool mismatched) {
+int64_t ScaleObjectiveTerms::BytesFor(const ResolvedSpec& spec, int64_t rows, int64_t features,
+                                      bool mismatched) {
   if (spec.scale != ScaleRule::kPiso || spec.scale_objective == ScaleObjective::kDataFree) return 0;
   int64_t bytes =
-      MetricSlices::BytesFor(features, spec.group_size, RowsFor(spec)) + PisoBytes(spec, features);
+      PackedMetric::BytesFor(features, spec.group_size, RowsFor(spec)) + PisoBytes(spec, features);
   if (!mismatched) return bytes;
   if (spec.scale_objective == ScaleObjective::kInputs) {
-    bytes += UpperPanels<double>::ElementsFor(features) * 8;
+    bytes += UpperTriangle<double>::ElementsFor(features) * 8;
   } else if (spec.scale_objective != ScaleObjective::kQuantizedInputs) {
     bytes += 2 * BasicStripMatrix<double>::BytesFor(rows, features);
   }

@@ -1,4 +1,5 @@
-// What the steps of a layer are judged by, for the rules that look at more than weights.
+// Objective of the scale searches: metric and linear term for the rules that look at more than
+// weights.
 
 #ifndef CERTIQ_ENGINE_SCALES_SCALE_OBJECTIVE_H_
 #define CERTIQ_ENGINE_SCALES_SCALE_OBJECTIVE_H_
@@ -7,34 +8,35 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "engine/damping/damping.h"
-#include "engine/methods/run_method.h"
+#include "engine/gram/layer.h"
+#include "engine/linalg/damped_factor.h"
 #include "engine/scales/packed_metric.h"
 #include "engine/scales/piso_layer.h"
 
 namespace certiq::engine {
 
-// Owns what its rules point to.
+// Owns what its ScaleMetric points to.
 //   COMPENSATED  diag(D) (S5), or, where there is no factor, the diagonal of X~^T X~.
 //   PISO         by spec.scale_objective, with lambda I where the method is damped:
 //     kInputs           X^T X + lambda I;
 //     kQuantizedInputs  H = X~^T X~ + lambda I;
 //     kMixed            H, and y = X~^T P w: |X w - X~ q|^2;
 //     kDataFree         I.
-class StepObjective {
+class ScaleObjectiveTerms {
  public:
   // For the groups of `grid`. Costs what the metric takes to build, at most N^2, and for kMixed
   // with passes R N^2 flops. Fails by cancellation, and with INVALID_ARGUMENT where sums are not
   // finite.
-  static absl::StatusOr<StepObjective> Make(const ResolvedSpec& spec, const WorkingLayer& layer,
-                                            const DampedFactor& damped, const Grid& grid,
-                                            const RunContext& context);
+  static absl::StatusOr<ScaleObjectiveTerms> Make(const ResolvedSpec& spec,
+                                                  const WorkingLayer& layer,
+                                                  const DampedFactor& damped, const Grid& grid,
+                                                  const RunContext& context);
 
   // Groups from `searched` on are left to the sweep.
-  StepRules Rules(int64_t searched) const;
+  ScaleMetric Metric(int64_t searched) const;
   // Null where the metric is diagonal.
-  const MetricSlices* metric() const { return metric_.has_value() ? &*metric_ : nullptr; }
-  // Improves the steps that FillSteps found by these rules.
+  const PackedMetric* metric() const { return metric_.has_value() ? &*metric_ : nullptr; }
+  // Improves the scales that FillQuantParams found by this metric.
   absl::Status Improve(const ResolvedSpec& spec, int64_t searched, const StripMatrix& weights,
                        const RunContext& context, Grid& grid) const;
 
@@ -44,7 +46,7 @@ class StepObjective {
 
  private:
   std::vector<double> diagonal_;
-  std::optional<MetricSlices> metric_;
+  std::optional<PackedMetric> metric_;
   std::optional<BasicStripMatrix<double>> linear_;
   SharedStatistics sums_;
   bool own_cross_ = false;

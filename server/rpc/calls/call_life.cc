@@ -21,17 +21,4 @@ absl::Status CallLife::CancelReason(const grpc::CallbackServerContext& context) 
                 : absl::CancelledError("the client cancelled the call");
 }
 
-void CountRejection(const absl::Status& status, Observer& observer) {
-  switch (status.code()) {
-    case absl::StatusCode::kInvalidArgument:
-      return observer.Rejected(Rejection::kInvalid);
-    case absl::StatusCode::kUnimplemented:
-      return observer.Rejected(Rejection::kNotOffered);
-    case absl::StatusCode::kUnavailable:
-      return observer.Rejected(Rejection::kDraining);
-    default:
-      return;
-  }
-}
-
 }  // namespace certiq::server

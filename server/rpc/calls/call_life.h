@@ -1,4 +1,4 @@
-// What every call does at its beginning and its end.
+// The bookkeeping of a call: its metrics, its log line, its place in the registry.
 
 #ifndef CERTIQ_RPC_CALLS_CALL_LIFE_H_
 #define CERTIQ_RPC_CALLS_CALL_LIFE_H_
@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "absl/status/status.h"
-#include "calibration/calibration_registry.h"
-#include "job/job_manager.h"
+#include "calibration/calibration_desk.h"
+#include "job/job_desk.h"
 #include "observability/call_observer.h"
 #include "rpc/calls/call_registry.h"
 #include "rpc/calls/call_summary.h"
@@ -22,17 +22,17 @@ namespace certiq::server {
 
 // What calls work with; all of it outlives them.
 struct CallEnvironment {
-  Environment jobs;
-  Calibrations& calibrations;
-  JobManager& manager;
+  const Environment& environment;
+  CalibrationDesk& calibrations;
+  JobDesk& jobs;
   CallObserver& calls;
   CallRegistry& registry;
   CallLog log;
   Authenticator* auth;
 };
 
-// Counts a call, keeps what its log line will say, and holds it in the registry. Not thread-safe,
-// like the reactor that it is a member of.
+// Counts a call, keeps what its log line will say, and has it in the registry between Begin and
+// Over. Not thread-safe, like the reactor that it is a member of.
 class CallLife {
  public:
   CallLife(LiveCall* call, const RpcMethod& method, const CallEnvironment& environment,
@@ -41,9 +41,10 @@ class CallLife {
     summary.method = method.method;
     summary.tenant = std::move(tenant);
     env_.calls.CallStarted(method_);
-    env_.registry.Add(call_);
   }
 
+  // Once the call is whole: from now on it may be told to end.
+  void Begin() { env_.registry.Add(call_); }
   void Received(int64_t bytes) {
     env_.calls.MessageReceived(method_);
     summary.received_bytes += bytes;
@@ -52,7 +53,7 @@ class CallLife {
     env_.calls.MessageSent(method_);
     summary.sent_bytes += bytes;
   }
-  // The last thing before the reactor is deleted: after it the server may be gone.
+  // The last thing before the reactor is deleted; the registry waits for its Deleted.
   void Over(absl::Status status) {
     summary.status = std::move(status);
     summary.seconds =
@@ -73,10 +74,6 @@ class CallLife {
   const std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
   const std::chrono::system_clock::time_point wall_started_ = std::chrono::system_clock::now();
 };
-
-// Counts a header that was refused by what the status says; nothing for an OK and for reasons that
-// a code does not tell, which are counted where they arise.
-void CountRejection(const absl::Status& status, Observer& observer);
 
 }  // namespace certiq::server
 

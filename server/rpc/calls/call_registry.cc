@@ -3,37 +3,47 @@
 namespace certiq::server {
 
 void CallRegistry::Add(LiveCall* call) {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   calls_.insert(call);
 }
 
 void CallRegistry::Remove(LiveCall* call) {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   calls_.erase(call);
-  if (calls_.empty()) changed_.notify_all();
+  ++going_;
+}
+
+void CallRegistry::Deleted() {
+  const base::MutexLock lock(mu_);
+  --going_;
+  if (calls_.empty() && going_ == 0) changed_.NotifyAll();
 }
 
 void CallRegistry::AbortAll(const absl::Status& reason, bool only_waiting) {
-  // Held throughout: no call can go away while it is spoken to.
-  const std::lock_guard lock(mu_);
+  // Held throughout, so that no call is destroyed during its Abort.
+  const base::MutexLock lock(mu_);
   for (LiveCall* const call : calls_) call->Abort(reason, only_waiting);
 }
 
 void CallRegistry::WaitEmpty() {
-  std::unique_lock lock(mu_);
-  changed_.wait(lock, [this] { return calls_.empty(); });
+  const base::MutexLock lock(mu_);
+  while (!calls_.empty() || going_ > 0) changed_.Wait(mu_);
 }
 
 bool CallRegistry::WaitEmptyUntil(std::chrono::steady_clock::time_point deadline) {
-  std::unique_lock lock(mu_);
-  changed_.wait_until(lock, deadline, [this] { return calls_.empty() || hurry_; });
-  return calls_.empty();
+  const base::MutexLock lock(mu_);
+  const auto left = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return !calls_.empty() || going_ > 0;
+  };
+  while (left() && !hurry_ && changed_.WaitUntil(mu_, deadline)) {
+  }
+  return !left();
 }
 
 void CallRegistry::Hurry() {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   hurry_ = true;
-  changed_.notify_all();
+  changed_.NotifyAll();
 }
 
 }  // namespace certiq::server

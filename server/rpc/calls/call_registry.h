@@ -1,15 +1,13 @@
-// The calls that are alive, for drain and shutdown.
+// Registry of live calls, for drain and shutdown.
 
 #ifndef CERTIQ_RPC_CALLS_CALL_REGISTRY_H_
 #define CERTIQ_RPC_CALLS_CALL_REGISTRY_H_
 
 #include <chrono>
-#include <condition_variable>
-#include <mutex>
 #include <set>
-#include <string>
 
 #include "absl/status/status.h"
+#include "base/mutex.h"
 
 namespace certiq::server {
 
@@ -17,32 +15,37 @@ namespace certiq::server {
 class LiveCall {
  public:
   virtual ~LiveCall() = default;
-  // Ends the call with `reason` as soon as its work has stopped. With
-  // `only_waiting`, only if it has not been admitted yet.
+  // Ends the call with `reason` as soon as its work has stopped. With `only_waiting`, only if it
+  // has not been admitted yet. Called with the registry's lock held: it neither blocks nor calls
+  // the registry.
   virtual void Abort(const absl::Status& reason, bool only_waiting) = 0;
 };
 
-// Thread-safe. A call adds itself when it starts and removes itself as the last thing it does, so
-// that one which is in here can be spoken to.
+// Thread-safe. A call adds itself when it starts and removes itself before it is deleted, so that
+// every call in the registry is alive; Deleted says that nothing of it is left.
 class CallRegistry {
  public:
-  void Add(LiveCall* call);
-  void Remove(LiveCall* call);
+  void Add(LiveCall* call) ABSL_LOCKS_EXCLUDED(mu_);
+  // Each of the two once a call.
+  void Remove(LiveCall* call) ABSL_LOCKS_EXCLUDED(mu_);
+  void Deleted() ABSL_LOCKS_EXCLUDED(mu_);
 
-  void AbortAll(const absl::Status& reason, bool only_waiting);
+  void AbortAll(const absl::Status& reason, bool only_waiting) ABSL_LOCKS_EXCLUDED(mu_);
 
-  // Waits until no call is left.
-  void WaitEmpty();
+  // Waits until no call is left, nor anything that one held.
+  void WaitEmpty() ABSL_LOCKS_EXCLUDED(mu_);
   // The same; false if `deadline` came or Hurry was called first.
-  bool WaitEmptyUntil(std::chrono::steady_clock::time_point deadline);
+  bool WaitEmptyUntil(std::chrono::steady_clock::time_point deadline) ABSL_LOCKS_EXCLUDED(mu_);
   // Ends WaitEmptyUntil, now and later.
-  void Hurry();
+  void Hurry() ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
-  std::mutex mu_;
-  std::condition_variable changed_;
-  std::set<LiveCall*> calls_;  // guarded by mu_
-  bool hurry_ = false;         // guarded by mu_
+  base::Mutex mu_;
+  base::ConditionVariable changed_;
+  std::set<LiveCall*> calls_ ABSL_GUARDED_BY(mu_);
+  // Removed and not yet deleted.
+  int going_ ABSL_GUARDED_BY(mu_) = 0;
+  bool hurry_ ABSL_GUARDED_BY(mu_) = false;
 };
 
 }  // namespace certiq::server

@@ -1,4 +1,4 @@
-// What is said about a call when it ends.
+// The summary of a call, for its log line.
 
 #ifndef CERTIQ_RPC_CALLS_CALL_SUMMARY_H_
 #define CERTIQ_RPC_CALLS_CALL_SUMMARY_H_
@@ -19,7 +19,7 @@ struct CallSummary {
   // As the client sent them, at most a few hundred bytes of any UTF-8.
   std::string request_id;
   std::string layer_name;
-  // Of calls about a calibration or a job.
+  // Set where the call is about a calibration or a job.
   std::string calibration_id;
   std::string stream_id;
   std::string job_id;

@@ -3,10 +3,10 @@
 #include "absl/strings/str_cat.h"
 #include "base/sha256.h"
 #include "base/status.h"
-#include "contract/convert.h"
-#include "contract/convert_time.h"
+#include "base/status_macros.h"
 #include "contract/enums.h"
-#include "job/layer_intake.h"
+#include "contract/limits.h"
+#include "contract/time.h"
 
 namespace certiq::server {
 namespace {
@@ -41,47 +41,41 @@ v1::CalibrationKind KindOf(bool mismatched) {
   return mismatched ? v1::CALIBRATION_KIND_MISMATCHED : v1::CALIBRATION_KIND_MATCHED;
 }
 
-absl::StatusOr<CalibrationRequest> FromProto(const v1::CreateCalibrationRequest& request) {
-  if (absl::Status id = CheckName("request_id", request.request_id(), kMaxRequestIdBytes);
-      !id.ok()) {
-    return id;
-  }
-  const absl::StatusOr<bool> mismatched = Mismatched(request.kind());
-  if (!mismatched.ok()) return mismatched.status();
-  const absl::StatusOr<int64_t> ttl =
-      ReadDuration(request.has_ttl(), request.ttl(), "ttl", kMicros, kDefaultTtlMicros);
-  if (!ttl.ok()) return ttl.status();
+absl::StatusOr<CalibrationRequest> ReadCreateRequest(const v1::CreateCalibrationRequest& request) {
+  RETURN_IF_ERROR(CheckName("request_id", request.request_id(), kMaxRequestIdBytes));
+  ASSIGN_OR_RETURN(const bool mismatched, Mismatched(request.kind()));
+  ASSIGN_OR_RETURN(const int64_t ttl, ReadDuration(request.has_ttl(), request.ttl(), "ttl", kMicros,
+                                                   kDefaultTtlMicros));
   CalibrationRequest to;
   to.request_id = request.request_id();
   base::Sha256 digest;
   digest.Update(request.SerializeAsString());
   to.digest = digest.Finish();
   to.features = request.features();
-  to.mismatched = *mismatched;
+  to.mismatched = mismatched;
   to.held_out_fraction = request.held_out_fraction();
   to.sequence_rows = request.sequence_rows();
   to.labels.assign(request.labels().begin(), request.labels().end());
-  to.ttl_micros = *ttl;
+  to.ttl_micros = ttl;
   return to;
 }
 
-absl::StatusOr<AccumulateCall> FromProto(const v1::AccumulateHeader& header, bool mismatched) {
-  if (absl::Status id = CheckStreamId(header.stream_id()); !id.ok()) return id;
-  const absl::StatusOr<engine::DType> x = FromWire(header.x(), kDataTypes, "x");
-  if (!x.ok()) return x.status();
-  AccumulateCall call{.stream_id = header.stream_id(), .x = *x};
+absl::StatusOr<AccumulateRequest> ReadAccumulateHeader(const v1::AccumulateHeader& header,
+                                                       bool mismatched) {
+  RETURN_IF_ERROR(CheckStreamId(header.stream_id()));
+  ASSIGN_OR_RETURN(const engine::DType x, FromWire(header.x(), kDataTypes, "x"));
+  AccumulateRequest call{.stream_id = header.stream_id(), .x = x};
   if (!mismatched) {
     if (header.x_quantized() == v1::DATA_TYPE_UNSPECIFIED) return call;
     return InvalidField("x_quantized", "expected none: the calibration's inputs are matched");
   }
-  const absl::StatusOr<engine::DType> x_quantized =
-      FromWire(header.x_quantized(), kDataTypes, "x_quantized");
-  if (!x_quantized.ok()) return x_quantized.status();
-  call.x_quantized = *x_quantized;
+  ASSIGN_OR_RETURN(const engine::DType x_quantized,
+                   FromWire(header.x_quantized(), kDataTypes, "x_quantized"));
+  call.x_quantized = x_quantized;
   return call;
 }
 
-absl::StatusOr<bool> FromProto(v1::Portion portion) {
+absl::StatusOr<bool> ReadPortion(v1::Portion portion) {
   switch (portion) {
     case v1::PORTION_UNSPECIFIED:
     case v1::PORTION_FIT:
@@ -94,7 +88,7 @@ absl::StatusOr<bool> FromProto(v1::Portion portion) {
   }
 }
 
-absl::StatusOr<MatrixLayout> FromProto(v1::MatrixLayout layout, MatrixLayout unset) {
+absl::StatusOr<MatrixLayout> ReadLayout(v1::MatrixLayout layout, MatrixLayout unset) {
   switch (layout) {
     case v1::MATRIX_LAYOUT_UNSPECIFIED:
       return unset;
@@ -109,22 +103,19 @@ absl::StatusOr<MatrixLayout> FromProto(v1::MatrixLayout layout, MatrixLayout uns
   }
 }
 
-absl::StatusOr<ImportCall> FromProto(const v1::StatisticsHeader& header,
-                                     const Calibration& calibration) {
-  if (absl::Status id = CheckStreamId(header.stream_id()); !id.ok()) return id;
+absl::StatusOr<ImportRequest> ReadStatisticsHeader(const v1::StatisticsHeader& header,
+                                                   const CalibrationRecord& calibration) {
+  RETURN_IF_ERROR(CheckStreamId(header.stream_id()));
   if (header.tokens() < 1 || header.tokens() > kMaxTokens) {
     return InvalidField("tokens",
                         absl::StrCat("expected 1 to ", kMaxTokens, ", got ", header.tokens()));
   }
-  const absl::StatusOr<bool> held_out = FromProto(header.portion());
-  if (!held_out.ok()) return held_out.status();
-  const absl::StatusOr<engine::DType> dtype = FromWire(header.dtype(), kDataTypes, "dtype");
-  if (!dtype.ok()) return dtype.status();
-  if (*dtype != engine::DType::kF64 && *dtype != engine::DType::kF32) {
-    return InvalidField("dtype", absl::StrCat("expected F64 or F32, got ", engine::Name(*dtype)));
+  ASSIGN_OR_RETURN(const bool held_out, ReadPortion(header.portion()));
+  ASSIGN_OR_RETURN(const engine::DType dtype, FromWire(header.dtype(), kDataTypes, "dtype"));
+  if (dtype != engine::DType::kF64 && dtype != engine::DType::kF32) {
+    return InvalidField("dtype", absl::StrCat("expected F64 or F32, got ", engine::Name(dtype)));
   }
-  const absl::StatusOr<MatrixLayout> layout = FromProto(header.layout(), MatrixLayout::kFull);
-  if (!layout.ok()) return layout.status();
+  ASSIGN_OR_RETURN(const MatrixLayout layout, ReadLayout(header.layout(), MatrixLayout::kFull));
   if (header.features() != 0 && header.features() != calibration.features()) {
     return InvalidField("features",
                         absl::StrCat("expected ", calibration.features(),
@@ -136,7 +127,7 @@ absl::StatusOr<ImportCall> FromProto(const v1::StatisticsHeader& header,
                         absl::StrCat("expected ", NameOf(KindOf(calibration.mismatched())),
                                      " as the calibration is, got ", NameOf(header.kind())));
   }
-  return ImportCall{header.stream_id(), header.tokens(), *held_out, *dtype, *layout};
+  return ImportRequest{header.stream_id(), header.tokens(), held_out, dtype, layout};
 }
 
 v1::StreamProgress ToProto(const StreamView& stream) {
@@ -153,23 +144,23 @@ v1::StreamProgress ToProto(const StreamView& stream) {
 v1::Calibration ToProto(const CalibrationView& view) {
   const CalibrationRecord& record = view.record;
   v1::Calibration to;
-  to.set_id(record.id);
-  to.set_state(record.finalize_time == 0 ? v1::CALIBRATION_STATE_OPEN
-                                         : v1::CALIBRATION_STATE_FINALIZED);
-  to.set_kind(KindOf(record.mismatched));
-  to.set_features(record.features);
-  to.set_held_out_fraction(record.held_out_fraction);
-  to.set_held_out_block_rows(record.held_out_block_rows);
-  for (const std::string& label : record.labels) to.add_labels(label);
-  to.set_tokens(record.tokens);
-  to.set_held_out_tokens(record.held_out_tokens);
+  to.set_id(record.id());
+  to.set_state(record.finalize_time() == 0 ? v1::CALIBRATION_STATE_OPEN
+                                           : v1::CALIBRATION_STATE_FINALIZED);
+  to.set_kind(KindOf(record.mismatched()));
+  to.set_features(record.features());
+  to.set_held_out_fraction(record.held_out_fraction());
+  to.set_held_out_block_rows(record.held_out_block_rows());
+  for (const std::string& label : record.labels()) to.add_labels(label);
+  to.set_tokens(record.tokens());
+  to.set_held_out_tokens(record.held_out_tokens());
   to.set_bytes(view.bytes);
   for (const StreamView& stream : view.streams) *to.add_streams() = ToProto(stream);
-  SetTime(record.create_time, to.mutable_create_time());
-  if (record.finalize_time != 0) SetTime(record.finalize_time, to.mutable_finalize_time());
-  SetTime(view.expire_time, to.mutable_expire_time());
+  SetTime(record.create_time(), to.mutable_create_time());
+  if (record.finalize_time() != 0) SetTime(record.finalize_time(), to.mutable_finalize_time());
+  SetTime(ExpireTime(record), to.mutable_expire_time());
   to.set_jobs(view.jobs);
-  to.set_sums_sha256(record.sums_sha256);
+  to.set_sums_sha256(record.sums_sha256());
   return to;
 }
 

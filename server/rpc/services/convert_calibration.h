@@ -1,43 +1,45 @@
-// Calibrations of the contract and of jobs/.
+// Calibrations as messages.
 
 #ifndef CERTIQ_RPC_SERVICES_CONVERT_CALIBRATION_H_
 #define CERTIQ_RPC_SERVICES_CONVERT_CALIBRATION_H_
 
-#include <memory>
+#include <cstdint>
 #include <string>
 
 #include "absl/status/statusor.h"
-#include "calibration/calibration_registry.h"
+#include "calibration/calibration_desk.h"
 #include "calibration/gram_transfer.h"
 #include "certiq/v1/calibration_service.pb.h"
 #include "engine/kernels/dtype.h"
 
 namespace certiq::server {
 
-absl::StatusOr<CalibrationRequest> FromProto(const v1::CreateCalibrationRequest& request);
+// INVALID_ARGUMENT of every Read naming the field, what was expected and what came.
+absl::StatusOr<CalibrationRequest> ReadCreateRequest(const v1::CreateCalibrationRequest& request);
 
-// An Accumulate header, all but the calibration's part in it.
-struct AccumulateCall {
+// An Accumulate header, all but the calibration it names.
+struct AccumulateRequest {
   std::string stream_id;
   engine::DType x = engine::DType::kF32;
   engine::DType x_quantized = engine::DType::kF32;
 };
-absl::StatusOr<AccumulateCall> FromProto(const v1::AccumulateHeader& header, bool mismatched);
+absl::StatusOr<AccumulateRequest> ReadAccumulateHeader(const v1::AccumulateHeader& header,
+                                                       bool mismatched);
 
 // A header of ready-made sums.
-struct ImportCall {
+struct ImportRequest {
   std::string stream_id;
   int64_t tokens = 0;
   bool held_out = false;
   engine::DType dtype = engine::DType::kF64;
   MatrixLayout layout = MatrixLayout::kFull;
 };
-absl::StatusOr<ImportCall> FromProto(const v1::StatisticsHeader& header,
-                                     const Calibration& calibration);
+absl::StatusOr<ImportRequest> ReadStatisticsHeader(const v1::StatisticsHeader& header,
+                                                   const CalibrationRecord& calibration);
 
 // True: held out.
-absl::StatusOr<bool> FromProto(v1::Portion portion);
-absl::StatusOr<MatrixLayout> FromProto(v1::MatrixLayout layout, MatrixLayout unset);
+absl::StatusOr<bool> ReadPortion(v1::Portion portion);
+absl::StatusOr<MatrixLayout> ReadLayout(v1::MatrixLayout layout, MatrixLayout unset);
 v1::CalibrationKind KindOf(bool mismatched);
 
 v1::StreamProgress ToProto(const StreamView& stream);

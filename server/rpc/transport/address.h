@@ -1,4 +1,4 @@
-// Addresses to listen on.
+// Listening addresses: parsing, loopback check, dial target.
 
 #ifndef CERTIQ_RPC_TRANSPORT_ADDRESS_H_
 #define CERTIQ_RPC_TRANSPORT_ADDRESS_H_
@@ -16,15 +16,15 @@ struct Address {
   bool is_unix() const { return port < 0; }
 };
 
-// INVALID_ARGUMENT saying what was expected.
+// INVALID_ARGUMENT with the expected form.
 absl::StatusOr<Address> ParseAddress(const std::string& text);
 
-// Whether only this machine can reach it: unix sockets, localhost, 127.0.0.0/8, ::1, and names
-// that resolve to nothing else.
+// True if only this machine can reach the address: unix sockets, localhost, 127.0.0.0/8, ::1, and
+// names that resolve to these alone.
 bool IsLoopback(const Address& address);
 
-// Where a client on this machine finds a server that listens on `address`:
-// the loopback address in place of "any".
+// The target that a client on this machine dials for a server that listens on `address`: the
+// loopback address instead of "any". `text` is what ParseAddress parsed.
 std::string DialTarget(const Address& address, const std::string& text);
 
 }  // namespace certiq::server

@@ -8,6 +8,8 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "base/sha256.h"
+#include "base/status_macros.h"
 
 namespace certiq::server {
 namespace {
@@ -15,7 +17,7 @@ namespace {
 constexpr char kHeader[] = "authorization";
 constexpr absl::string_view kScheme = "bearer ";
 
-// One text for all who show no token, so that it says nothing about what they did show.
+// UNAUTHENTICATED. The text names the kind of problem and repeats nothing of what was sent.
 absl::Status NoToken(absl::string_view problem) {
   return absl::UnauthenticatedError(absl::StrCat(
       "expected the metadata \"authorization: Bearer TOKEN\", once, with a token that this server "
@@ -26,19 +28,20 @@ absl::Status NoToken(absl::string_view problem) {
 }  // namespace
 
 Authenticator::Authenticator(std::string token_file, Warn warn,
-                             std::chrono::milliseconds look_every)
-    : token_file_(std::move(token_file)), warn_(std::move(warn)), look_every_(look_every) {}
+                             std::chrono::milliseconds check_interval)
+    : token_file_(std::move(token_file)), warn_(std::move(warn)), check_interval_(check_interval) {}
 
 absl::StatusOr<std::unique_ptr<Authenticator>> Authenticator::Open(
-    std::string token_file, Warn warn, std::chrono::milliseconds look_every) {
+    std::string token_file, Warn warn, std::chrono::milliseconds check_interval) {
   std::unique_ptr<Authenticator> authenticator(
-      new Authenticator(std::move(token_file), std::move(warn), look_every));
-  // Before the file is read: what changes meanwhile is seen by the next look.
-  authenticator->stamp_ = StampOf(authenticator->token_file_);
-  authenticator->looked_at_ = Clock::now();
-  absl::StatusOr<std::shared_ptr<const Tokens>> tokens = authenticator->Load();
-  if (!tokens.ok()) return tokens.status();
-  authenticator->tokens_ = *std::move(tokens);
+      new Authenticator(std::move(token_file), std::move(warn), check_interval));
+  {
+    const base::MutexLock lock(authenticator->mu_);
+    // Taken before the file is read, so that the next check sees a change made meanwhile.
+    authenticator->stamp_ = StampOf(authenticator->token_file_);
+    authenticator->checked_at_ = Clock::now();
+    ASSIGN_OR_RETURN(authenticator->tokens_, authenticator->Load());
+  }
   return authenticator;
 }
 
@@ -59,10 +62,10 @@ absl::StatusOr<std::shared_ptr<const Authenticator::Tokens>> Authenticator::Load
 }
 
 std::shared_ptr<const Authenticator::Tokens> Authenticator::Current() {
-  const std::lock_guard lock(mu_);
+  const base::MutexLock lock(mu_);
   const Clock::time_point now = Clock::now();
-  if (now - looked_at_ < look_every_) return tokens_;
-  looked_at_ = now;
+  if (now - checked_at_ < check_interval_) return tokens_;
+  checked_at_ = now;
   const std::optional<FileStamp> stamp = StampOf(token_file_);
   if (stamp == stamp_) return tokens_;
   stamp_ = stamp;
@@ -95,11 +98,11 @@ absl::StatusOr<Tenant> Authenticator::Authenticate(const std::vector<absl::strin
   token.remove_prefix(kScheme.size());
   while (absl::ConsumePrefix(&token, " ")) {
   }
-  const std::optional<TokenDigest> digest = DigestOf(token);
+  const std::optional<base::Sha256Digest> digest = base::Sha256Of(token);
   if (!digest.has_value()) return absl::InternalError("SHA-256 is not available");
 
   const std::shared_ptr<const Tokens> tokens = Current();
-  // How long this takes says nothing about which digest comes close.
+  // Every digest is compared, in constant time: the time taken says nothing about a close one.
   const TokenEntry* found = nullptr;
   for (const TokenEntry& entry : *tokens) {
     if (CRYPTO_memcmp(entry.digest.data(), digest->data(), digest->size()) == 0) found = &entry;

@@ -1,4 +1,4 @@
-// Who calls, and what they may do.
+// Bearer-token authentication and scopes.
 
 #ifndef CERTIQ_RPC_TRANSPORT_AUTH_H_
 #define CERTIQ_RPC_TRANSPORT_AUTH_H_
@@ -7,13 +7,13 @@
 
 #include <chrono>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "base/mutex.h"
 #include "rpc/transport/file.h"
 #include "rpc/transport/token_file.h"
 #include "runtime/tenant.h"
@@ -23,50 +23,54 @@ namespace certiq::server {
 // Calls that change nothing need kRead, all others kWrite.
 enum class Scope { kRead, kWrite };
 
-// Knows the bearer tokens of a file (see token_file.h), as digests only. Thread-safe.
+// Holds the bearer tokens of a file (token_file.h), as digests only. Thread-safe.
 //
-// The file is looked at again while calls come, at most once a second: a token that was taken out
-// is refused a second later at most, and symlinks that are swapped, as Kubernetes does, are
-// followed. A file that is gone or wrong changes nothing and is warned about once.
+// A call checks the file's stamp if the last check is a second old, so no thread of its own is
+// needed: a token that was removed is refused a second later at most, and symlinks that are
+// swapped, as Kubernetes does, are followed. A file that is missing or malformed leaves the tokens
+// as they were, with one warning.
 class Authenticator {
  public:
-  // Lets everyone in, as the tenant "".
+  // Authentication is off: every call is of the tenant "".
   Authenticator() = default;
-  // INVALID_ARGUMENT naming file, line and what was expected, never a token.
+  // INVALID_ARGUMENT that names the file, the line and what was expected, never a token.
   static absl::StatusOr<std::unique_ptr<Authenticator>> Open(
       std::string token_file, Warn warn,
-      std::chrono::milliseconds look_every = std::chrono::seconds(1));
+      std::chrono::milliseconds check_interval = std::chrono::seconds(1));
 
   Authenticator(const Authenticator&) = delete;
   Authenticator& operator=(const Authenticator&) = delete;
 
-  // False where everyone is let in.
+  // False if calls need no token.
   bool enabled() const { return !token_file_.empty(); }
 
-  // By the call's metadata "authorization: Bearer TOKEN". UNAUTHENTICATED where that is missing,
-  // there more than once, malformed, or its token unknown; PERMISSION_DENIED where the token is
-  // not for `scope`.
-  absl::StatusOr<Tenant> Authenticate(const grpc::CallbackServerContext& context, Scope scope);
-  // The same, by the values that the metadata "authorization" has.
-  absl::StatusOr<Tenant> Authenticate(const std::vector<absl::string_view>& values, Scope scope);
+  // The tenant of the token in the call's metadata "authorization: Bearer TOKEN". UNAUTHENTICATED
+  // if that is missing, repeated or malformed, or its token unknown; PERMISSION_DENIED if the token
+  // lacks `scope`.
+  absl::StatusOr<Tenant> Authenticate(const grpc::CallbackServerContext& context, Scope scope)
+      ABSL_LOCKS_EXCLUDED(mu_);
+  // The same for the values of the metadata key "authorization".
+  absl::StatusOr<Tenant> Authenticate(const std::vector<absl::string_view>& values, Scope scope)
+      ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
   using Clock = std::chrono::steady_clock;
   using Tokens = std::vector<TokenEntry>;
 
-  Authenticator(std::string token_file, Warn warn, std::chrono::milliseconds look_every);
+  Authenticator(std::string token_file, Warn warn, std::chrono::milliseconds check_interval);
   absl::StatusOr<std::shared_ptr<const Tokens>> Load() const;
-  std::shared_ptr<const Tokens> Current();
+  // The tokens of the file as it is now, or as it was when it last could be read.
+  std::shared_ptr<const Tokens> Current() ABSL_LOCKS_EXCLUDED(mu_);
 
   const std::string token_file_;
   const Warn warn_;
-  const std::chrono::milliseconds look_every_{0};
+  const std::chrono::milliseconds check_interval_{0};
 
-  std::mutex mu_;
-  // All guarded by mu_. The stamp is that of the file last tried, whether or not it served.
-  Clock::time_point looked_at_;
-  std::optional<FileStamp> stamp_;
-  std::shared_ptr<const Tokens> tokens_;
+  base::Mutex mu_;
+  Clock::time_point checked_at_ ABSL_GUARDED_BY(mu_);
+  // The stamp of the file that was read last, whether or not its tokens are in use.
+  std::optional<FileStamp> stamp_ ABSL_GUARDED_BY(mu_);
+  std::shared_ptr<const Tokens> tokens_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace certiq::server

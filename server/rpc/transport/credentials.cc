@@ -17,11 +17,12 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "base/status_macros.h"
 
 namespace certiq::server {
 namespace {
 
-constexpr unsigned int kLookEverySeconds = 1;
+constexpr unsigned int kReloadSeconds = 1;
 
 template <typename T, void (*kFree)(T*)>
 struct Free {
@@ -31,7 +32,7 @@ using Certificate = std::unique_ptr<X509, Free<X509, X509_free>>;
 using Key = std::unique_ptr<EVP_PKEY, Free<EVP_PKEY, EVP_PKEY_free>>;
 using Bio = std::unique_ptr<BIO, Free<BIO, BIO_free_all>>;
 
-// OpenSSL leaves failures in a queue of the thread, where TLS would find them.
+// Clears OpenSSL's error queue of this thread, where gRPC's TLS would find old errors.
 struct ClearErrors {
   ~ClearErrors() { ERR_clear_error(); }
 };
@@ -40,10 +41,10 @@ Bio Reader(absl::string_view pem) {
   return Bio(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())));
 }
 
-// Nobody can be asked for a password.
+// A password callback that has none: there is no terminal to ask.
 int NoPassword(char* /*buffer*/, int /*size*/, int /*writing*/, void* /*data*/) { return 0; }
 
-// The first of the text; null if there is none.
+// The first certificate of the text; null if there is none.
 Certificate ReadCertificate(absl::string_view pem) {
   const ClearErrors clear;
   return Certificate(PEM_read_bio_X509(Reader(pem).get(), nullptr, &NoPassword, nullptr));
@@ -69,7 +70,7 @@ absl::StatusOr<std::string> Read(const char* flag, const std::string& path) {
   return text;
 }
 
-// Not valid today; empty if it is.
+// "has expired" or "is not valid yet"; empty if the certificate is valid today.
 std::string DateProblem(const Certificate& certificate) {
   if (X509_cmp_current_time(X509_get0_notAfter(certificate.get())) < 0) return "has expired";
   if (X509_cmp_current_time(X509_get0_notBefore(certificate.get())) > 0) return "is not valid yet";
@@ -89,18 +90,16 @@ absl::Status CheckFlags(const TlsFiles& files) {
   return absl::OkStatus();
 }
 
-// The certificate's and the key's text, once they were found to serve.
+// The texts of certificate and key, which were found to be a pair.
 absl::StatusOr<grpc::experimental::IdentityKeyCertPair> ReadIdentity(const TlsFiles& files,
                                                                      const Warn& warn) {
-  absl::StatusOr<std::string> cert_text = Read("--tls_cert", files.cert);
-  if (!cert_text.ok()) return cert_text.status();
-  const Certificate certificate = ReadCertificate(*cert_text);
+  ASSIGN_OR_RETURN(std::string cert_text, Read("--tls_cert", files.cert));
+  const Certificate certificate = ReadCertificate(cert_text);
   if (certificate == nullptr) {
     return Wrong("--tls_cert", files.cert, "expected a certificate in PEM");
   }
-  absl::StatusOr<std::string> key_text = Read("--tls_key", files.key);
-  if (!key_text.ok()) return key_text.status();
-  const Key key = ReadKey(*key_text);
+  ASSIGN_OR_RETURN(std::string key_text, Read("--tls_key", files.key));
+  const Key key = ReadKey(key_text);
   if (key == nullptr) {
     return Wrong("--tls_key", files.key, "expected a private key in PEM without a password");
   }
@@ -116,14 +115,13 @@ absl::StatusOr<grpc::experimental::IdentityKeyCertPair> ReadIdentity(const TlsFi
     warn(absl::StrCat("--tls_key: ", files.key,
                       ": every user of this machine may read or write it; chmod o-rwx"));
   }
-  return grpc::experimental::IdentityKeyCertPair{.private_key = *std::move(key_text),
-                                                 .certificate_chain = *std::move(cert_text)};
+  return grpc::experimental::IdentityKeyCertPair{.private_key = std::move(key_text),
+                                                 .certificate_chain = std::move(cert_text)};
 }
 
 absl::Status CheckAuthorities(const std::string& path, const Warn& warn) {
-  const absl::StatusOr<std::string> text = Read("--tls_client_ca", path);
-  if (!text.ok()) return text.status();
-  const Certificate first = ReadCertificate(*text);
+  ASSIGN_OR_RETURN(const std::string text, Read("--tls_client_ca", path));
+  const Certificate first = ReadCertificate(text);
   if (first == nullptr) return Wrong("--tls_client_ca", path, "expected certificates in PEM");
   if (const std::string problem = DateProblem(first); warn && !problem.empty()) {
     warn(absl::StrCat("--tls_client_ca: ", path, ": its first certificate ", problem));
@@ -131,7 +129,7 @@ absl::Status CheckAuthorities(const std::string& path, const Warn& warn) {
   return absl::OkStatus();
 }
 
-// The peer's certificate must be this one. The handshake has proved that the peer has its key.
+// Accepts one certificate only. The handshake has proved that the peer has its key.
 class SameCertificate final : public grpc::experimental::ExternalCertificateVerifier {
  public:
   explicit SameCertificate(std::string pem) : pem_(std::move(pem)) {}
@@ -157,16 +155,13 @@ class SameCertificate final : public grpc::experimental::ExternalCertificateVeri
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> ServerCredentials(const TlsFiles& files,
                                                                            const Warn& warn) {
   if (!files.enabled()) return grpc::InsecureServerCredentials();
-  if (absl::Status status = CheckFlags(files); !status.ok()) return status;
-  // gRPC would only log what is wrong with them, and listen.
-  if (const auto identity = ReadIdentity(files, warn); !identity.ok()) return identity.status();
-  if (!files.client_ca.empty()) {
-    absl::Status status = CheckAuthorities(files.client_ca, warn);
-    if (!status.ok()) return status;
-  }
+  RETURN_IF_ERROR(CheckFlags(files));
+  // gRPC would log an unusable file and listen all the same, so the files are read here first.
+  RETURN_IF_ERROR(ReadIdentity(files, warn).status());
+  if (!files.client_ca.empty()) RETURN_IF_ERROR(CheckAuthorities(files.client_ca, warn));
   grpc::experimental::TlsServerCredentialsOptions options(
       std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
-          files.key, files.cert, files.client_ca, kLookEverySeconds));
+          files.key, files.cert, files.client_ca, kReloadSeconds));
   options.watch_identity_key_cert_pairs();
   if (!files.client_ca.empty()) {
     options.watch_root_certs();
@@ -177,19 +172,18 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> ServerCredentials(const
 
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> ProbeCredentials(const TlsFiles& files) {
   if (!files.enabled()) return grpc::InsecureChannelCredentials();
-  if (absl::Status status = CheckFlags(files); !status.ok()) return status;
-  absl::StatusOr<grpc::experimental::IdentityKeyCertPair> identity = ReadIdentity(files, nullptr);
-  if (!identity.ok()) return identity.status();
+  RETURN_IF_ERROR(CheckFlags(files));
+  ASSIGN_OR_RETURN(grpc::experimental::IdentityKeyCertPair identity, ReadIdentity(files, nullptr));
   grpc::experimental::TlsChannelCredentialsOptions options;
-  // Neither names nor dates: a certificate that has expired is no reason to restart a server.
+  // Names and dates are not checked: restarting a server does not renew its certificate.
   options.set_verify_server_certs(false);
   options.set_check_call_host(false);
   options.set_certificate_verifier(
       grpc::experimental::ExternalCertificateVerifier::Create<SameCertificate>(
-          identity->certificate_chain));
+          identity.certificate_chain));
   options.set_certificate_provider(
       std::make_shared<grpc::experimental::StaticDataCertificateProvider>(
-          std::vector<grpc::experimental::IdentityKeyCertPair>{*std::move(identity)}));
+          std::vector<grpc::experimental::IdentityKeyCertPair>{std::move(identity)}));
   options.watch_identity_key_cert_pairs();
   return grpc::experimental::TlsCredentials(options);
 }

@@ -34,7 +34,7 @@ absl::StatusOr<std::string> ReadSmallFile(const std::string& path) {
   if (stat(path.c_str(), &found) != 0) {
     return absl::NotFoundError(std::generic_category().message(errno));
   }
-  // Opening a pipe would wait for its writer.
+  // Opening a named pipe would block until there is a writer.
   if (!S_ISREG(found.st_mode)) return absl::InvalidArgumentError("expected a regular file");
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::InvalidArgumentError("cannot be opened; may this user read it?");

@@ -1,4 +1,4 @@
-// Small files that may change while the server runs, and what there is to say about them.
+// Configuration files that may change while the server runs: content, stamp, permissions.
 
 #ifndef CERTIQ_RPC_TRANSPORT_FILE_H_
 #define CERTIQ_RPC_TRANSPORT_FILE_H_
@@ -12,11 +12,11 @@
 
 namespace certiq::server {
 
-// Told what whoever runs the server should see; from any thread, does not block.
+// Reports a warning to the operator. Called from any thread; does not block.
 using Warn = std::function<void(const std::string& message)>;
 
-// Tells one state of a file from the next, whether it was written to, replaced, or a symlink on
-// the way to it now points elsewhere.
+// Differs between two states of a file, whether it was written to, replaced, or a symlink of its
+// path now points elsewhere.
 struct FileStamp {
   uint64_t device = 0;
   uint64_t inode = 0;
@@ -27,13 +27,13 @@ struct FileStamp {
   bool operator==(const FileStamp&) const = default;
 };
 
-// Nothing where there is no such file.
+// Absent if there is no such file.
 std::optional<FileStamp> StampOf(const std::string& path);
 
-// The whole of a regular file of at most 1 MiB; the error says why not, without the path.
+// The content of a regular file of at most 1 MiB. Errors give the reason without the path.
 absl::StatusOr<std::string> ReadSmallFile(const std::string& path);
 
-// Whether users beside the owner and the group may read or write the file.
+// True if users other than owner and group may read or write the file.
 bool OpenToOthers(const std::string& path);
 
 }  // namespace certiq::server

@@ -10,16 +10,16 @@ namespace {
 
 std::atomic<LibraryLog> current_sink{nullptr};
 
-void Say(const char* library, const std::string& message) {
+void Send(const char* library, const std::string& message) {
   const LibraryLog sink = current_sink.load();
   if (sink != nullptr) sink(library, message);
 }
 
-void FromGrpc(gpr_log_func_args* arguments) { Say("grpc", arguments->message); }
+void FromGrpc(gpr_log_func_args* arguments) { Send("grpc", arguments->message); }
 
 void FromProtobuf(google::protobuf::LogLevel /*level*/, const char* /*file*/, int /*line*/,
                   const std::string& message) {
-  Say("protobuf", message);
+  Send("protobuf", message);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What gRPC and protobuf want to say, which they write to stderr by default.
+// Log sink of the libraries: gRPC and protobuf.
 
 #ifndef CERTIQ_RPC_TRANSPORT_LIBRARY_LOG_H_
 #define CERTIQ_RPC_TRANSPORT_LIBRARY_LOG_H_
@@ -7,10 +7,10 @@
 
 namespace certiq::server {
 
-// Sends the libraries' messages to `sink` from now on, from any thread: `library` is "grpc" or
-// "protobuf". For the whole process; null drops them. What `sink` uses lives as long as the
-// process.
+// Receives a message of `library`, which is "grpc" or "protobuf", on any thread.
 using LibraryLog = void (*)(const char* library, const std::string& message);
+// Sends the libraries' messages of the whole process to `sink`, instead of stderr; null drops them.
+// Objects that `sink` uses live as long as the process.
 void SetLibraryLog(LibraryLog sink);
 
 }  // namespace certiq::server

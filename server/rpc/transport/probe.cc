@@ -12,14 +12,14 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "rpc/transport/address.h"
 
 namespace certiq::server {
 namespace {
 
-// HealthCheckResponse is {enum status = 1} and HealthCheckRequest, for the server as a whole, is
-// an empty message: with so little to say, the bytes are read by hand instead of carrying a copy
-// of the proto.
+// HealthCheckResponse is {enum status = 1} and HealthCheckRequest, for the server as a whole, is an
+// empty message. The bytes are read by hand: that takes less than a copy of the proto.
 constexpr uint8_t kStatusTag = 1 << 3;
 constexpr uint8_t kServing = 1;
 
@@ -33,19 +33,17 @@ bool IsServing(const grpc::ByteBuffer& response) {
 
 absl::Status Probe(const std::string& listen, const TlsFiles& tls,
                    std::chrono::milliseconds limit) {
-  const absl::StatusOr<Address> address = ParseAddress(listen);
-  if (!address.ok()) return address.status();
-  const absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> credentials =
-      ProbeCredentials(tls);
-  if (!credentials.ok()) return credentials.status();
+  ASSIGN_OR_RETURN(const Address address, ParseAddress(listen));
+  ASSIGN_OR_RETURN(const std::shared_ptr<grpc::ChannelCredentials> credentials,
+                   ProbeCredentials(tls));
   grpc::ChannelArguments arguments;
-  // A proxy of the environment cannot reach this machine's own servers.
+  // A proxy that the environment names does not reach this machine's own servers.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   grpc::GenericStub stub(
-      grpc::CreateCustomChannel(DialTarget(*address, listen), *credentials, arguments));
+      grpc::CreateCustomChannel(DialTarget(address, listen), credentials, arguments));
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + limit);
-  // A buffer of no bytes; one without any slice would not count as a message.
+  // One empty slice: a buffer without slices would not count as a message.
   grpc::Slice nothing;
   const grpc::ByteBuffer request(&nothing, 1);
   grpc::CompletionQueue queue;
@@ -62,8 +60,9 @@ absl::Status Probe(const std::string& listen, const TlsFiles& tls,
   queue.Shutdown();
   while (queue.Next(&tag, &ok)) {
   }
-  if (!status.ok())
+  if (!status.ok()) {
     return absl::UnavailableError(absl::StrCat(listen, ": ", status.error_message()));
+  }
   if (!IsServing(response)) return absl::UnavailableError(absl::StrCat(listen, ": not serving"));
   return absl::OkStatus();
 }

@@ -1,4 +1,4 @@
-// Asks a server how it is.
+// Health probe of a server on this machine.
 
 #ifndef CERTIQ_RPC_TRANSPORT_PROBE_H_
 #define CERTIQ_RPC_TRANSPORT_PROBE_H_
@@ -11,8 +11,9 @@
 
 namespace certiq::server {
 
-// OK if the server that listens on `listen` answers grpc.health.v1.Health/Check with SERVING
-// within `limit`; otherwise why not. `tls` names the server's own files.
+// OK if the server that listens on `listen` answers grpc.health.v1.Health/Check with SERVING within
+// `limit`, UNAVAILABLE with the reason if not. INVALID_ARGUMENT about the address or the files of
+// `tls`, which are the server's own.
 absl::Status Probe(const std::string& listen, const TlsFiles& tls, std::chrono::milliseconds limit);
 
 }  // namespace certiq::server

@@ -13,14 +13,14 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "base/status_macros.h"
 #include "certiq/v1/calibration_service.grpc.pb.h"
 #include "certiq/v1/job_service.grpc.pb.h"
 #include "certiq/v1/quantization_service.grpc.pb.h"
+#include "contract/limits.h"
 #include "rpc/calls/call_registry.h"
-#include "rpc/calls/refuse.h"
-#include "rpc/services/calibration_calls.h"
-#include "rpc/services/job_calls.h"
-#include "rpc/services/quantize_reactor.h"
+#include "rpc/services/services.h"
 #include "rpc/transport/address.h"
 
 namespace certiq::server {
@@ -37,26 +37,6 @@ constexpr std::chrono::milliseconds kGrace{1000};
 // connections.
 constexpr int64_t kMinTransportBytes = int64_t{128} << 20;
 constexpr int64_t kMaxTransportBytes = int64_t{1} << 30;
-
-class QuantizationService final : public v1::QuantizationService::WithRawCallbackMethod_Quantize<
-                                      v1::QuantizationService::Service> {
- public:
-  using Reactor = grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>;
-
-  explicit QuantizationService(const CallEnvironment& environment) : environment_(environment) {}
-
-  Reactor* Quantize(grpc::CallbackServerContext* context) override {
-    const absl::StatusOr<Tenant> tenant = environment_.auth->Authenticate(*context, Scope::kWrite);
-    if (!tenant.ok()) {
-      return Refuse<Reactor>(environment_, kQuantizeMethod, tenant.status());
-    }
-    // Owned by gRPC until OnDone, where it deletes itself.
-    return new QuantizeReactor(context, environment_, *tenant);
-  }
-
- private:
-  const CallEnvironment& environment_;
-};
 
 void Configure(grpc::ServerBuilder& builder, const ByteBudget& budget) {
   builder.SetMaxReceiveMessageSize(static_cast<int>(kMaxMessageBytes));
@@ -89,21 +69,20 @@ void Configure(grpc::ServerBuilder& builder, const ByteBudget& budget) {
 struct Server::Impl {
   explicit Impl(Options server_options)
       : options(std::move(server_options)),
-        environment{.jobs = options.backend->environment(),
+        environment{.environment = options.backend->environment(),
                     .calibrations = options.backend->calibrations(),
-                    .manager = options.backend->manager(),
+                    .jobs = options.backend->jobs(),
                     .calls = *options.calls,
                     .registry = registry,
                     .log = options.log,
                     .auth = options.auth == nullptr ? &everyone : options.auth},
-        quantization(environment),
+        quantization(MakeQuantizationService(environment)),
         calibrations(MakeCalibrationService(environment)),
         jobs(MakeJobService(environment)) {}
 
   // Stops taking calls.
   void Close() {
     open = false;
-    options.backend->pool().StopAdmitting();
     options.backend->StopStarting();
     grpc->GetHealthCheckService()->SetServingStatus(false);
   }
@@ -112,7 +91,7 @@ struct Server::Impl {
   Authenticator everyone;
   CallRegistry registry;
   const CallEnvironment environment;
-  QuantizationService quantization;
+  const std::unique_ptr<grpc::Service> quantization;
   const std::unique_ptr<grpc::Service> calibrations;
   const std::unique_ptr<grpc::Service> jobs;
   int port = 0;
@@ -127,12 +106,10 @@ Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Server::~Server() { Shutdown(); }
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
-  const absl::StatusOr<Address> address = ParseAddress(options.listen);
-  if (!address.ok()) return address.status();
-  const absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials =
-      ServerCredentials(options.tls, options.warn);
-  if (!credentials.ok()) return credentials.status();
-  if (!options.tls.enabled() && !IsLoopback(*address)) {
+  ASSIGN_OR_RETURN(const Address address, ParseAddress(options.listen));
+  ASSIGN_OR_RETURN(const std::shared_ptr<grpc::ServerCredentials> credentials,
+                   ServerCredentials(options.tls, options.warn));
+  if (!options.tls.enabled() && !IsLoopback(address)) {
     if (!options.allow_cleartext) {
       return absl::FailedPreconditionError(
           absl::StrCat(options.listen,
@@ -152,8 +129,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
   grpc::ServerBuilder builder;
   Configure(builder, impl->options.backend->memory());
   int port = 0;
-  builder.AddListeningPort(impl->options.listen, *credentials, &port);
-  builder.RegisterService(&impl->quantization);
+  builder.AddListeningPort(impl->options.listen, credentials, &port);
+  builder.RegisterService(impl->quantization.get());
   builder.RegisterService(impl->calibrations.get());
   builder.RegisterService(impl->jobs.get());
   impl->grpc = builder.BuildAndStart();
@@ -162,7 +139,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
         absl::StrCat("cannot listen on ", impl->options.listen,
                      ": the port is in use or the address is not one of this machine"));
   }
-  impl->port = address->is_unix() ? 0 : port;
+  impl->port = address.is_unix() ? 0 : port;
   for (const char* const name :
        {v1::QuantizationService::service_full_name(), v1::CalibrationService::service_full_name(),
         v1::JobService::service_full_name()}) {
@@ -177,8 +154,7 @@ bool Server::serving() const { return impl_->open; }
 
 bool Server::Drain(std::chrono::milliseconds limit) {
   impl_->Close();
-  impl_->registry.AbortAll(absl::UnavailableError("the server is draining and takes no new work"),
-                           /*only_waiting=*/true);
+  impl_->registry.AbortAll(base::DrainingError(), /*only_waiting=*/true);
   const bool all_ended = impl_->registry.WaitEmptyUntil(Clock::now() + limit);
   Shutdown();
   return all_ended;

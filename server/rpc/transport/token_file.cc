@@ -1,7 +1,5 @@
 #include "rpc/transport/token_file.h"
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +14,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "base/sha256.h"
+#include "base/status_macros.h"
 
 namespace certiq::server {
 namespace {
@@ -33,9 +33,9 @@ bool AllOf(absl::string_view text, bool (*is)(unsigned char)) {
                      [is](char c) { return is(static_cast<unsigned char>(c)); });
 }
 
-absl::StatusOr<TokenDigest> ReadToken(size_t line, absl::string_view field) {
+absl::StatusOr<base::Sha256Digest> ReadToken(size_t line, absl::string_view field) {
   if (absl::ConsumePrefix(&field, kHashed)) {
-    TokenDigest digest;
+    base::Sha256Digest digest;
     if (field.size() != 2 * digest.size() || !AllOf(field, absl::ascii_isxdigit)) {
       return Expected(line, "64 hex digits after sha256:");
     }
@@ -47,7 +47,7 @@ absl::StatusOr<TokenDigest> ReadToken(size_t line, absl::string_view field) {
     return Expected(line, absl::StrCat("a token of at least ", kMinTokenBytes,
                                        " printable ASCII characters, or sha256:HEX of one"));
   }
-  const std::optional<TokenDigest> digest = DigestOf(field);
+  const std::optional<base::Sha256Digest> digest = base::Sha256Of(field);
   if (!digest.has_value()) return absl::InternalError("SHA-256 is not available");
   return *digest;
 }
@@ -70,7 +70,7 @@ bool ReadLimit(absl::string_view field, TenantLimits& limits) {
                                                           {"streams", &limits.streams}};
   for (const auto& [name, limit] : known) {
     if (parts.first != name) continue;
-    // Given once; SimpleAtoi would also take blanks and signs.
+    // A limit is given once. SimpleAtoi alone would also accept blanks and signs.
     return *limit == kNoLimit && AllOf(parts.second, absl::ascii_isdigit) &&
            absl::SimpleAtoi(parts.second, limit);
   }
@@ -80,9 +80,7 @@ bool ReadLimit(absl::string_view field, TenantLimits& limits) {
 absl::StatusOr<TokenEntry> ReadEntry(size_t line, const std::vector<absl::string_view>& fields) {
   if (fields.size() < 3) return Expected(line, "TOKEN TENANT SCOPES [LIMIT=VALUE ...]");
   TokenEntry entry;
-  const absl::StatusOr<TokenDigest> digest = ReadToken(line, fields[0]);
-  if (!digest.ok()) return digest.status();
-  entry.digest = *digest;
+  ASSIGN_OR_RETURN(entry.digest, ReadToken(line, fields[0]));
   const absl::string_view tenant = fields[1];
   if (tenant.size() > kMaxTenantBytes || !AllOf(tenant, [](unsigned char c) {
         return absl::ascii_isalnum(c) || c == '.' || c == '_' || c == '-';
@@ -107,19 +105,10 @@ absl::StatusOr<TokenEntry> ReadEntry(size_t line, const std::vector<absl::string
 
 }  // namespace
 
-std::optional<TokenDigest> DigestOf(absl::string_view token) {
-  TokenDigest digest;
-  unsigned int size = 0;
-  const bool ok =
-      EVP_Digest(token.data(), token.size(), digest.data(), &size, EVP_sha256(), nullptr) == 1 &&
-      size == digest.size();
-  return ok ? std::make_optional(digest) : std::nullopt;
-}
-
 absl::StatusOr<std::vector<TokenEntry>> ParseTokens(absl::string_view text) {
   std::vector<TokenEntry> entries;
-  std::map<TokenDigest, size_t> line_of_token;
-  // Of a tenant's first token.
+  std::map<base::Sha256Digest, size_t> line_of_token;
+  // The line of a tenant's first token, and its limits there.
   std::map<std::string, std::pair<size_t, TenantLimits>> tenants;
   size_t line = 0;
   for (const absl::string_view content : absl::StrSplit(text, '\n')) {
@@ -127,19 +116,18 @@ absl::StatusOr<std::vector<TokenEntry>> ParseTokens(absl::string_view text) {
     const std::vector<absl::string_view> fields =
         absl::StrSplit(content, absl::ByAnyChar(" \t\r"), absl::SkipEmpty());
     if (fields.empty() || fields[0].front() == '#') continue;
-    absl::StatusOr<TokenEntry> entry = ReadEntry(line, fields);
-    if (!entry.ok()) return entry.status();
-    const auto [other, is_new] = line_of_token.emplace(entry->digest, line);
+    ASSIGN_OR_RETURN(TokenEntry entry, ReadEntry(line, fields));
+    const auto [other, is_new] = line_of_token.emplace(entry.digest, line);
     if (!is_new) return Expected(line, absl::StrCat("another token than in line ", other->second));
     const auto [first, is_first] =
-        tenants.try_emplace(entry->tenant.name, line, entry->tenant.limits);
-    if (!is_first && first->second.second != entry->tenant.limits) {
+        tenants.try_emplace(entry.tenant.name, line, entry.tenant.limits);
+    if (!is_first && first->second.second != entry.tenant.limits) {
       return Expected(
           line, absl::StrCat("the limits that this tenant has in line ", first->second.first));
     }
-    entries.push_back(*std::move(entry));
+    entries.push_back(std::move(entry));
   }
-  // A file that lets nobody in is more likely one that is being written.
+  // A file without tokens is more likely one that is being written.
   if (entries.empty()) return absl::InvalidArgumentError("expected at least one token");
   return entries;
 }
