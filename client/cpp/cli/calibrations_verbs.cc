@@ -4,10 +4,10 @@
 #include <ostream>
 #include <utility>
 
-#include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "base/status_macros.h"
 #include "certiq/calibration_client.h"
 #include "certiq/durations.h"
 #include "errors.h"
@@ -18,17 +18,17 @@
 namespace certiq::cli {
 namespace {
 
-// As given; each verb uses some of them.
+// Values as given; each verb uses some of them.
 struct Flags : ActivationFlags {
   ConnectionFlags connection;
   std::string calibration;
-  std::string stream;
+  std::string stream = "0";
   bool json = false;
-  // List.
+  // Used by list.
   std::string label;
-  // Create.
+  // Used by create.
   v1::CreateCalibrationRequest request;
-  // Finalize.
+  // Used by finalize.
   FinalizeRequest finalize;
 };
 
@@ -66,10 +66,9 @@ void Print(const v1::Calibration& calibration, std::ostream& out) {
   }
 }
 
-int PrintOne(const absl::StatusOr<v1::Calibration>& calibration, const Flags& flags, const Io& io) {
-  if (!calibration.ok()) return Fail(calibration.status(), flags.connection, io);
-  if (flags.json) return PrintJson(*calibration, io);
-  Print(*calibration, io.out);
+int PrintOne(const v1::Calibration& calibration, const Flags& flags, const Io& io) {
+  if (flags.json) return PrintJson(calibration, io);
+  Print(calibration, io.out);
   return kExitOk;
 }
 
@@ -81,66 +80,56 @@ absl::StatusOr<v1::StreamProgress> Accumulate(const CalibrationClient& client,
                            activations.x_quantized, CallOptionsFor(io, &progress));
 }
 
-int RunCreate(const Flags& flags, const Io& io) {
+absl::StatusOr<int> RunCreate(const Flags& flags, const Io& io) {
   v1::CreateCalibrationRequest request = flags.request;
   std::optional<OpenActivations> activations;
   if (!flags.activations_file.empty()) {
-    absl::StatusOr<OpenActivations> opened = OpenActivationFile(flags);
-    if (!opened.ok()) return Fail(opened.status(), flags.connection, io);
-    activations = *std::move(opened);
+    ASSIGN_OR_RETURN(activations, OpenActivationFile(flags));
     request.set_features(activations->x.shape.size() == 2 ? activations->x.shape[1] : 0);
     if (!flags.x_quantized.empty()) request.set_kind(v1::CALIBRATION_KIND_MISMATCHED);
   }
-  const auto client = ConnectTo<CalibrationClient>(flags.connection, io);
-  if (!client.ok()) return Fail(client.status(), flags.connection, io);
-  const absl::StatusOr<v1::Calibration> created =
-      (*client)->CreateCalibration(request, CallOptionsFor(io, nullptr));
-  if (!created.ok()) return Fail(created.status(), flags.connection, io);
+  ASSIGN_OR_RETURN(const auto client, ConnectTo<CalibrationClient>(flags.connection, io));
+  ASSIGN_OR_RETURN(const v1::Calibration created,
+                   client->CreateCalibration(request, CallOptionsFor(io, nullptr)));
   if (activations.has_value()) {
     const absl::StatusOr<v1::StreamProgress> sent =
-        Accumulate(**client, created->id(), flags, *activations, io);
+        Accumulate(*client, created.id(), flags, *activations, io);
     if (!sent.ok()) {
-      io.err << "certiq: calibration " << Printable(created->id())
+      io.err << "certiq: calibration " << Printable(created.id())
              << " was made but not filled; `certiq calibrations add` goes on with stream "
              << Printable(flags.stream) << "\n";
-      return Fail(sent.status(), flags.connection, io);
+      return sent.status();
     }
     io.err << sent->tokens() << " tokens\n";
   }
-  io.out << Printable(created->id()) << "\n";
+  io.out << Printable(created.id()) << "\n";
   return kExitOk;
 }
 
-int RunAdd(const Flags& flags, const Io& io) {
-  const absl::StatusOr<OpenActivations> activations = OpenActivationFile(flags);
-  if (!activations.ok()) return Fail(activations.status(), flags.connection, io);
-  const auto client = ConnectTo<CalibrationClient>(flags.connection, io);
-  if (!client.ok()) return Fail(client.status(), flags.connection, io);
-  const absl::StatusOr<v1::Calibration> found =
-      (*client)->Find(flags.calibration, CallOptionsFor(io, nullptr));
-  if (!found.ok()) return Fail(found.status(), flags.connection, io);
-  const absl::StatusOr<v1::StreamProgress> sent =
-      Accumulate(**client, found->id(), flags, *activations, io);
-  if (!sent.ok()) return Fail(sent.status(), flags.connection, io);
-  io.out << "stream " << Printable(flags.stream) << " of " << Printable(found->id()) << ": "
-         << sent->tokens() << " tokens\n";
+absl::StatusOr<int> RunAdd(const Flags& flags, const Io& io) {
+  ASSIGN_OR_RETURN(const OpenActivations activations, OpenActivationFile(flags));
+  ASSIGN_OR_RETURN(const auto client, ConnectTo<CalibrationClient>(flags.connection, io));
+  ASSIGN_OR_RETURN(const v1::Calibration found,
+                   client->Find(flags.calibration, CallOptionsFor(io, nullptr)));
+  ASSIGN_OR_RETURN(const v1::StreamProgress sent,
+                   Accumulate(*client, found.id(), flags, activations, io));
+  io.out << "stream " << Printable(flags.stream) << " of " << Printable(found.id()) << ": "
+         << sent.tokens() << " tokens\n";
   return kExitOk;
 }
 
-int RunList(const Flags& flags, const Io& io) {
-  const auto client = ConnectTo<CalibrationClient>(flags.connection, io);
-  if (!client.ok()) return Fail(client.status(), flags.connection, io);
-  absl::StatusOr<std::vector<v1::Calibration>> all =
-      (*client)->List({.label = flags.label}, CallOptionsFor(io, nullptr));
-  if (!all.ok()) return Fail(all.status(), flags.connection, io);
+absl::StatusOr<int> RunList(const Flags& flags, const Io& io) {
+  ASSIGN_OR_RETURN(const auto client, ConnectTo<CalibrationClient>(flags.connection, io));
+  ASSIGN_OR_RETURN(std::vector<v1::Calibration> all,
+                   client->List({.label = flags.label}, CallOptionsFor(io, nullptr)));
   if (flags.json) {
     v1::ListCalibrationsResponse response;
-    for (v1::Calibration& calibration : *all) {
+    for (v1::Calibration& calibration : all) {
       *response.add_calibrations() = std::move(calibration);
     }
     return PrintJson(response, io);
   }
-  for (const v1::Calibration& calibration : *all) {
+  for (const v1::Calibration& calibration : all) {
     io.out << absl::StrFormat("%s  %-9s  N %d  %d tokens  %s  %s\n", Printable(calibration.id()),
                               Summary(calibration), calibration.features(), calibration.tokens(),
                               TimeText(calibration.create_time()),
@@ -149,32 +138,36 @@ int RunList(const Flags& flags, const Io& io) {
   return kExitOk;
 }
 
-// A verb on one calibration that exists; `act` gets its id.
-int RunOn(const Flags& flags, const Io& io,
-          const std::function<int(const CalibrationClient&, const v1::Calibration&)>& act) {
-  const auto client = ConnectTo<CalibrationClient>(flags.connection, io);
-  if (!client.ok()) return Fail(client.status(), flags.connection, io);
-  const absl::StatusOr<v1::Calibration> found =
-      (*client)->Find(flags.calibration, CallOptionsFor(io, nullptr));
-  if (!found.ok()) return Fail(found.status(), flags.connection, io);
-  return act(**client, *found);
+// Runs a verb on one calibration that exists, which `act` gets.
+absl::StatusOr<int> RunOn(const Flags& flags, const Io& io,
+                          const std::function<absl::StatusOr<int>(const CalibrationClient&,
+                                                                  const v1::Calibration&)>& act) {
+  ASSIGN_OR_RETURN(const auto client, ConnectTo<CalibrationClient>(flags.connection, io));
+  ASSIGN_OR_RETURN(const v1::Calibration found,
+                   client->Find(flags.calibration, CallOptionsFor(io, nullptr)));
+  return act(*client, found);
 }
 
-int RunFinalize(const Flags& flags, const Io& io) {
-  return RunOn(flags, io, [&](const CalibrationClient& client, const v1::Calibration& found) {
-    FinalizeRequest request = flags.finalize;
-    request.calibration_id = found.id();
-    return PrintOne(client.Finalize(request, CallOptionsFor(io, nullptr)), flags, io);
-  });
+absl::StatusOr<int> RunFinalize(const Flags& flags, const Io& io) {
+  return RunOn(
+      flags, io,
+      [&](const CalibrationClient& client, const v1::Calibration& found) -> absl::StatusOr<int> {
+        FinalizeRequest request = flags.finalize;
+        request.calibration_id = found.id();
+        ASSIGN_OR_RETURN(const v1::Calibration finalized,
+                         client.Finalize(request, CallOptionsFor(io, nullptr)));
+        return PrintOne(finalized, flags, io);
+      });
 }
 
-int RunDelete(const Flags& flags, const Io& io) {
-  return RunOn(flags, io, [&](const CalibrationClient& client, const v1::Calibration& found) {
-    const absl::Status status = client.Delete(found.id(), CallOptionsFor(io, nullptr));
-    if (!status.ok()) return Fail(status, flags.connection, io);
-    io.out << "deleted " << Printable(found.id()) << "\n";
-    return kExitOk;
-  });
+absl::StatusOr<int> RunDelete(const Flags& flags, const Io& io) {
+  return RunOn(
+      flags, io,
+      [&](const CalibrationClient& client, const v1::Calibration& found) -> absl::StatusOr<int> {
+        RETURN_IF_ERROR(client.Delete(found.id(), CallOptionsFor(io, nullptr)));
+        io.out << "deleted " << Printable(found.id()) << "\n";
+        return kExitOk;
+      });
 }
 
 void AddCreateFlags(CLI::App* verb, Flags* flags) {
@@ -189,14 +182,13 @@ void AddCreateFlags(CLI::App* verb, Flags* flags) {
       "mismatched)");
   AddActivationFlags(verb, flags);
   AddText(verb, "--stream", "S", &flags->stream, "Name of the stream they go into (default 0)");
-  verb->add_option_function<std::vector<std::string>>(
-          "--label",
-          [request](const std::vector<std::string>& labels) {
-            for (const std::string& label : labels) request->add_labels(label);
-          },
-          "A name to find it by; may be given several times")
-      ->type_name("L")
-      ->allow_extra_args(false);
+  AddRepeatedFlag(
+      verb, "--label", "L",
+      [request](const std::string& label) -> std::optional<std::string> {
+        request->add_labels(label);
+        return std::nullopt;
+      },
+      "A name to find it by; may be given several times");
   AddNumber<double>(
       verb, "--held_out_fraction", "F",
       [request](double value) { request->set_held_out_fraction(value); },
@@ -217,15 +209,15 @@ void CheckCreate(const CLI::App& verb, const Flags& flags) {
   CheckConnection(verb, flags.connection);
   CheckActivationFlags(flags);
   const bool activations = !flags.activations_file.empty();
-  if (activations == (verb.count("--features") > 0)) {
-    throw CLI::ValidationError("--features and --activations", "expected one of them");
+  if (activations == (IsGiven(verb, "--features"))) {
+    ThrowUsageError("--features and --activations", "expected one of them");
   }
-  if (!activations && verb.count("--stream") > 0) {
-    throw CLI::ValidationError("--stream", "expected --activations beside it");
+  if (!activations && IsGiven(verb, "--stream")) {
+    ThrowUsageError("--stream", "expected --activations beside it");
   }
-  if (activations && verb.count("--kind") > 0 &&
+  if (activations && IsGiven(verb, "--kind") &&
       (flags.request.kind() == v1::CALIBRATION_KIND_MISMATCHED) == flags.x_quantized.empty()) {
-    throw CLI::ValidationError("--kind", "expected mismatched with --x_quantized, else matched");
+    ThrowUsageError("--kind", "expected mismatched with --x_quantized, else matched");
   }
 }
 
@@ -233,39 +225,39 @@ void CheckCreate(const CLI::App& verb, const Flags& flags) {
 
 void AddCalibrationsVerbs(CLI::App* app, Verbs* verbs) {
   CLI::App* const noun =
-      app->add_subcommand("calibrations", "Create, fill, finalize, list and delete calibrations");
-  noun->require_subcommand(1);
+      AddNoun(app, "calibrations", "Create, fill, finalize, list and delete calibrations");
   const auto flags = std::make_shared<Flags>();
-  flags->stream = "0";
-  // Where there is one object, it comes first.
+  // An object comes before the flags.
   const auto add = [&](const char* name, const char* description, bool object,
-                       int (*run)(const Flags&, const Io&)) {
+                       absl::StatusOr<int> (*run)(const Flags&, const Io&)) {
     CLI::App* const verb = AddVerb(noun, name, description);
     if (object) {
       AddObject(verb, "ID|LABEL", &flags->calibration, "The calibration, by its id or a label");
-      verb->callback([verb, flags] {
+      OnParsed(verb, [verb, flags] {
         CheckFlags(*verb, {"ID|LABEL"});
         CheckConnection(*verb, flags->connection);
       });
     }
     AddConnectionFlags(verb, &flags->connection);
-    verbs->push_back({verb, [flags, run](const Io& io) { return run(*flags, io); }});
+    verbs->push_back({verb, [flags, run](const Io& io) {
+                        return ExitCode(run(*flags, io), flags->connection, io);
+                      }});
     return verb;
   };
   const auto json = [&](CLI::App* verb) {
-    verb->add_flag("--json", flags->json, "Print JSON, with the contract's field names");
+    AddSwitch(verb, "--json", &flags->json, "Print JSON, with the contract's field names");
     return verb;
   };
 
   CLI::App* const create = add("create", "Make a calibration and print its id", false, RunCreate);
   AddCreateFlags(create, flags.get());
-  create->callback([create, flags] { CheckCreate(*create, *flags); });
+  OnParsed(create, [create, flags] { CheckCreate(*create, *flags); });
 
   CLI::App* const fill = add("add", "Add a stream of activations, or go on with it", true, RunAdd);
   AddActivationFlags(fill, flags.get());
   AddText(fill, "--stream", "S", &flags->stream,
           "Name of the stream, unique within the calibration (required)");
-  fill->callback([fill, flags] {
+  OnParsed(fill, [fill, flags] {
     CheckFlags(*fill, {"ID|LABEL"});
     CheckConnection(*fill, flags->connection);
     CheckFlags(*fill, {"--activations", "--x", "--stream"});
@@ -282,15 +274,16 @@ void AddCalibrationsVerbs(CLI::App* app, Verbs* verbs) {
 
   CLI::App* const list = json(add("list", "List calibrations, newest first", false, RunList));
   AddText(list, "--label", "L", &flags->label, "Only those with this label");
-  list->callback([list, flags] {
+  OnParsed(list, [list, flags] {
     CheckFlags(*list, {});
     CheckConnection(*list, flags->connection);
   });
 
   json(add("get", "Show one calibration and its streams", true, [](const Flags& f, const Io& io) {
-    return RunOn(f, io, [&](const CalibrationClient&, const v1::Calibration& found) {
-      return PrintOne(found, f, io);
-    });
+    return RunOn(
+        f, io, [&](const CalibrationClient&, const v1::Calibration& found) -> absl::StatusOr<int> {
+          return PrintOne(found, f, io);
+        });
   }));
   add("delete", "Delete a calibration", true, RunDelete);
 }

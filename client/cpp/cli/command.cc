@@ -27,7 +27,7 @@ int Run(const std::vector<std::string>& arguments, const Io& io) {
   AddSubmitVerb(&app, &verbs);
   AddJobsVerbs(&app, &verbs);
   AddResultVerb(&app, &verbs);
-  // After the verbs, which would inherit it.
+  // Set after the verbs, which would inherit it.
   app.allow_extras();
   try {
     // CLI11 takes the arguments from the back.

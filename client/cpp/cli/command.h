@@ -16,22 +16,22 @@ class App;
 namespace certiq::cli {
 
 inline constexpr int kExitOk = 0;
-// The server refused or failed, or the input files do not serve.
+// The server rejected the request or failed, or an input file cannot be used.
 inline constexpr int kExitFailed = 1;
 // An unknown flag, a value that cannot be read, a required flag that is missing.
 inline constexpr int kExitUsage = 2;
 // Ctrl-C.
 inline constexpr int kExitInterrupted = 130;
 
-// Where a verb talks to the world. The streams must outlive the verb.
+// Streams and interrupt of a verb. The streams must outlive it.
 struct Io {
   std::ostream& out;
   std::ostream& err;
-  // Progress may be a bar that redraws itself.
+  // Whether progress may be a bar that redraws itself.
   bool err_is_terminal = false;
   // Stopped when the user interrupts.
   std::stop_token interrupt;
-  // The address is the flag's; the rest is for tests.
+  // Options of clients, for tests; the flags set the address.
   ClientOptions client = {};
 };
 

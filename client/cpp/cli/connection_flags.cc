@@ -3,13 +3,14 @@
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <optional>
 #include <utility>
 
-#include "CLI/CLI.hpp"
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
-#include "command.h"
+#include "base/status_macros.h"
+#include "flag_types.h"
 
 namespace certiq::cli {
 namespace {
@@ -40,39 +41,33 @@ absl::StatusOr<std::string> ReadToken(const std::string& path) {
 }  // namespace
 
 void AddConnectionFlags(CLI::App* verb, ConnectionFlags* flags) {
-  verb->add_option_function<std::string>(
-          "--server",
-          [flags](const std::string& text) {
-            flags->server = text;
-            if (CheckAddress(text).ok()) return;
-            throw CLI::ValidationError("--server",
-                                       absl::StrCat("expected HOST:PORT, got \"", text, "\""));
-          },
-          "The server (required); in clear text without one of the --tls flags")
-      ->type_name("HOST:PORT");
-  verb->add_flag("--tls", flags->tls,
-                 "Speak TLS; the system's authorities are trusted unless --tls_ca is given");
-  verb->add_option("--tls_ca", flags->tls_ca,
-                   "Authorities to trust instead of the system's, PEM; turns TLS on")
-      ->type_name("FILE");
-  verb->add_option("--tls_cert", flags->tls_cert,
-                   "Certificate to show to the server, PEM; turns TLS on")
-      ->type_name("FILE");
-  verb->add_option("--tls_key", flags->tls_key, "Its key, PEM")->type_name("FILE");
-  verb->add_option("--tls_server_name", flags->tls_server_name,
-                   "Name the server's certificate must be for, where it is not that of --server")
-      ->type_name("NAME");
-  verb->add_option("--token_file", flags->token_file,
-                   "File with the token that lets you in; without it CERTIQ_TOKEN, if set")
-      ->type_name("FILE");
-  verb->add_flag("--allow_cleartext", flags->allow_cleartext,
-                 "Send the token in clear text to another machine");
+  AddFlag(
+      verb, "--server", "HOST:PORT",
+      [flags](const std::string& text) -> std::optional<std::string> {
+        flags->server = text;
+        if (!CheckAddress(text).ok()) return "HOST:PORT";
+        return std::nullopt;
+      },
+      "The server (required); in clear text without one of the --tls flags");
+  AddSwitch(verb, "--tls", &flags->tls,
+            "Speak TLS; the system's authorities are trusted unless --tls_ca is given");
+  AddText(verb, "--tls_ca", "FILE", &flags->tls_ca,
+          "Authorities to trust instead of the system's, PEM; turns TLS on");
+  AddText(verb, "--tls_cert", "FILE", &flags->tls_cert,
+          "Certificate to show to the server, PEM; turns TLS on");
+  AddText(verb, "--tls_key", "FILE", &flags->tls_key, "Its key, PEM");
+  AddText(verb, "--tls_server_name", "NAME", &flags->tls_server_name,
+          "Name the server's certificate must be for, where it is not that of --server");
+  AddText(verb, "--token_file", "FILE", &flags->token_file,
+          "File with the token that lets you in; without it CERTIQ_TOKEN, if set");
+  AddSwitch(verb, "--allow_cleartext", &flags->allow_cleartext,
+            "Send the token in clear text to another machine");
 }
 
 void CheckConnection(const CLI::App& verb, const ConnectionFlags& flags) {
-  if (verb.count("--server") == 0) throw CLI::RequiredError("--server");
+  if (!IsGiven(verb, "--server")) ThrowMissing("--server");
   if (flags.tls_cert.empty() != flags.tls_key.empty()) {
-    throw CLI::ValidationError("--tls_cert and --tls_key", "expected both or none");
+    ThrowUsageError("--tls_cert and --tls_key", "expected both or none");
   }
 }
 
@@ -86,20 +81,12 @@ absl::StatusOr<ClientOptions> OptionsFor(const ConnectionFlags& flags, ClientOpt
                           .server_name = flags.tls_server_name};
   }
   if (!flags.token_file.empty()) {
-    absl::StatusOr<std::string> token = ReadToken(flags.token_file);
-    if (!token.ok()) return token.status();
-    base.token = *std::move(token);
+    ASSIGN_OR_RETURN(base.token, ReadToken(flags.token_file));
     // NOLINTNEXTLINE(concurrency-mt-unsafe): nothing here changes the environment.
   } else if (const char* const token = std::getenv("CERTIQ_TOKEN"); token != nullptr) {
     base.token = std::string(absl::StripAsciiWhitespace(token));
   }
   return base;
-}
-
-absl::StatusOr<std::unique_ptr<Client>> Connect(const ConnectionFlags& flags, const Io& io) {
-  absl::StatusOr<ClientOptions> options = OptionsFor(flags, io.client);
-  if (!options.ok()) return options.status();
-  return Client::Create(*std::move(options));
 }
 
 }  // namespace certiq::cli

@@ -1,8 +1,7 @@
-// The flags of every verb that speaks to a server: where it is, TLS, the token.
+// Connection flags of the verbs that call a server: address, TLS, token.
 #ifndef CERTIQ_CLIENT_CPP_CLI_CONNECTION_FLAGS_H_
 #define CERTIQ_CLIENT_CPP_CLI_CONNECTION_FLAGS_H_
 
-#include <memory>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -14,9 +13,7 @@ class App;
 
 namespace certiq::cli {
 
-struct Io;
-
-// As given; empty where a flag was not.
+// Values as given; empty where a flag was not.
 struct ConnectionFlags {
   std::string server;
   // Any of the four below turns it on too.
@@ -40,9 +37,6 @@ void CheckConnection(const CLI::App& verb, const ConnectionFlags& flags);
 // `base` with what the flags say, the token read from --token_file or, without it, taken from
 // CERTIQ_TOKEN. Errors name the file and never show the token.
 absl::StatusOr<ClientOptions> OptionsFor(const ConnectionFlags& flags, ClientOptions base);
-
-// A client by these flags; the rest is `io.client`'s.
-absl::StatusOr<std::unique_ptr<Client>> Connect(const ConnectionFlags& flags, const Io& io);
 
 }  // namespace certiq::cli
 

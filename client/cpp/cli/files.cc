@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "base/status_macros.h"
 #include "certiq/safetensors.h"
 #include "google/protobuf/util/json_util.h"
 
@@ -48,12 +49,10 @@ absl::StatusOr<std::string> ReportText(const v1::Certificate& certificate) {
 
 absl::StatusOr<AtomicFile> StageReport(const std::string& path,
                                        const v1::Certificate& certificate) {
-  const absl::StatusOr<std::string> text = ReportText(certificate);
-  if (!text.ok()) return text.status();
-  absl::StatusOr<AtomicFile> file = AtomicFile::Create(path);
-  if (!file.ok()) return file.status();
-  if (absl::Status status = file->Write(*text); !status.ok()) return status;
-  if (absl::Status status = file->Flush(); !status.ok()) return status;
+  ASSIGN_OR_RETURN(const std::string text, ReportText(certificate));
+  ASSIGN_OR_RETURN(AtomicFile file, AtomicFile::Create(path));
+  RETURN_IF_ERROR(file.Write(text));
+  RETURN_IF_ERROR(file.Flush());
   return file;
 }
 

@@ -1,4 +1,4 @@
-// What the command writes, and what it is called.
+// Output files of the command: the result's tensors and the certificate.
 #ifndef CERTIQ_CLIENT_CPP_CLI_FILES_H_
 #define CERTIQ_CLIENT_CPP_CLI_FILES_H_
 

@@ -1,11 +1,21 @@
 #include "flag_types.h"
 
 #include <cmath>
+#include <utility>
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/numbers.h"
 
 namespace certiq::cli {
+namespace {
+
+void Set(const std::string& name, const Setter& set, const std::string& text) {
+  const std::optional<std::string> expected = set(text);
+  if (!expected.has_value()) return;
+  ThrowUsageError(name, absl::StrCat("expected ", *expected, ", got \"", text, "\""));
+}
+
+}  // namespace
 
 bool ReadNumber(const std::string& text, int32_t* value) { return absl::SimpleAtoi(text, value); }
 bool ReadNumber(const std::string& text, int64_t* value) { return absl::SimpleAtoi(text, value); }
@@ -22,15 +32,24 @@ const char* NumberKind(double) { return "a number"; }
 void AddFlag(CLI::App* verb, const std::string& name, const std::string& type, const Setter& set,
              const std::string& help) {
   verb->add_option_function<std::string>(
+          name, [name, set](const std::string& text) { Set(name, set, text); }, help)
+      ->type_name(type);
+}
+
+void AddRepeatedFlag(CLI::App* verb, const std::string& name, const std::string& type,
+                     const Setter& set, const std::string& help) {
+  verb->add_option_function<std::vector<std::string>>(
           name,
-          [name, set](const std::string& text) {
-            const std::optional<std::string> expected = set(text);
-            if (!expected.has_value()) return;
-            throw CLI::ValidationError(
-                name, absl::StrCat("expected ", *expected, ", got \"", text, "\""));
+          [name, set](const std::vector<std::string>& texts) {
+            for (const std::string& text : texts) Set(name, set, text);
           },
           help)
-      ->type_name(type);
+      ->type_name(type)
+      ->allow_extra_args(false);
+}
+
+void AddSwitch(CLI::App* verb, const std::string& name, bool* value, const std::string& help) {
+  verb->add_flag(name, *value, help);
 }
 
 void AddBool(CLI::App* verb, const std::string& name, std::function<void(bool)> set,
@@ -81,14 +100,30 @@ void CheckFlags(const CLI::App& verb, std::initializer_list<const char*> require
     throw CLI::ExtrasError(verb.get_name(), unknown);
   }
   for (const char* const name : required) {
-    if (verb.count(name) == 0) throw CLI::RequiredError(name);
+    if (!IsGiven(verb, name)) ThrowMissing(name);
   }
 }
+
+bool IsGiven(const CLI::App& verb, const std::string& name) { return verb.count(name) > 0; }
+
+void ThrowUsageError(const std::string& flags, const std::string& problem) {
+  throw CLI::ValidationError(flags, problem);
+}
+
+void ThrowMissing(const std::string& flags) { throw CLI::RequiredError(flags); }
 
 CLI::App* AddVerb(CLI::App* app, const std::string& name, const std::string& description) {
   CLI::App* const verb = app->add_subcommand(name, description);
   verb->allow_extras();
   return verb;
 }
+
+CLI::App* AddNoun(CLI::App* app, const std::string& name, const std::string& description) {
+  CLI::App* const noun = app->add_subcommand(name, description);
+  noun->require_subcommand(1);
+  return noun;
+}
+
+void OnParsed(CLI::App* verb, std::function<void()> check) { verb->callback(std::move(check)); }
 
 }  // namespace certiq::cli

@@ -1,4 +1,4 @@
-// Flags whose values are read and checked the same way by every verb.
+// Flag types that all verbs share, and the only place besides command.cc that includes CLI11.
 #ifndef CERTIQ_CLIENT_CPP_CLI_FLAG_TYPES_H_
 #define CERTIQ_CLIENT_CPP_CLI_FLAG_TYPES_H_
 
@@ -22,14 +22,21 @@ class App;
 
 namespace certiq::cli {
 
-// Takes a value, or returns what was expected where it does not fit.
+// Takes a value, or returns what was expected of one that does not fit.
 using Setter = std::function<std::optional<std::string>(const std::string&)>;
 
-// A flag that may be given once. Values that do not fit are CLI::ValidationError.
+// Adds a flag that may be given once. Values that do not fit are CLI::ValidationError.
 void AddFlag(CLI::App* verb, const std::string& name, const std::string& type, const Setter& set,
              const std::string& help);
 
-// Finite where the type has numbers that are not.
+// Adds a flag that may be given several times, one value each.
+void AddRepeatedFlag(CLI::App* verb, const std::string& name, const std::string& type,
+                     const Setter& set, const std::string& help);
+
+// Adds a flag without a value, which sets `*value` to true.
+void AddSwitch(CLI::App* verb, const std::string& name, bool* value, const std::string& help);
+
+// False where `text` is no number of the type; NaN and infinities are none.
 bool ReadNumber(const std::string& text, int32_t* value);
 bool ReadNumber(const std::string& text, int64_t* value);
 bool ReadNumber(const std::string& text, uint64_t* value);
@@ -58,12 +65,11 @@ void AddNumber(CLI::App* verb, const std::string& name, const std::string& type,
 void AddBool(CLI::App* verb, const std::string& name, std::function<void(bool)> set,
              const std::string& help);
 
-// "90s", "5m", "24h", "1h30m"; more than 0 and finite.
+// The flag takes "90s", "5m", "24h" or "1h30m", more than 0 and finite.
 void AddDuration(CLI::App* verb, const std::string& name, std::function<void(absl::Duration)> set,
                  const std::string& help);
 
-// The enum's value names in lower case without their prefix: what the contract's enums give for
-// free stays in step with it.
+// The enum's value names in lower case without their prefix, so that flags follow the contract.
 template <typename Enum>
 std::vector<std::pair<std::string, Enum>> Choices(const std::string& prefix) {
   std::vector<std::pair<std::string, Enum>> choices;
@@ -100,21 +106,34 @@ void AddChoice(CLI::App* verb, const std::string& name,
 void AddText(CLI::App* verb, const std::string& name, const std::string& type, std::string* value,
              const std::string& help);
 
-// May be given several times, one value each.
+// As AddText, for a flag that may be given several times, one value each.
 void AddTexts(CLI::App* verb, const std::string& name, const std::string& type,
               std::vector<std::string>* values, const std::string& help);
 
-// A value without a flag, the verb's object.
+// Adds the verb's object, a value without a flag.
 void AddObject(CLI::App* verb, const std::string& type, std::string* value,
                const std::string& help);
 
-// For a verb's callback; throws CLI::ParseError where a flag is unknown or one of `required` is
-// missing. CLI11's own required() would speak before an unknown flag is named, which is often
-// the misspelt flag that it then misses.
+// Throws CLI::ParseError where a flag is unknown or one of `required` is missing; for OnParsed.
+// CLI11's own required() would be checked before unknown flags, and a missing flag is often one
+// that was misspelt.
 void CheckFlags(const CLI::App& verb, std::initializer_list<const char*> required);
 
-// A verb that takes extra arguments only so that CheckFlags can name them.
+// Whether the command line has the flag or object.
+bool IsGiven(const CLI::App& verb, const std::string& name);
+
+// Throw CLI::ParseError: `flags` are used in a way that `problem` explains; one is missing.
+[[noreturn]] void ThrowUsageError(const std::string& flags, const std::string& problem);
+[[noreturn]] void ThrowMissing(const std::string& flags);
+
+// Adds a verb. It takes unknown flags, for CheckFlags to name them.
 CLI::App* AddVerb(CLI::App* app, const std::string& name, const std::string& description);
+
+// Adds a noun such as "jobs", which needs a verb after it.
+CLI::App* AddNoun(CLI::App* app, const std::string& name, const std::string& description);
+
+// Calls `check` once all flags of the verb are parsed. It may throw CLI::ParseError.
+void OnParsed(CLI::App* verb, std::function<void()> check);
 
 }  // namespace certiq::cli
 

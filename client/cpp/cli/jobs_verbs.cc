@@ -3,9 +3,9 @@
 #include <ostream>
 #include <utility>
 
-#include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "base/status_macros.h"
 #include "certiq/job_client.h"
 #include "errors.h"
 #include "flag_types.h"
@@ -14,7 +14,7 @@
 namespace certiq::cli {
 namespace {
 
-// As given; each verb uses some of them.
+// Values as given; each verb uses some of them.
 struct Flags {
   ConnectionFlags connection;
   std::string job;
@@ -63,16 +63,15 @@ void Print(const v1::Job& job, std::ostream& out) {
   }
 }
 
-int RunList(const JobClient& client, const Flags& flags, const Io& io) {
-  absl::StatusOr<std::vector<v1::Job>> jobs =
-      client.List(flags.filter, CallOptionsFor(io, nullptr));
-  if (!jobs.ok()) return Fail(jobs.status(), flags.connection, io);
+absl::StatusOr<int> RunList(const JobClient& client, const Flags& flags, const Io& io) {
+  ASSIGN_OR_RETURN(std::vector<v1::Job> jobs,
+                   client.List(flags.filter, CallOptionsFor(io, nullptr)));
   if (flags.json) {
     v1::ListJobsResponse response;
-    for (v1::Job& job : *jobs) *response.add_jobs() = std::move(job);
+    for (v1::Job& job : jobs) *response.add_jobs() = std::move(job);
     return PrintJson(response, io);
   }
-  for (const v1::Job& job : *jobs) {
+  for (const v1::Job& job : jobs) {
     io.out << absl::StrFormat("%s  %-9s  %s  %s%s\n", Printable(job.id()), StateText(job.state()),
                               TimeText(job.create_time()), Printable(job.layer_name()),
                               job.state() == v1::JOB_STATE_SUCCEEDED
@@ -82,15 +81,14 @@ int RunList(const JobClient& client, const Flags& flags, const Io& io) {
   return kExitOk;
 }
 
-int RunGet(const JobClient& client, const Flags& flags, const Io& io) {
-  const absl::StatusOr<v1::Job> job = client.Get(flags.job, CallOptionsFor(io, nullptr));
-  if (!job.ok()) return Fail(job.status(), flags.connection, io);
-  if (flags.json) return PrintJson(*job, io);
-  Print(*job, io.out);
+absl::StatusOr<int> RunGet(const JobClient& client, const Flags& flags, const Io& io) {
+  ASSIGN_OR_RETURN(const v1::Job job, client.Get(flags.job, CallOptionsFor(io, nullptr)));
+  if (flags.json) return PrintJson(job, io);
+  Print(job, io.out);
   return kExitOk;
 }
 
-int RunDelete(const JobClient& client, const Flags& flags, const Io& io) {
+absl::StatusOr<int> RunDelete(const JobClient& client, const Flags& flags, const Io& io) {
   const absl::Status status = client.Delete(flags.job, CallOptionsFor(io, nullptr));
   if (!status.ok()) {
     return Fail(status, flags.connection, io,
@@ -100,14 +98,13 @@ int RunDelete(const JobClient& client, const Flags& flags, const Io& io) {
   return kExitOk;
 }
 
-int RunCancel(const JobClient& client, const Flags& flags, const Io& io) {
-  const absl::StatusOr<v1::Job> job = client.Cancel(flags.job, CallOptionsFor(io, nullptr));
-  if (!job.ok()) return Fail(job.status(), flags.connection, io);
-  io.out << StateText(job->state()) << "\n";
+absl::StatusOr<int> RunCancel(const JobClient& client, const Flags& flags, const Io& io) {
+  ASSIGN_OR_RETURN(const v1::Job job, client.Cancel(flags.job, CallOptionsFor(io, nullptr)));
+  io.out << StateText(job.state()) << "\n";
   return kExitOk;
 }
 
-int RunWatch(const JobClient& client, const Flags& flags, const Io& io) {
+absl::StatusOr<int> RunWatch(const JobClient& client, const Flags& flags, const Io& io) {
   absl::StatusOr<v1::Job> job;
   {
     ProgressPrinter progress(&io.err, io.err_is_terminal);
@@ -121,64 +118,59 @@ int RunWatch(const JobClient& client, const Flags& flags, const Io& io) {
         },
         CallOptionsFor(io, &progress));
   }
-  if (!job.ok()) return Fail(job.status(), flags.connection, io);
+  RETURN_IF_ERROR(job.status());
   io.out << StateText(job->state()) << "\n";
   if (job->state() == v1::JOB_STATE_SUCCEEDED) return kExitOk;
   if (const absl::Status why = JobError(*job); !why.ok()) PrintError(why, "", io.err);
   return kExitFailed;
 }
 
+using Run = absl::StatusOr<int>(const JobClient&, const Flags&, const Io&);
+
+absl::StatusOr<int> RunWithClient(Run* run, const Flags& flags, const Io& io) {
+  ASSIGN_OR_RETURN(const auto client, ConnectTo<JobClient>(flags.connection, io));
+  return run(*client, flags, io);
+}
+
 }  // namespace
 
 void AddJobsVerbs(CLI::App* app, Verbs* verbs) {
-  CLI::App* const noun = app->add_subcommand("jobs", "List, show and delete jobs");
-  noun->require_subcommand(1);
+  CLI::App* const noun = AddNoun(app, "jobs", "List, show and delete jobs");
   const auto flags = std::make_shared<Flags>();
   const auto add = [&](CLI::App* parent, const char* name, const char* description, bool object,
-                       int (*run)(const JobClient&, const Flags&, const Io&)) {
+                       Run* run) {
     CLI::App* const verb = AddVerb(parent, name, description);
     if (object) AddObject(verb, "JOB", &flags->job, "The job's id");
     AddConnectionFlags(verb, &flags->connection);
-    verb->callback([verb, object, flags] {
+    OnParsed(verb, [verb, object, flags] {
       CheckFlags(*verb, {});
       if (object) CheckFlags(*verb, {"JOB"});
       CheckConnection(*verb, flags->connection);
     });
     verbs->push_back({verb, [flags, run](const Io& io) {
-                        const auto client = ConnectTo<JobClient>(flags->connection, io);
-                        if (!client.ok()) return Fail(client.status(), flags->connection, io);
-                        return run(**client, *flags, io);
+                        return ExitCode(RunWithClient(run, *flags, io), flags->connection, io);
                       }});
     return verb;
   };
   const auto json = [&](CLI::App* verb) {
-    verb->add_flag("--json", flags->json, "Print JSON, with the contract's field names");
+    AddSwitch(verb, "--json", &flags->json, "Print JSON, with the contract's field names");
   };
 
   CLI::App* const list = add(noun, "list", "List jobs, newest first", false, RunList);
   json(list);
   AddText(list, "--calibration", "ID", &flags->filter.calibration_id,
           "Only those that use this calibration");
-  list->add_option_function<std::vector<std::string>>(
-          "--state",
-          [flags](const std::vector<std::string>& names) {
-            for (const std::string& name : names) {
-              v1::JobState state = v1::JOB_STATE_UNSPECIFIED;
-              for (const auto& [choice, value] : Choices<v1::JobState>("JOB_STATE_")) {
-                if (choice == name) state = value;
-              }
-              if (state == v1::JOB_STATE_UNSPECIFIED) {
-                throw CLI::ValidationError(
-                    "--state", absl::StrCat("expected queued, running, succeeded, failed, "
-                                            "cancelled or expired, got \"",
-                                            name, "\""));
-              }
-              flags->filter.states.push_back(state);
-            }
-          },
-          "Only jobs in this state; may be given several times")
-      ->type_name("STATE")
-      ->allow_extra_args(false);
+  AddRepeatedFlag(
+      list, "--state", "STATE",
+      [flags](const std::string& text) -> std::optional<std::string> {
+        for (const auto& [name, state] : Choices<v1::JobState>("JOB_STATE_")) {
+          if (name != text) continue;
+          flags->filter.states.push_back(state);
+          return std::nullopt;
+        }
+        return "queued, running, succeeded, failed, cancelled or expired";
+      },
+      "Only jobs in this state; may be given several times");
   json(add(noun, "get", "Show one job", true, RunGet));
   add(noun, "delete", "Delete a job that has ended, with its result", true, RunDelete);
   add(app, "watch", "Follow a job to its end; exit code 0 only if it succeeded", true, RunWatch);

@@ -3,7 +3,7 @@
 #include <ostream>
 #include <utility>
 
-#include "CLI/CLI.hpp"
+#include "base/status_macros.h"
 #include "certiq/atomic_file.h"
 #include "files.h"
 #include "flag_types.h"
@@ -34,45 +34,39 @@ void AddOutputFlags(CLI::App* verb, OutputFlags* flags) {
 
 void CheckActivationFlags(const ActivationFlags& flags) {
   if (flags.activations_file.empty() != flags.x.empty()) {
-    throw CLI::ValidationError("--activations and --x", "expected both or none");
+    ThrowUsageError("--activations and --x", "expected both or none");
   }
   if (!flags.x_quantized.empty() && flags.x.empty()) {
-    throw CLI::ValidationError("--x_quantized", "expected --activations and --x beside it");
+    ThrowUsageError("--x_quantized", "expected --activations and --x beside it");
   }
 }
 
 void CheckOutputFlags(const OutputFlags& flags) {
   if (!flags.output_file.empty() && flags.output_file == flags.report_file) {
-    throw CLI::ValidationError("--output and --report", "expected two different files");
+    ThrowUsageError("--output and --report", "expected two different files");
   }
 }
 
 absl::StatusOr<OpenWeight> OpenWeightFile(const WeightFlags& flags) {
-  absl::StatusOr<SafetensorsFile> file = SafetensorsFile::Open(flags.weights_file);
-  if (!file.ok()) return file.status();
-  absl::StatusOr<TensorView> weight = file->Tensor(flags.weight);
-  if (!weight.ok()) return weight.status();
-  return OpenWeight{*std::move(file), *std::move(weight)};
+  ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(flags.weights_file));
+  ASSIGN_OR_RETURN(TensorView weight, file.Tensor(flags.weight));
+  return OpenWeight{std::move(file), std::move(weight)};
 }
 
 absl::StatusOr<OpenActivations> OpenActivationFile(const ActivationFlags& flags) {
-  absl::StatusOr<SafetensorsFile> file = SafetensorsFile::Open(flags.activations_file);
-  if (!file.ok()) return file.status();
-  absl::StatusOr<TensorView> x = file->Tensor(flags.x);
-  if (!x.ok()) return x.status();
+  ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(flags.activations_file));
+  ASSIGN_OR_RETURN(TensorView x, file.Tensor(flags.x));
   std::optional<TensorView> x_quantized;
   if (!flags.x_quantized.empty()) {
-    absl::StatusOr<TensorView> tensor = file->Tensor(flags.x_quantized);
-    if (!tensor.ok()) return tensor.status();
-    x_quantized = *std::move(tensor);
+    ASSIGN_OR_RETURN(x_quantized, file.Tensor(flags.x_quantized));
   }
-  return OpenActivations{*std::move(file), *std::move(x), std::move(x_quantized)};
+  return OpenActivations{std::move(file), std::move(x), std::move(x_quantized)};
 }
 
 absl::Status CheckOutputs(const OutputFlags& flags) {
   for (const std::string& path : {flags.output_file, flags.report_file}) {
     if (path.empty()) continue;
-    if (absl::Status status = AtomicFile::CheckWritable(path); !status.ok()) return status;
+    RETURN_IF_ERROR(AtomicFile::CheckWritable(path));
   }
   return absl::OkStatus();
 }
@@ -82,19 +76,15 @@ absl::Status WriteOutputs(const OutputFlags& flags, const std::string& weight,
   std::optional<AtomicFile> output;
   std::optional<AtomicFile> report;
   if (!flags.output_file.empty()) {
-    absl::StatusOr<AtomicFile> staged = StageResult(flags.output_file, weight, result);
-    if (!staged.ok()) return staged.status();
-    output = *std::move(staged);
+    ASSIGN_OR_RETURN(output, StageResult(flags.output_file, weight, result));
   }
   if (!flags.report_file.empty()) {
-    absl::StatusOr<AtomicFile> staged = StageReport(flags.report_file, result.certificate);
-    if (!staged.ok()) return staged.status();
-    report = *std::move(staged);
+    ASSIGN_OR_RETURN(report, StageReport(flags.report_file, result.certificate));
   }
   if (interrupt.stop_requested()) return absl::CancelledError("interrupted");
   for (std::optional<AtomicFile>* file : {&output, &report}) {
     if (!file->has_value()) continue;
-    if (absl::Status status = (*file)->Commit(); !status.ok()) return status;
+    RETURN_IF_ERROR((*file)->Commit());
   }
   return absl::OkStatus();
 }

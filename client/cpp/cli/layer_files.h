@@ -18,7 +18,7 @@ class App;
 
 namespace certiq::cli {
 
-// All as given; empty where a flag was not.
+// Values as given; empty where a flag was not.
 struct WeightFlags {
   std::string weights_file;
   std::string weight;
@@ -59,8 +59,7 @@ struct OpenActivations {
 absl::StatusOr<OpenWeight> OpenWeightFile(const WeightFlags& flags);
 absl::StatusOr<OpenActivations> OpenActivationFile(const ActivationFlags& flags);
 
-// OK where WriteOutputs would succeed now: hours of work should not end at a folder that does not
-// exist.
+// OK where WriteOutputs would succeed now, checked before a call that may take hours.
 absl::Status CheckOutputs(const OutputFlags& flags);
 
 // Writes the files that were asked for, `weight` being the name of the layer's weights: both or

@@ -9,7 +9,7 @@
 #include "signals.h"
 
 int main(int argc, char** argv) {
-  // First of all: threads started later inherit its signal mask.
+  // The watcher comes first, because threads started later inherit its signal mask.
   const certiq::cli::InterruptWatcher interrupts;
   const std::vector<std::string> arguments(argv + 1, argv + argc);
   const certiq::cli::Io io{.out = std::cout,

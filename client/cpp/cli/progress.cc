@@ -44,14 +44,14 @@ std::string BytesText(int64_t bytes) {
 
 void ProgressPrinter::Show(const ProgressEvent& event) {
   if (const auto* const upload = std::get_if<UploadProgress>(&event)) {
-    // The server is ahead of a report that was still under way.
+    // The server's own progress has overtaken this report of the upload.
     if (phase_ > v1::PHASE_RECEIVE) return;
     const double fraction = upload->total_bytes == 0 ? 1
                                                      : static_cast<double>(upload->bytes) /
                                                            static_cast<double>(upload->total_bytes);
     ShowPhase(v1::PHASE_RECEIVE, fraction, BytesText(upload->total_bytes));
   } else if (const auto* const progress = std::get_if<v1::Progress>(&event)) {
-    // How far the upload is, is known better here.
+    // The client knows the state of the upload better.
     if (progress->phase() == v1::PHASE_RECEIVE) return;
     ShowPhase(progress->phase(), progress->fraction(), "");
   } else if (const auto* const retry = std::get_if<RetryNotice>(&event)) {
@@ -67,12 +67,12 @@ void ProgressPrinter::ShowPhase(v1::Phase phase, double fraction, const std::str
     if (changed) err_ << absl::StrCat(PhaseText(phase), gap, note, "\n") << std::flush;
     return;
   }
-  // Faster than the eye sees would only slow the upload down.
+  // Redrawing more often would only slow the upload down.
   const absl::Time now = absl::Now();
   if (!changed && fraction < 1 && now - drawn_ < absl::Milliseconds(50)) return;
   drawn_ = now;
   constexpr int kWidth = 30;
-  // NaN and numbers out of range are the server's, the width is ours.
+  // The server may send NaN and numbers out of range.
   const double share = fraction >= 0 ? std::min(fraction, 1.0) : 0.0;
   const int filled = static_cast<int>(share * kWidth);
   err_ << absl::StrFormat("\r\033[K%-9s [%s%s] %3.0f %%%s%s", PhaseText(phase),

@@ -1,4 +1,4 @@
-// Progress on stderr.
+// Progress display on stderr.
 #ifndef CERTIQ_CLIENT_CPP_CLI_PROGRESS_H_
 #define CERTIQ_CLIENT_CPP_CLI_PROGRESS_H_
 

@@ -3,7 +3,6 @@
 #include <array>
 #include <utility>
 
-#include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "flag_types.h"
@@ -33,18 +32,19 @@ void CheckTogether(const CLI::App& verb, const QuantizeFlags& flags) {
   CheckFlags(verb, {"--weights", "--weight"});
   const bool activations = !flags.activations_file.empty();
   if (!activations && flags.x.empty() && flags.calibration.empty()) {
-    throw CLI::RequiredError("--activations and --x, or --calibration,");
+    ThrowMissing("--activations and --x, or --calibration,");
   }
   if (activations && !flags.calibration.empty()) {
-    throw CLI::ValidationError("--activations and --calibration", "expected one of them");
+    ThrowUsageError("--activations and --calibration", "expected one of them");
   }
   CheckActivationFlags(flags);
   for (const char* const name : {"--held_out_fraction", "--sequence_rows"}) {
-    if (activations || verb.count(name) == 0) continue;
+    if (activations || !IsGiven(verb, name)) continue;
     // A calibration has held its tokens out already.
-    throw CLI::ValidationError(name, "expected --activations and --x beside it");
+    ThrowUsageError(name, "expected --activations and --x beside it");
   }
   CheckOutputFlags(flags);
+  CheckSpecFlags(verb);
 }
 
 }  // namespace
@@ -53,12 +53,12 @@ CLI::App* AddQuantizeVerb(CLI::App* app, QuantizeFlags* flags) {
   CLI::App* const verb = AddVerb(app, "quantize", "Quantize one layer");
   AddFileFlags(verb, flags);
   AddSpecFlags(verb, &flags->spec);
-  verb->callback([verb, flags] { CheckTogether(*verb, *flags); });
+  OnParsed(verb, [verb, flags] { CheckTogether(*verb, *flags); });
   return verb;
 }
 
 std::string FlagForField(const std::string& field) {
-  // Longest first where one is the beginning of another.
+  // Where one field begins with another, the longer one comes first.
   static constexpr std::array<std::pair<const char*, const char*>, 42> kFlags = {{
       {"spec.method", "--method"},
       {"spec.bits", "--bits"},

@@ -16,8 +16,8 @@ class App;
 
 namespace certiq::cli {
 
-// As given; empty or unset where a flag was not. Values that can be read but make no sense, such
-// as 9 bits, are kept: which ones are refused is the server's to say.
+// Values as given; empty or unset where a flag was not. Values that can be read but make no sense,
+// such as 9 bits, are kept for the server to reject.
 struct QuantizeFlags : WeightFlags, ActivationFlags, OutputFlags {
   ConnectionFlags connection;
   std::string calibration;

@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "base/status_macros.h"
 #include "certiq/client.h"
 #include "certiq/safetensors.h"
 #include "certiq/uuid.h"
@@ -31,14 +32,10 @@ struct Inputs {
 absl::StatusOr<Inputs> OpenInputs(const QuantizeFlags& flags) {
   Inputs inputs;
   QuantizeRequestData& request = inputs.request;
-  absl::StatusOr<OpenWeight> weights = OpenWeightFile(flags);
-  if (!weights.ok()) return weights.status();
-  inputs.weights = *std::move(weights);
+  ASSIGN_OR_RETURN(inputs.weights, OpenWeightFile(flags));
   request.weight = inputs.weights->weight;
   if (!flags.activations_file.empty()) {
-    absl::StatusOr<OpenActivations> activations = OpenActivationFile(flags);
-    if (!activations.ok()) return activations.status();
-    inputs.activations = *std::move(activations);
+    ASSIGN_OR_RETURN(inputs.activations, OpenActivationFile(flags));
     request.x = inputs.activations->x;
     request.x_quantized = inputs.activations->x_quantized;
   }
@@ -62,7 +59,7 @@ int RunQuantize(const QuantizeFlags& flags, const Io& io) {
     return kExitFailed;
   };
   if (absl::Status status = CheckOutputs(flags); !status.ok()) return failed(status, "");
-  const absl::StatusOr<std::unique_ptr<Client>> client = Connect(flags.connection, io);
+  const absl::StatusOr<std::unique_ptr<Client>> client = ConnectTo<Client>(flags.connection, io);
   if (!client.ok()) return failed(client.status(), "");
   absl::StatusOr<Inputs> inputs = OpenInputs(flags);
   if (!inputs.ok()) return failed(inputs.status(), "");

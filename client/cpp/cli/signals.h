@@ -1,4 +1,4 @@
-// Ctrl-C as a std::stop_token.
+// Interrupts, SIGINT and SIGTERM, as a std::stop_token.
 #ifndef CERTIQ_CLIENT_CPP_CLI_SIGNALS_H_
 #define CERTIQ_CLIENT_CPP_CLI_SIGNALS_H_
 
@@ -10,7 +10,8 @@ namespace certiq::cli {
 
 // SIGINT and SIGTERM stop the token instead of ending the process, so that a call is cancelled
 // and temporary files go away. A thread of its own waits for them, because hardly anything may be
-// done within a signal handler. Make it before any other thread; at most one in a process.
+// done within a signal handler. It is made before any other thread; a
+// process has at most one.
 class InterruptWatcher {
  public:
   InterruptWatcher();

@@ -1,10 +1,12 @@
 #include "spec_flags.h"
 
+#include <array>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
-#include "CLI/CLI.hpp"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "flag_types.h"
 
@@ -82,13 +84,22 @@ void AddGridFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
       "Layout of the result (default dense_f32)");
 }
 
+// The contract's methods, and the names under which other tools know two of them.
+std::vector<std::pair<std::string, v1::Method>> MethodChoices() {
+  std::vector<std::pair<std::string, v1::Method>> choices = Choices<v1::Method>("METHOD_");
+  choices.emplace_back("rtn", v1::METHOD_NEAREST);
+  choices.emplace_back("gptq", v1::METHOD_OPTQ);
+  return choices;
+}
+
 void AddMethodFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
   AddChoice<v1::Method>(
-      verb, "--method", Choices<v1::Method>("METHOD_"),
-      [spec](v1::Method value) { spec->set_method(value); }, "How codes are chosen (default optq)");
+      verb, "--method", MethodChoices(), [spec](v1::Method value) { spec->set_method(value); },
+      "How codes are chosen (default optq); rtn is nearest, gptq is optq");
   AddChoice<v1::Rounding>(
       verb, "--rounding", Choices<v1::Rounding>("ROUNDING_"),
-      [spec](v1::Rounding value) { spec->set_rounding(value); }, "(default nearest)");
+      [spec](v1::Rounding value) { spec->set_rounding(value); },
+      "To the nearest level, or at random without bias (default nearest)");
   AddNumber<uint64_t>(
       verb, "--seed", "S", [spec](uint64_t value) { spec->set_seed(value); },
       "Reproduces stochastic rounding");
@@ -96,6 +107,14 @@ void AddMethodFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
       verb, "--order", Choices<v1::Order>("ORDER_"),
       [spec](v1::Order value) { spec->set_order(value); },
       "Order in which features are quantized (default natural)");
+  for (const char* const name : {"--desc_act", "--act_order"}) {
+    AddBool(
+        verb, name,
+        [spec](bool value) {
+          spec->set_order(value ? v1::ORDER_DECREASING_NORM : v1::ORDER_NATURAL);
+        },
+        "GPTQ's name for --order: true is decreasing_norm, false is natural");
+  }
   AddNumber<int32_t>(
       verb, "--polish", "P", [spec](int32_t value) { spec->set_polish(value); },
       "Passes of coordinate descent after the sweep (default 0)");
@@ -105,6 +124,10 @@ void AddMethodFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
       "relative_trace:0.01 (default), absolute:1, relative_sigma_max:1e-6, held_out, or "
       "held_out:0.001,0.01,0.1 with candidates of your own; held_out_climb tries only as many as "
       "it takes and prefers the most damped of the best");
+  AddNumber<double>(
+      verb, "--damp_percent", "P",
+      [spec](double value) { spec->mutable_damping()->set_relative_trace(value); },
+      "GPTQ's name for --damping relative_trace:P; a fraction, such as 0.01");
   AddNumber<int32_t>(
       verb, "--max_attempts", "N",
       [spec](int32_t value) { spec->mutable_damping()->set_max_attempts(value); },
@@ -138,7 +161,7 @@ void AddReportFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
       "Of the bound on single outputs with stochastic rounding (default 1e-3)");
   AddNumber<int64_t>(
       verb, "--min_tokens", "N", [spec](int64_t value) { spec->set_min_tokens(value); },
-      "Refuse to fit fewer tokens than this (default 1)");
+      "Reject fewer tokens to fit than this (default 1)");
 }
 
 }  // namespace
@@ -148,6 +171,19 @@ void AddSpecFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
   AddMethodFlags(verb, spec);
   AddGridFlags(verb, spec);
   AddReportFlags(verb, spec);
+}
+
+void CheckSpecFlags(const CLI::App& verb) {
+  static constexpr std::array<std::pair<const char*, const char*>, 4> kSameField = {{
+      {"--order", "--desc_act"},
+      {"--order", "--act_order"},
+      {"--desc_act", "--act_order"},
+      {"--damping", "--damp_percent"},
+  }};
+  for (const auto& [one, other] : kSameField) {
+    if (!IsGiven(verb, one) || !IsGiven(verb, other)) continue;
+    ThrowUsageError(absl::StrCat(one, " and ", other), "expected one of them");
+  }
 }
 
 }  // namespace certiq::cli

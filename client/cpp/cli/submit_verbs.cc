@@ -1,9 +1,9 @@
-// `certiq submit` and `certiq result`: the two ends of a job.
+// `certiq submit` and `certiq result`.
 #include <memory>
 #include <ostream>
 #include <utility>
 
-#include "CLI/CLI.hpp"
+#include "base/status_macros.h"
 #include "certiq/job_client.h"
 #include "errors.h"
 #include "flag_types.h"
@@ -15,7 +15,7 @@
 namespace certiq::cli {
 namespace {
 
-// As given.
+// Values as given.
 struct SubmitFlags : WeightFlags {
   ConnectionFlags connection;
   std::string calibration;
@@ -28,53 +28,43 @@ struct ResultFlags : OutputFlags {
   std::string job;
 };
 
-int RunSubmit(const SubmitFlags& flags, const Io& io) {
-  const absl::StatusOr<OpenWeight> weights = OpenWeightFile(flags);
-  if (!weights.ok()) return Fail(weights.status(), flags.connection, io);
-  const absl::StatusOr<v1::Calibration> calibration =
-      FindFinalized(flags.connection, io, flags.calibration);
-  if (!calibration.ok()) return Fail(calibration.status(), flags.connection, io);
-  const auto client = ConnectTo<JobClient>(flags.connection, io);
-  if (!client.ok()) return Fail(client.status(), flags.connection, io);
+absl::StatusOr<int> RunSubmit(const SubmitFlags& flags, const Io& io) {
+  ASSIGN_OR_RETURN(const OpenWeight weights, OpenWeightFile(flags));
+  ASSIGN_OR_RETURN(const v1::Calibration calibration,
+                   FindFinalized(flags.connection, io, flags.calibration));
+  ASSIGN_OR_RETURN(const auto client, ConnectTo<JobClient>(flags.connection, io));
   JobRequest request = flags.request;
   request.layer_name = flags.weight;
-  request.weight = weights->weight;
-  request.calibration_id = calibration->id();
+  request.weight = weights.weight;
+  request.calibration_id = calibration.id();
   absl::StatusOr<v1::Job> job;
   {
     ProgressPrinter progress(&io.err, io.err_is_terminal);
-    job = (*client)->Submit(request, CallOptionsFor(io, &progress));
+    job = client->Submit(request, CallOptionsFor(io, &progress));
   }
-  if (!job.ok()) return Fail(job.status(), flags.connection, io);
+  RETURN_IF_ERROR(job.status());
   io.out << Printable(job->id()) << "\n";
   return kExitOk;
 }
 
-int RunResult(const ResultFlags& flags, const Io& io) {
-  if (absl::Status status = CheckOutputs(flags); !status.ok()) {
-    return Fail(status, flags.connection, io);
-  }
-  const auto client = ConnectTo<JobClient>(flags.connection, io);
-  if (!client.ok()) return Fail(client.status(), flags.connection, io);
-  const absl::StatusOr<v1::Job> job = (*client)->Get(flags.job, CallOptionsFor(io, nullptr));
-  if (!job.ok()) return Fail(job.status(), flags.connection, io);
-  if (!IsFinal(job->state())) {
+absl::StatusOr<int> RunResult(const ResultFlags& flags, const Io& io) {
+  RETURN_IF_ERROR(CheckOutputs(flags));
+  ASSIGN_OR_RETURN(const auto client, ConnectTo<JobClient>(flags.connection, io));
+  ASSIGN_OR_RETURN(const v1::Job job, client->Get(flags.job, CallOptionsFor(io, nullptr)));
+  if (!IsFinal(job.state())) {
     return Fail(absl::FailedPreconditionError("the job has not ended"), flags.connection, io,
                 "`certiq watch` waits for it");
   }
   const absl::StatusOr<QuantizeResult> result =
-      (*client)->ReadResult(flags.job, CallOptionsFor(io, nullptr));
+      client->ReadResult(flags.job, CallOptionsFor(io, nullptr));
   if (!result.ok()) {
     return Fail(
         result.status(), flags.connection, io,
         absl::IsFailedPrecondition(result.status()) ? "`certiq jobs get` says how it ended" : "");
   }
-  if (absl::Status status = WriteOutputs(flags, job->layer_name(), *result, io.interrupt);
-      !status.ok()) {
-    return Fail(status, flags.connection, io);
-  }
-  // What type the weights had, the job does not say.
-  io.out << SummaryText(job->layer_name(), v1::DATA_TYPE_UNSPECIFIED, result->certificate);
+  RETURN_IF_ERROR(WriteOutputs(flags, job.layer_name(), *result, io.interrupt));
+  // The job does not say which type the weights had.
+  io.out << SummaryText(job.layer_name(), v1::DATA_TYPE_UNSPECIFIED, result->certificate);
   PrintWritten(flags, io.out);
   return kExitOk;
 }
@@ -100,12 +90,15 @@ void AddSubmitVerb(CLI::App* app, Verbs* verbs) {
   AddText(verb, "--request_id", "ID", &flags->request.request_id,
           "The same id and content again give the same job (default: a new one)");
   AddSpecFlags(verb, &flags->request.spec);
-  verb->callback([verb, flags] {
+  OnParsed(verb, [verb, flags] {
     CheckFlags(*verb, {});
     CheckConnection(*verb, flags->connection);
     CheckFlags(*verb, {"--weights", "--weight", "--calibration"});
+    CheckSpecFlags(*verb);
   });
-  verbs->push_back({verb, [flags](const Io& io) { return RunSubmit(*flags, io); }});
+  verbs->push_back({verb, [flags](const Io& io) {
+                      return ExitCode(RunSubmit(*flags, io), flags->connection, io);
+                    }});
 }
 
 void AddResultVerb(CLI::App* app, Verbs* verbs) {
@@ -114,12 +107,14 @@ void AddResultVerb(CLI::App* app, Verbs* verbs) {
   AddObject(verb, "JOB", &flags->job, "The job's id");
   AddConnectionFlags(verb, &flags->connection);
   AddOutputFlags(verb, flags.get());
-  verb->callback([verb, flags] {
+  OnParsed(verb, [verb, flags] {
     CheckFlags(*verb, {"JOB"});
     CheckConnection(*verb, flags->connection);
     CheckOutputFlags(*flags);
   });
-  verbs->push_back({verb, [flags](const Io& io) { return RunResult(*flags, io); }});
+  verbs->push_back({verb, [flags](const Io& io) {
+                      return ExitCode(RunResult(*flags, io), flags->connection, io);
+                    }});
 }
 
 }  // namespace certiq::cli

@@ -99,7 +99,7 @@ int64_t RowsWithinBound(const v1::Certificate& certificate) {
   const int rows = std::min(certificate.row_error_size(), certificate.row_bound_size());
   int64_t within = 0;
   for (int row = 0; row < rows; ++row) {
-    // The two numbers come by different sums; their last digits may differ.
+    // The two numbers come from different sums, whose last digits may differ.
     if (certificate.row_error(row) <= certificate.row_bound(row) * (1 + 1e-9)) ++within;
   }
   return within;

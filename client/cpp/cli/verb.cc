@@ -6,6 +6,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
 #include "absl/time/time.h"
+#include "base/status_macros.h"
 #include "errors.h"
 #include "files.h"
 
@@ -31,11 +32,14 @@ int Fail(const absl::Status& status, const ConnectionFlags& flags, const Io& io,
   return kExitFailed;
 }
 
+int ExitCode(const absl::StatusOr<int>& code, const ConnectionFlags& flags, const Io& io) {
+  return code.ok() ? *code : Fail(code.status(), flags, io);
+}
+
 absl::StatusOr<v1::Calibration> FindFinalized(const ConnectionFlags& flags, const Io& io,
                                               const std::string& id_or_label) {
-  const auto client = ConnectTo<CalibrationClient>(flags, io);
-  if (!client.ok()) return client.status();
-  absl::StatusOr<v1::Calibration> found = (*client)->Find(id_or_label, CallOptionsFor(io, nullptr));
+  ASSIGN_OR_RETURN(const auto client, ConnectTo<CalibrationClient>(flags, io));
+  absl::StatusOr<v1::Calibration> found = client->Find(id_or_label, CallOptionsFor(io, nullptr));
   if (!found.ok() || found->state() == v1::CALIBRATION_STATE_FINALIZED) return found;
   return absl::FailedPreconditionError(
       absl::StrCat("calibration ", found->id(), " is still open; `certiq calibrations finalize ",

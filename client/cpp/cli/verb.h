@@ -1,14 +1,17 @@
-// What the verbs that speak to a server share.
+// Verbs of calibrations and jobs, and the functions that verbs with a server share.
 #ifndef CERTIQ_CLIENT_CPP_CLI_VERB_H_
 #define CERTIQ_CLIENT_CPP_CLI_VERB_H_
 
 #include <functional>
+#include <memory>
+#include <ostream>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "base/status_macros.h"
 #include "certiq/calibration_client.h"
 #include "certiq/client.h"
 #include "command.h"
@@ -22,7 +25,7 @@ namespace certiq::cli {
 // A verb, or a verb of a noun ("calibrations list").
 struct Verb {
   CLI::App* app;
-  // After a parse that chose it; returns the exit code.
+  // Runs the verb after a parse that chose it; returns the exit code.
   std::function<int(const Io&)> run;
 };
 using Verbs = std::vector<Verb>;
@@ -33,22 +36,25 @@ void AddSubmitVerb(CLI::App* app, Verbs* verbs);
 void AddJobsVerbs(CLI::App* app, Verbs* verbs);
 void AddResultVerb(CLI::App* app, Verbs* verbs);
 
-// A client of the service by these flags; the rest is io.client's. Errors as OptionsFor and
-// Service::Create.
+// A client of the service by these flags; all other options are io.client's. Errors as OptionsFor
+// and Service::Create.
 template <typename ServiceClient>
 absl::StatusOr<std::unique_ptr<ServiceClient>> ConnectTo(const ConnectionFlags& flags,
                                                          const Io& io) {
-  absl::StatusOr<ClientOptions> options = OptionsFor(flags, io.client);
-  if (!options.ok()) return options.status();
-  return ServiceClient::Create(*std::move(options));
+  ASSIGN_OR_RETURN(ClientOptions options, OptionsFor(flags, io.client));
+  return ServiceClient::Create(std::move(options));
 }
 
-// Cancelled by Ctrl-C, progress shown by `progress` unless it is null; it must outlive the call.
+// Options of a call that Ctrl-C cancels and whose progress `progress`, unless null, shows; it must
+// outlive the call.
 CallOptions CallOptionsFor(const Io& io, ProgressPrinter* progress);
 
 // Prints the error, the advice given or, where it is empty, a general one. Returns the exit code.
 int Fail(const absl::Status& status, const ConnectionFlags& flags, const Io& io,
          absl::string_view advice = "");
+
+// The exit code that a verb returned or, for an error, that of Fail, which prints it.
+int ExitCode(const absl::StatusOr<int>& code, const ConnectionFlags& flags, const Io& io);
 
 // The calibration of this id or label, finalized. FAILED_PRECONDITION, which says how to finalize
 // it, where it is still open; errors of CalibrationClient::Find.

@@ -6,13 +6,14 @@
 #include <ostream>
 #include <utility>
 
-#include "CLI/CLI.hpp"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "certiq/safetensors.h"
 #include "errors.h"
 #include "files.h"
+#include "flag_types.h"
 #include "verify.h"
 
 namespace certiq::cli {
@@ -39,65 +40,60 @@ absl::StatusOr<v1::Certificate> ReadReport(const std::string& path) {
                       absl::StrCat(path, ": ", certificate.status().message()));
 }
 
-absl::StatusOr<verify::Ledger> VerifyFiles(const VerifyFlags& flags) {
-  const absl::StatusOr<v1::Certificate> certificate = ReadReport(flags.report_file);
-  if (!certificate.ok()) return certificate.status();
-  const absl::StatusOr<SafetensorsFile> weights = SafetensorsFile::Open(flags.weights_file);
-  if (!weights.ok()) return weights.status();
-  const absl::StatusOr<SafetensorsFile> activations = SafetensorsFile::Open(flags.activations_file);
-  if (!activations.ok()) return activations.status();
-  const absl::StatusOr<SafetensorsFile> result = SafetensorsFile::Open(flags.result_file);
-  if (!result.ok()) return result.status();
+absl::StatusOr<verify::VerificationReport> VerifyFiles(const VerifyFlags& flags) {
+  ASSIGN_OR_RETURN(const v1::Certificate certificate, ReadReport(flags.report_file));
+  ASSIGN_OR_RETURN(const SafetensorsFile weights, SafetensorsFile::Open(flags.weights_file));
+  ASSIGN_OR_RETURN(const SafetensorsFile activations,
+                   SafetensorsFile::Open(flags.activations_file));
+  ASSIGN_OR_RETURN(const SafetensorsFile result, SafetensorsFile::Open(flags.result_file));
 
   verify::Sources sources;
-  absl::StatusOr<TensorView> weight = weights->Tensor(flags.weight);
-  if (!weight.ok()) return weight.status();
-  sources.weight = *std::move(weight);
-  absl::StatusOr<TensorView> x = activations->Tensor(flags.x);
-  if (!x.ok()) return x.status();
-  sources.x = *std::move(x);
+  ASSIGN_OR_RETURN(sources.weight, weights.Tensor(flags.weight));
+  ASSIGN_OR_RETURN(sources.x, activations.Tensor(flags.x));
   if (!flags.x_quantized.empty()) {
-    absl::StatusOr<TensorView> x_quantized = activations->Tensor(flags.x_quantized);
-    if (!x_quantized.ok()) return x_quantized.status();
-    sources.x_quantized = *std::move(x_quantized);
+    ASSIGN_OR_RETURN(sources.x_quantized, activations.Tensor(flags.x_quantized));
   }
   if (!flags.stream.empty()) sources.stream_id = flags.stream;
   sources.result = [&](const std::string& role) {
-    return result->Tensor(OutputName(flags.weight, role));
+    return result.Tensor(OutputName(flags.weight, role));
   };
-  return verify::Verify(sources, *certificate);
+  return verify::Verify(sources, certificate);
 }
 
 }  // namespace
 
 CLI::App* AddVerifyVerb(CLI::App* app, VerifyFlags* flags) {
-  CLI::App* const verb = app->add_subcommand(
-      "verify", "Check a result and its report against the weights and activations");
-  const auto add = [verb](const char* name, std::string* value, const char* description) {
-    return verb->add_option(name, *value, description);
-  };
-  add("--weights", &flags->weights_file, "Safetensors file of the original weights")->required();
-  add("--weight", &flags->weight, "Name of the weights in it")->required();
-  add("--activations", &flags->activations_file, "Safetensors file of the activations")->required();
-  add("--x", &flags->x, "Name of the activations of the float model")->required();
-  add("--x_quantized", &flags->x_quantized, "Name of those the layer really sees");
-  add("--stream", &flags->stream,
-      "Stream that added them to the calibration, where that had one and held tokens out");
-  add("--result", &flags->result_file, "What `quantize` or `result` wrote with --output")
-      ->required();
-  add("--report", &flags->report_file, "What it wrote with --report")->required();
+  CLI::App* const verb =
+      AddVerb(app, "verify", "Check a result and its report against the weights and activations");
+  AddText(verb, "--weights", "F.safetensors", &flags->weights_file,
+          "File of the original weights (required)");
+  AddText(verb, "--weight", "NAME", &flags->weight, "Name of the weights in it (required)");
+  AddText(verb, "--activations", "F.safetensors", &flags->activations_file,
+          "File of the activations (required)");
+  AddText(verb, "--x", "NAME", &flags->x, "Name of the activations of the float model (required)");
+  AddText(verb, "--x_quantized", "NAME", &flags->x_quantized,
+          "Name of those that the layer sees once earlier layers are quantized");
+  AddText(verb, "--stream", "S", &flags->stream,
+          "Stream that added them to the calibration, where that had one and held tokens out");
+  AddText(verb, "--result", "F.safetensors", &flags->result_file,
+          "File that `quantize` or `result` wrote with --output (required)");
+  AddText(verb, "--report", "REPORT.json", &flags->report_file,
+          "File that it wrote with --report (required)");
+  OnParsed(verb, [verb] {
+    CheckFlags(*verb, {"--weights", "--weight", "--activations", "--x", "--result", "--report"});
+  });
   return verb;
 }
 
 int RunVerify(const VerifyFlags& flags, const Io& io) {
-  const absl::StatusOr<verify::Ledger> ledger = VerifyFiles(flags);
-  if (!ledger.ok()) {
-    PrintError(ledger.status(), "", io.err);
+  const absl::StatusOr<verify::VerificationReport> report = VerifyFiles(flags);
+  if (!report.ok()) {
+    PrintError(report.status(), "", io.err);
     return kExitFailed;
   }
   io.out << Printable(flags.weight) << "\n"
-         << verify::FindingsText(*ledger) << verify::VerdictText(*ledger);
-  return ledger->count(verify::Verdict::kWrong) == 0 ? kExitOk : kExitFailed;
+         << verify::FindingsText(*report) << verify::VerdictText(*report);
+  return report->count(verify::Verdict::kWrong) == 0 ? kExitOk : kExitFailed;
 }
 
 }  // namespace certiq::cli

@@ -1,4 +1,4 @@
-// `certiq verify`: the files of a quantization in, what holds of its report out.
+// `certiq verify`: flags and run of the check of a report against the layer's files.
 #ifndef CERTIQ_CLIENT_CPP_CLI_VERIFY_VERB_H_
 #define CERTIQ_CLIENT_CPP_CLI_VERIFY_VERB_H_
 

@@ -23,20 +23,20 @@ AccumulateCall::~AccumulateCall() {
 }
 
 std::optional<v1::StreamProgress> AccumulateCall::WaitForFirst() {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return latest_.has_value() || ended_; });
+  const base::MutexLock lock(mutex_);
+  while (!latest_.has_value() && !ended_) changed_.Wait(mutex_);
   return ended_ ? std::nullopt : latest_;
 }
 
 bool AccumulateCall::WaitForDurableBeyond(int64_t sequence) {
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return ended_ || latest_->durable() > sequence; });
+  const base::MutexLock lock(mutex_);
+  while (!ended_ && latest_->durable() <= sequence) changed_.Wait(mutex_);
   return latest_->durable() > sequence;
 }
 
 bool AccumulateCall::Send(const v1::AccumulateRequest& chunk) {
   {
-    const std::lock_guard lock(mutex_);
+    const base::MutexLock lock(mutex_);
     if (ended_) return false;
   }
   return stream_->Write(chunk);
@@ -44,18 +44,20 @@ bool AccumulateCall::Send(const v1::AccumulateRequest& chunk) {
 
 void AccumulateCall::CloseAndWait() {
   stream_->WritesDone();
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return ended_; });
+  const base::MutexLock lock(mutex_);
+  while (!ended_) changed_.Wait(mutex_);
 }
 
 v1::StreamProgress AccumulateCall::latest() const {
-  const std::lock_guard lock(mutex_);
+  const base::MutexLock lock(mutex_);
   return latest_.value_or(v1::StreamProgress());
 }
 
 AttemptOutcome AccumulateCall::Finish() {
   reader_.join();
-  AttemptOutcome outcome = context_.Outcome(stream_->Finish(), wrote_ || latest_.has_value());
+  const grpc::Status status = stream_->Finish();
+  const base::MutexLock lock(mutex_);
+  AttemptOutcome outcome = context_.Outcome(status, wrote_ || latest_.has_value());
   if (!read_error_.ok()) {
     outcome.status = read_error_;
     outcome.local = true;
@@ -66,15 +68,15 @@ AttemptOutcome AccumulateCall::Finish() {
 void AccumulateCall::ReadAll() {
   v1::AccumulateResponse response;
   while (stream_->Read(&response)) {
-    const std::lock_guard lock(mutex_);
+    const base::MutexLock lock(mutex_);
     if (!read_error_.ok()) continue;  // Cancelled: what is still under way is dropped.
     read_error_ = Take(response.progress());
     if (!read_error_.ok()) context_.get()->TryCancel();
-    changed_.notify_all();
+    changed_.NotifyAll();
   }
-  const std::lock_guard lock(mutex_);
+  const base::MutexLock lock(mutex_);
   ended_ = true;
-  changed_.notify_all();
+  changed_.NotifyAll();
 }
 
 absl::Status AccumulateCall::Take(const v1::StreamProgress& progress) {

@@ -2,18 +2,18 @@
 #ifndef CERTIQ_CLIENT_CPP_SRC_ACCUMULATE_CALL_H_
 #define CERTIQ_CLIENT_CPP_SRC_ACCUMULATE_CALL_H_
 
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <stop_token>
 #include <thread>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "base/mutex.h"
 #include "certiq/v1/calibration_service.grpc.pb.h"
-#include "tries.h"
+#include "retry_loop.h"
 
 namespace certiq {
 
@@ -29,40 +29,40 @@ class AccumulateCall {
   // Cancels the call unless Finish() was called.
   ~AccumulateCall();
 
-  // Waits for the first answer. nullopt: the call ended.
+  // Waits for the first position; nullopt where the call ended before.
   std::optional<v1::StreamProgress> WaitForFirst();
-  // Waits until chunks from `sequence` on are durable. False: the call ended before.
+  // Waits until chunks from `sequence` on are durable; false where the call ended before.
   bool WaitForDurableBeyond(int64_t sequence);
-  // False: the server takes no more, the call has ended or is about to.
+  // False where the server takes no more, because the call has ended or is about to.
   bool Send(const v1::AccumulateRequest& chunk);
-  // Nothing more will be sent; waits until the call ends.
+  // Half-closes the stream and waits until the call ends.
   void CloseAndWait();
 
-  // As the server said last; nothing before the first answer.
+  // The last position that the server reported; empty before the first one.
   v1::StreamProgress latest() const;
 
-  // Waits for the end. Positions that make no sense are INTERNAL, and `local`. Once.
+  // Waits for the end; to be called once. Positions that break the contract are INTERNAL and
+  // `local`.
   AttemptOutcome Finish();
 
  private:
   using Stream = grpc::ClientReaderWriterInterface<v1::AccumulateRequest, v1::AccumulateResponse>;
 
   void ReadAll();
-  absl::Status Take(const v1::StreamProgress& progress);
+  absl::Status Take(const v1::StreamProgress& progress) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const v1::AccumulateHeader header_;
   CallContext context_;
   std::unique_ptr<Stream> stream_;
   bool wrote_ = false;
 
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  // Guarded by mutex_.
-  std::optional<v1::StreamProgress> latest_;
-  absl::Status read_error_;
-  bool ended_ = false;
+  mutable base::Mutex mutex_;
+  base::ConditionVariable changed_;
+  std::optional<v1::StreamProgress> latest_ ABSL_GUARDED_BY(mutex_);
+  absl::Status read_error_ ABSL_GUARDED_BY(mutex_);
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
 
-  // Last: it uses everything above.
+  // The last member, because the thread uses all the others.
   std::thread reader_;
 };
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "certiq/status.h"
 #include "request_check.h"
 #include "rows.h"
@@ -26,13 +27,13 @@ ActivationStream::Sender::Sender(
     : connection_(std::move(connection)),
       stream_(std::move(stream)),
       options_(std::move(options)),
-      tries_(connection_->options, options_),
+      retry_loop_(connection_->options, options_),
       window_(chunk_rows) {}
 
 absl::Status ActivationStream::Sender::Write(const TensorView& x,
                                              const std::optional<TensorView>& x_quantized) {
-  if (!failed_.ok()) return failed_;
-  if (absl::Status status = CheckRows(x, x_quantized); !status.ok()) return status;
+  RETURN_IF_ERROR(failed_);
+  RETURN_IF_ERROR(CheckRows(x, x_quantized));
   const int64_t rows = x.shape[0];
   for (int64_t row = 0; row < rows;) {
     const int64_t count = std::min(window_.room(), rows - row);
@@ -46,16 +47,16 @@ absl::Status ActivationStream::Sender::Write(const TensorView& x,
 }
 
 absl::StatusOr<v1::StreamProgress> ActivationStream::Sender::Close() {
-  if (!failed_.ok()) return failed_;
+  RETURN_IF_ERROR(failed_);
   window_.Flush();
-  if (absl::Status status = Remember(SendAllAndFinish()); !status.ok()) return status;
+  RETURN_IF_ERROR(Remember(SendAllAndFinish()));
   failed_ = absl::FailedPreconditionError("the stream was closed");
   return last_;
 }
 
 absl::Status ActivationStream::Sender::CheckRows(
     const TensorView& x, const std::optional<TensorView>& x_quantized) const {
-  if (absl::Status status = CheckActivations(x, x_quantized); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckActivations(x, x_quantized));
   const v1::DataType quantized =
       x_quantized.has_value() ? x_quantized->dtype : v1::DATA_TYPE_UNSPECIFIED;
   if (x.dtype == stream_.x && quantized == stream_.x_quantized && x.shape[1] == stream_.features) {
@@ -75,11 +76,11 @@ absl::Status ActivationStream::Sender::EnsureOpen() {
     header.set_stream_id(stream_.stream_id);
     header.set_x(stream_.x);
     header.set_x_quantized(stream_.x_quantized);
-    call_ = std::make_unique<AccumulateCall>(connection_->stub.get(), header, tries_.deadline(),
-                                             options_.cancel);
+    call_ = std::make_unique<AccumulateCall>(connection_->stub.get(), header,
+                                             retry_loop_.deadline(), options_.cancel);
     const std::optional<v1::StreamProgress> first = call_->WaitForFirst();
     if (!first.has_value()) {
-      if (absl::Status status = Recover(false); !status.ok()) return status;
+      RETURN_IF_ERROR(Recover(false));
       continue;
     }
     // What was durable once must stay: it is not kept here any more.
@@ -99,20 +100,20 @@ absl::Status ActivationStream::Sender::EnsureOpen() {
 
 absl::Status ActivationStream::Sender::SendWhatIsThere() {
   for (;;) {
-    if (absl::Status status = EnsureOpen(); !status.ok()) return status;
-    if (absl::Status status = CheckPosition(); !status.ok()) return status;
+    RETURN_IF_ERROR(EnsureOpen());
+    RETURN_IF_ERROR(CheckPosition());
     if (SendPending()) {
-      if (absl::Status status = DropDurable(); !status.ok()) return status;
+      RETURN_IF_ERROR(DropDurable());
       if (window_.bytes() <= stream_.window_bytes) return absl::OkStatus();
       if (call_->WaitForDurableBeyond(window_.first())) continue;
     }
-    if (absl::Status status = Recover(false); !status.ok()) return status;
+    RETURN_IF_ERROR(Recover(false));
   }
 }
 
 absl::Status ActivationStream::Sender::SendAllAndFinish() {
   for (;;) {
-    if (absl::Status status = SendWhatIsThere(); !status.ok()) return status;
+    RETURN_IF_ERROR(SendWhatIsThere());
     if (position_ > window_.next()) {
       return absl::FailedPreconditionError(
           absl::StrCat("stream \"", stream_.stream_id, "\": the server holds ", position_,
@@ -120,7 +121,7 @@ absl::Status ActivationStream::Sender::SendAllAndFinish() {
                        " to write: these are other rows"));
     }
     call_->CloseAndWait();
-    if (absl::Status status = Recover(true); !status.ok()) return status;
+    RETURN_IF_ERROR(Recover(true));
     if (finished_) return absl::OkStatus();
   }
 }
@@ -178,7 +179,7 @@ absl::Status ActivationStream::Sender::Recover(bool everything_sent) {
   if (!progress.stream_id().empty()) outcome.elapsed = absl::ZeroDuration();
   outcome.progressed = progress.received() > furthest_;
   furthest_ = std::max(furthest_, progress.received());
-  return tries_.Next(outcome);
+  return retry_loop_.Next(outcome);
 }
 
 absl::Status ActivationStream::Sender::Remember(absl::Status status) {

@@ -1,4 +1,4 @@
-// What is behind ActivationStream: chunks, positions, calls that break.
+// Sender behind ActivationStream: chunks, positions, recovery of calls that break.
 #ifndef CERTIQ_CLIENT_CPP_SRC_ACTIVATION_SENDER_H_
 #define CERTIQ_CLIENT_CPP_SRC_ACTIVATION_SENDER_H_
 
@@ -12,7 +12,7 @@
 #include "certiq/activation_stream.h"
 #include "chunk_window.h"
 #include "connection.h"
-#include "tries.h"
+#include "retry_loop.h"
 
 namespace certiq {
 
@@ -32,17 +32,17 @@ class ActivationStream::Sender {
 
  private:
   absl::Status CheckRows(const TensorView& x, const std::optional<TensorView>& x_quantized) const;
-  // Until a call is open and has said where to go on.
+  // Opens calls until one has said where to go on.
   absl::Status EnsureOpen();
-  // Until the window is not full and everything in it was sent.
+  // Returns once everything in the window was sent and the window is not full.
   absl::Status SendWhatIsThere();
-  // The same, and until the server ended the call with everything durable.
+  // The same, and waits until the server ended the call with everything durable.
   absl::Status SendAllAndFinish();
-  // Whether what the server has was cut as it is here, as soon as that can be told.
+  // Checks, as soon as the window reaches that far, that the server's chunks were cut as here.
   absl::Status CheckPosition();
   bool SendPending();
   absl::Status DropDurable();
-  // After the call ended: OK to open another one, or because all is done (finished_).
+  // Takes the end of a call: OK where another one may be opened, or all is done (finished_).
   absl::Status Recover(bool everything_sent);
   absl::Status Remember(absl::Status status);
   void Report();
@@ -50,9 +50,9 @@ class ActivationStream::Sender {
   const std::shared_ptr<const ServiceConnection<v1::CalibrationService>> connection_;
   const StreamOptions stream_;
   const CallOptions options_;
-  Tries tries_;
+  RetryLoop retry_loop_;
   ChunkWindow window_;
-  // The first error that ended the stream; kept.
+  // The first error that ended the stream, which all later calls return.
   absl::Status failed_;
 
   std::unique_ptr<AccumulateCall> call_;

@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "base/status_macros.h"
 
 namespace certiq {
 namespace {
@@ -107,7 +108,7 @@ absl::Status AtomicFile::Flush() {
 }
 
 absl::Status AtomicFile::Commit() {
-  if (absl::Status status = Flush(); !status.ok()) return status;
+  RETURN_IF_ERROR(Flush());
   if (CloseQuietly(std::exchange(fd_, -1)) != 0) return ErrnoError(errno, "closing", path_);
   if (std::rename(temporary_.c_str(), target_.c_str()) != 0) {
     return ErrnoError(errno, "renaming the complete file", path_);

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "activation_sender.h"
+#include "base/status_macros.h"
 #include "certiq/status.h"
 #include "certiq/uuid.h"
 #include "certiq/v1/calibration_service.grpc.pb.h"
@@ -20,8 +21,8 @@ namespace {
 
 using Stub = v1::CalibrationService::StubInterface;
 
-// Of a chunk where the caller does not say: part of the contract between runs of a program, so it
-// must not depend on ClientOptions.
+// The size of a chunk where the caller gives none. Runs of a program that take up each other's
+// streams rely on it, so it does not depend on ClientOptions.
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
 
 absl::Status Invalid(absl::string_view field, absl::string_view description) {
@@ -38,10 +39,9 @@ CalibrationClient::~CalibrationClient() = default;
 
 absl::StatusOr<std::unique_ptr<CalibrationClient>> CalibrationClient::Create(
     ClientOptions options) {
-  auto connection = ConnectTo<v1::CalibrationService>(std::move(options));
-  if (!connection.ok()) return connection.status();
-  return std::unique_ptr<CalibrationClient>(new CalibrationClient(
-      std::make_shared<const Connection>(Connection{*std::move(connection)})));
+  ASSIGN_OR_RETURN(auto connection, ConnectTo<v1::CalibrationService>(std::move(options)));
+  return std::unique_ptr<CalibrationClient>(
+      new CalibrationClient(std::make_shared<const Connection>(Connection{std::move(connection)})));
 }
 
 absl::StatusOr<v1::Calibration> CalibrationClient::CreateCalibration(
@@ -73,22 +73,21 @@ absl::StatusOr<v1::Calibration> CalibrationClient::Find(const std::string& id_or
   absl::StatusOr<v1::Calibration> by_id = Get(id_or_label, options);
   // A label need not look like an id, which the server may say in either way.
   if (!absl::IsNotFound(by_id.status()) && !absl::IsInvalidArgument(by_id.status())) return by_id;
-  const absl::StatusOr<std::vector<v1::Calibration>> labelled =
-      List({.label = id_or_label}, options);
-  if (!labelled.ok()) return labelled.status();
-  if (labelled->empty()) {
+  ASSIGN_OR_RETURN(const std::vector<v1::Calibration> labelled,
+                   List({.label = id_or_label}, options));
+  if (labelled.empty()) {
     return absl::NotFoundError(
         absl::StrCat("no calibration has the id or the label \"", id_or_label, "\""));
   }
-  if (labelled->size() > 1) {
+  if (labelled.size() > 1) {
     return absl::FailedPreconditionError(absl::StrCat(
-        labelled->size(), " calibrations have the label \"", id_or_label, "\": ",
-        absl::StrJoin(*labelled, ", ", [](std::string* out, const v1::Calibration& calibration) {
+        labelled.size(), " calibrations have the label \"", id_or_label, "\": ",
+        absl::StrJoin(labelled, ", ", [](std::string* out, const v1::Calibration& calibration) {
           absl::StrAppend(out, calibration.id());
         })));
   }
   // Lists leave the streams out.
-  return Get(labelled->front().id(), options);
+  return Get(labelled.front().id(), options);
 }
 
 absl::StatusOr<v1::Calibration> CalibrationClient::Finalize(const FinalizeRequest& finalize,
@@ -131,22 +130,21 @@ absl::StatusOr<std::unique_ptr<ActivationStream>> CalibrationClient::OpenStream(
       stream.chunk_rows > 0 ? stream.chunk_rows : RowsInChunk(kChunkBytes, row_bytes);
   auto sender =
       std::make_unique<ActivationStream::Sender>(connection_, stream, chunk_rows, options);
-  if (absl::Status status = sender->Open(); !status.ok()) return status;
+  RETURN_IF_ERROR(sender->Open());
   return std::make_unique<ActivationStream>(std::move(sender));
 }
 
 absl::StatusOr<v1::StreamProgress> CalibrationClient::Accumulate(
     StreamOptions stream, const TensorView& x, const std::optional<TensorView>& x_quantized,
     const CallOptions& options) const {
-  if (absl::Status status = CheckActivations(x, x_quantized); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckActivations(x, x_quantized));
   stream.features = x.shape[1];
   stream.expected_rows = x.shape[0];
   stream.x = x.dtype;
   stream.x_quantized = x_quantized.has_value() ? x_quantized->dtype : v1::DATA_TYPE_UNSPECIFIED;
-  const absl::StatusOr<std::unique_ptr<ActivationStream>> opened = OpenStream(stream, options);
-  if (!opened.ok()) return opened.status();
-  if (absl::Status status = (*opened)->Write(x, x_quantized); !status.ok()) return status;
-  return (*opened)->Close();
+  ASSIGN_OR_RETURN(const std::unique_ptr<ActivationStream> opened, OpenStream(stream, options));
+  RETURN_IF_ERROR(opened->Write(x, x_quantized));
+  return opened->Close();
 }
 
 absl::StatusOr<v1::ImportStatisticsResponse> CalibrationClient::Import(

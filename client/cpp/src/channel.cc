@@ -11,6 +11,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
+#include "base/status_macros.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/security/credentials.h"
 #include "grpcpp/support/channel_arguments.h"
@@ -54,8 +55,8 @@ grpc::ChannelArguments ArgumentsFor(const ClientOptions& options) {
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 5000);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS,
                    static_cast<int>(absl::ToInt64Milliseconds(options.connect_timeout)));
-  // A machine that vanished without a word is noticed. Servers by default punish pings that come
-  // more often than every five minutes.
+  // Pings find out that a peer is gone without having closed the connection. Servers by default
+  // close connections that ping more often than every five minutes.
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 330'000);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
@@ -132,14 +133,13 @@ absl::Status CheckAddress(const std::string& address) {
 }
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const ClientOptions& options) {
-  if (absl::Status status = CheckToken(options); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckToken(options));
   std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
   if (options.tls.has_value()) {
-    absl::StatusOr<TlsFiles> files = ReadTlsFiles(*options.tls);
-    if (!files.ok()) return files.status();
-    credentials = grpc::SslCredentials({.pem_root_certs = std::move(files->ca),
-                                        .pem_private_key = std::move(files->key),
-                                        .pem_cert_chain = std::move(files->cert)});
+    ASSIGN_OR_RETURN(TlsFiles files, ReadTlsFiles(*options.tls));
+    credentials = grpc::SslCredentials({.pem_root_certs = std::move(files.ca),
+                                        .pem_private_key = std::move(files.key),
+                                        .pem_cert_chain = std::move(files.cert)});
   }
   const grpc::ChannelArguments arguments = ArgumentsFor(options);
   if (options.token.empty()) {

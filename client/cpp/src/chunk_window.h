@@ -1,4 +1,4 @@
-// Rows cut into chunks, and the chunks that may have to be sent again.
+// Window of the chunks that the server has not yet made durable.
 #ifndef CERTIQ_CLIENT_CPP_SRC_CHUNK_WINDOW_H_
 #define CERTIQ_CLIENT_CPP_SRC_CHUNK_WINDOW_H_
 
@@ -35,17 +35,18 @@ class ChunkWindow {
 
   // The oldest chunk that is kept, or next().
   int64_t first() const { return next_ - static_cast<int64_t>(kept_.size()); }
-  // Chunks completed.
+  // The number of chunks completed, which is the next one's sequence number.
   int64_t next() const { return next_; }
   // Rows in the chunks before `sequence`. REQUIRES: sequence <= next().
   int64_t RowsBefore(int64_t sequence) const;
-  // Of rows, in the chunks that are kept.
+  // Bytes of rows in the chunks that are kept.
   int64_t bytes() const { return bytes_; }
 
  private:
   const int64_t chunk_rows_;
   int64_t next_ = 0;
-  int64_t rows_ = 0;  // In completed chunks.
+  // Rows in completed chunks.
+  int64_t rows_ = 0;
   int64_t bytes_ = 0;
   int64_t pending_rows_ = 0;
   v1::AccumulateRequest pending_;

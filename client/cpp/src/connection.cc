@@ -1,12 +1,13 @@
 #include "connection.h"
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "request_check.h"
 
 namespace certiq {
 
 absl::Status CompleteOptions(ClientOptions* options) {
-  if (absl::Status status = CheckAddress(options->address); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckAddress(options->address));
   if (options->chunk_bytes < 1 || options->chunk_bytes > kMaxRowBytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("chunk_bytes: expected 1 to ", kMaxRowBytes, ", got ", options->chunk_bytes));

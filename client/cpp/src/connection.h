@@ -1,4 +1,4 @@
-// What every client of the library is made from: checked options and a stub.
+// Connection of a client: checked options and a stub.
 #ifndef CERTIQ_CLIENT_CPP_SRC_CONNECTION_H_
 #define CERTIQ_CLIENT_CPP_SRC_CONNECTION_H_
 
@@ -7,6 +7,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "base/status_macros.h"
 #include "certiq/client.h"
 #include "channel.h"
 
@@ -26,10 +27,9 @@ struct ServiceConnection {
 // Does not connect yet. Errors as those of Client::Create.
 template <typename Service>
 absl::StatusOr<ServiceConnection<Service>> ConnectTo(ClientOptions options) {
-  if (absl::Status status = CompleteOptions(&options); !status.ok()) return status;
-  const absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = MakeChannel(options);
-  if (!channel.ok()) return channel.status();
-  return ServiceConnection<Service>{std::move(options), Service::NewStub(*channel)};
+  RETURN_IF_ERROR(CompleteOptions(&options));
+  ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> channel, MakeChannel(options));
+  return ServiceConnection<Service>{std::move(options), Service::NewStub(channel)};
 }
 
 }  // namespace certiq

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "certiq/durations.h"
 #include "certiq/status.h"
 #include "certiq/uuid.h"
@@ -55,22 +56,21 @@ bool IsFinal(v1::JobState state) { return state >= v1::JOB_STATE_SUCCEEDED; }
 absl::Status JobError(const v1::Job& job) { return FromRpcStatus(job.error()); }
 
 absl::StatusOr<std::unique_ptr<JobClient>> JobClient::Create(ClientOptions options) {
-  auto connection = ConnectTo<v1::JobService>(std::move(options));
-  if (!connection.ok()) return connection.status();
+  ASSIGN_OR_RETURN(auto connection, ConnectTo<v1::JobService>(std::move(options)));
   return std::unique_ptr<JobClient>(
-      new JobClient(std::make_unique<Connection>(Connection{*std::move(connection)})));
+      new JobClient(std::make_unique<Connection>(Connection{std::move(connection)})));
 }
 
 absl::StatusOr<v1::Job> JobClient::Submit(const JobRequest& request,
                                           const CallOptions& options) const {
-  if (absl::Status status = CheckWeight(request.weight); !status.ok()) return status;
-  // Once, for all tries.
+  RETURN_IF_ERROR(CheckWeight(request.weight));
+  // All tries send the same header, and so the same request_id.
   v1::CreateJobRequest first;
   *first.mutable_header() = HeaderFor(request);
   const auto total = static_cast<int64_t>(request.weight.data.size());
   v1::Job job;
   const absl::Status status =
-      RunTries(connection_->options, options, [&](absl::Time deadline) -> AttemptOutcome {
+      RunRetryLoop(connection_->options, options, [&](absl::Time deadline) -> AttemptOutcome {
         CallContext context(deadline, options.cancel);
         job.Clear();
         const auto stream = connection_->stub->CreateJob(context.get(), &job);
@@ -99,7 +99,7 @@ absl::StatusOr<v1::Job> JobClient::Submit(const JobRequest& request,
         }
         return outcome;
       });
-  if (!status.ok()) return status;
+  RETURN_IF_ERROR(status);
   if (job.id().empty()) {
     return absl::InternalError("the server's answer breaks the contract: job.id: expected one");
   }
@@ -144,7 +144,7 @@ absl::StatusOr<v1::Job> JobClient::Watch(const std::string& job_id,
   v1::WatchJobResponse response;
   bool came_once = false;
   const absl::Status status =
-      RunTries(connection_->options, options, [&](absl::Time deadline) -> AttemptOutcome {
+      RunRetryLoop(connection_->options, options, [&](absl::Time deadline) -> AttemptOutcome {
         CallContext context(deadline, options.cancel);
         const auto stream = connection_->stub->WatchJob(context.get(), request);
         bool came = false;
@@ -152,7 +152,7 @@ absl::StatusOr<v1::Job> JobClient::Watch(const std::string& job_id,
         while (stream->Read(&response)) {
           came = came_once = true;
           if (on_change) on_change(response.job());
-          // Nothing follows; a server that hung now would not matter.
+          // Nothing follows, so that the end of the stream is not awaited.
           if (ended = IsFinal(response.job().state()); ended) break;
         }
         if (ended) context.get()->TryCancel();
@@ -168,26 +168,25 @@ absl::StatusOr<v1::Job> JobClient::Watch(const std::string& job_id,
                                 : absl::OkStatus();
         return Resumable(outcome, early, came, came_once);
       });
-  if (!status.ok()) return status;
+  RETURN_IF_ERROR(status);
   return std::move(*response.mutable_job());
 }
 
 absl::StatusOr<QuantizeResult> JobClient::ReadResult(const std::string& job_id,
                                                      const CallOptions& options) const {
   // The shape bounds the memory that the result may claim.
-  const absl::StatusOr<v1::Job> job = Get(job_id, options);
-  if (!job.ok()) return job.status();
-  if (job->rows() < 1 || job->features() < 1) {
+  ASSIGN_OR_RETURN(const v1::Job job, Get(job_id, options));
+  if (job.rows() < 1 || job.features() < 1) {
     return absl::InternalError(
         absl::StrCat("the server's answer breaks the contract: job: expected rows and features of "
                      "at least 1, got ",
-                     job->rows(), " and ", job->features()));
+                     job.rows(), " and ", job.features()));
   }
-  ResultCollector collector(job->rows(), job->features());
+  ResultCollector collector(job.rows(), job.features());
   v1::ReadResultRequest request;
   request.set_job_id(job_id);
   const absl::Status status =
-      RunTries(connection_->options, options, [&](absl::Time deadline) -> AttemptOutcome {
+      RunRetryLoop(connection_->options, options, [&](absl::Time deadline) -> AttemptOutcome {
         CallContext context(deadline, options.cancel);
         const int64_t before = collector.received_bytes();
         request.set_byte_offset(before);
@@ -204,7 +203,7 @@ absl::StatusOr<QuantizeResult> JobClient::ReadResult(const std::string& job_id,
         return Resumable(context.Outcome(stream->Finish(), came), read_error,
                          collector.received_bytes() > before, collector.started());
       });
-  if (!status.ok()) return status;
+  RETURN_IF_ERROR(status);
   return std::move(collector).Finish();
 }
 

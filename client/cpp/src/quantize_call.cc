@@ -117,7 +117,7 @@ void QuantizeCall::ReadAll(Stream* stream, CallContext* context) {
 
 void QuantizeCall::Report(const ProgressEvent& event) {
   if (!options_.progress) return;
-  const std::lock_guard lock(progress_mutex_);
+  const base::MutexLock lock(progress_mutex_);
   options_.progress(event);
 }
 

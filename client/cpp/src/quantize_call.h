@@ -4,16 +4,16 @@
 
 #include <atomic>
 #include <cstdint>
-#include <mutex>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "base/mutex.h"
 #include "certiq/client.h"
 #include "certiq/retry.h"
 #include "certiq/v1/quantization_service.grpc.pb.h"
 #include "result_collector.h"
-#include "tries.h"
+#include "retry_loop.h"
 
 namespace certiq {
 
@@ -25,7 +25,7 @@ namespace certiq {
 //      contract cancels the stream, which also ends a write that is blocked.
 //   4. Both joined, Run() asks for the status. What was found here goes first, then the server's
 //      status, and only an OK one lets the collector decide.
-// Made for one call of Run(); that call uses two threads itself.
+// An object serves one call of Run(), which uses two threads itself.
 class QuantizeCall {
  public:
   // REQUIRES: CheckRequest(request).ok(). All arguments must outlive this object.
@@ -52,14 +52,15 @@ class QuantizeCall {
   const int64_t chunk_bytes_;
   const int64_t total_bytes_;
 
-  std::mutex progress_mutex_;  // One progress event at a time.
+  // Held while progress is reported, so that the caller gets one event at a time.
+  base::Mutex progress_mutex_;
   std::atomic<bool> reading_ended_{false};
 
-  // The writer's. Read by Run() after the upload.
+  // Belong to the writer; Run() reads them after the upload.
   int64_t sent_bytes_ = 0;
   bool wrote_ = false;
 
-  // The reader's. Read by Run() after the join.
+  // Belong to the reader; Run() reads them after the join.
   ResultCollector collector_;
   absl::Status read_error_;
   bool read_ = false;

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "certiq/status.h"
 
 namespace certiq {
@@ -51,7 +52,7 @@ v1::TensorHeader HeaderOf(const TensorView& tensor) {
 }
 
 absl::Status CheckWeight(const TensorView& weight) {
-  if (absl::Status status = CheckMatrix("weight", weight); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckMatrix("weight", weight));
   if (!IsFloatingPoint(weight.dtype)) {
     return Invalid("weight.dtype",
                    absl::StrCat("expected F64, F32, F16 or BF16, got ", Named(weight)));
@@ -60,10 +61,10 @@ absl::Status CheckWeight(const TensorView& weight) {
 }
 
 absl::Status CheckActivations(const TensorView& x, const std::optional<TensorView>& x_quantized) {
-  if (absl::Status status = CheckMatrix("x", x); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckMatrix("x", x));
   int64_t row_bytes = RowBytes(x);
   if (x_quantized.has_value()) {
-    if (absl::Status status = CheckMatrix("x_quantized", *x_quantized); !status.ok()) return status;
+    RETURN_IF_ERROR(CheckMatrix("x_quantized", *x_quantized));
     if (x_quantized->shape != x.shape) {
       return Invalid("x_quantized.shape",
                      absl::StrCat("expected ", ShapeText(x.shape), " to match x ", Named(x),
@@ -76,7 +77,7 @@ absl::Status CheckActivations(const TensorView& x, const std::optional<TensorVie
 
 absl::Status CheckRequest(const QuantizeRequestData& request) {
   const TensorView& weight = request.weight;
-  if (absl::Status status = CheckWeight(weight); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckWeight(weight));
   if (!request.x.has_value()) {
     if (request.x_quantized.has_value()) {
       return Invalid("x_quantized", "expected x beside it, got x_quantized alone");
@@ -87,7 +88,7 @@ absl::Status CheckRequest(const QuantizeRequestData& request) {
     return absl::OkStatus();
   }
   const TensorView& x = *request.x;
-  if (absl::Status status = CheckActivations(x, request.x_quantized); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckActivations(x, request.x_quantized));
   if (x.shape[1] != weight.shape[1]) {
     return Invalid("x.shape", absl::StrCat("expected [tokens, ", weight.shape[1],
                                            "] to match the features of weight ", Named(weight),

@@ -1,4 +1,4 @@
-// Puts the frames of an answer together and trusts none of them.
+// Assembly and validation of the frames of a result.
 #ifndef CERTIQ_CLIENT_CPP_SRC_RESULT_COLLECTOR_H_
 #define CERTIQ_CLIENT_CPP_SRC_RESULT_COLLECTOR_H_
 
@@ -31,10 +31,10 @@ class ResultCollector {
   // on, then the whole certificate.
   void Resume();
 
-  // Of all tensors.
+  // Bytes of all tensors so far.
   int64_t received_bytes() const { return received_bytes_; }
 
-  // A result header came.
+  // Whether a result header came, in any stream.
   bool started() const { return started_; }
 
   // After the server said OK: the result, or DATA_LOSS naming what is missing.
@@ -54,7 +54,8 @@ class ResultCollector {
   const int64_t rows_;
   const int64_t features_;
   bool started_ = false;
-  bool header_came_ = false;  // In this stream.
+  // Whether the current stream has brought its header.
+  bool header_came_ = false;
   v1::ResultHeader header_;
   int64_t received_bytes_ = 0;
   bool certificate_started_ = false;

@@ -38,7 +38,7 @@ std::optional<absl::Duration> Backoff::NextDelay(const AttemptOutcome& outcome) 
   step = std::min(step, policy_.max_backoff);
   absl::Duration delay = step * absl::Uniform(random_, 0.5, 1.0);
   if (server_delay.has_value()) {
-    // The jitter comes on top: earlier than asked would only be refused again.
+    // The jitter comes on top: earlier than asked would only be rejected again.
     delay = *server_delay + std::min(delay, *server_delay / 4);
   }
   if (!MayRepeat(outcome, delay)) return std::nullopt;

@@ -1,4 +1,4 @@
-// Matrices in messages of whole rows.
+// Row slices of matrices, and messages of whole rows.
 #ifndef CERTIQ_CLIENT_CPP_SRC_ROWS_H_
 #define CERTIQ_CLIENT_CPP_SRC_ROWS_H_
 

@@ -16,6 +16,7 @@
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "base/status_macros.h"
 #include "nlohmann/json.hpp"
 
 namespace certiq {
@@ -73,10 +74,8 @@ absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::string& path) {
     file.mapping_ =
         std::unique_ptr<const char, Unmapper>(static_cast<const char*>(begin), Unmapper(size));
   }
-  absl::StatusOr<SafetensorsHeader> header =
-      ParseSafetensorsHeader(absl::string_view(file.mapping_.get(), size), size, path);
-  if (!header.ok()) return header.status();
-  file.header_ = *std::move(header);
+  ASSIGN_OR_RETURN(file.header_, ParseSafetensorsHeader(
+                                     absl::string_view(file.mapping_.get(), size), size, path));
   return file;
 }
 
@@ -164,13 +163,12 @@ absl::StatusOr<AtomicFile> StageSafetensors(const std::string& path,
     return absl::Status(header.status().code(),
                         absl::StrCat(path, ": ", header.status().message()));
   }
-  absl::StatusOr<AtomicFile> file = AtomicFile::Create(path);
-  if (!file.ok()) return file.status();
-  if (absl::Status status = file->Write(*header); !status.ok()) return status;
+  ASSIGN_OR_RETURN(AtomicFile file, AtomicFile::Create(path));
+  RETURN_IF_ERROR(file.Write(*header));
   for (const TensorView& tensor : ordered) {
-    if (absl::Status status = file->Write(tensor.data); !status.ok()) return status;
+    RETURN_IF_ERROR(file.Write(tensor.data));
   }
-  if (absl::Status status = file->Flush(); !status.ok()) return status;
+  RETURN_IF_ERROR(file.Flush());
   return file;
 }
 

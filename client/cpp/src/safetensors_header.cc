@@ -1,5 +1,5 @@
-// The header parser: a SAX handler, so that a hostile header costs no tree in memory, duplicate
-// keys are seen, and 64-bit integers stay exact.
+// The header parser. It is a SAX handler, so that a malicious header costs no tree in memory,
+// duplicate keys are seen, and 64-bit integers stay exact.
 #include <algorithm>
 #include <array>
 #include <bit>

@@ -6,6 +6,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "certiq/status.h"
 
 namespace certiq {
@@ -68,19 +69,14 @@ absl::StatusOr<StatisticsShape> ShapeOf(const StatisticsView& statistics) {
                                         "triangle, got ",
                                         ShapeText(gram.shape)));
   }
-  if (absl::Status status = CheckSum("gram", gram, shape, true); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckSum("gram", gram, shape, true));
   if (statistics.gram_quantized.has_value() != statistics.cross.has_value()) {
     return Invalid("gram_quantized, cross", "expected both or none");
   }
   if (!statistics.cross.has_value()) return shape;
   shape.kind = v1::CALIBRATION_KIND_MISMATCHED;
-  if (absl::Status status = CheckSum("gram_quantized", *statistics.gram_quantized, shape, true);
-      !status.ok()) {
-    return status;
-  }
-  if (absl::Status status = CheckSum("cross", *statistics.cross, shape, false); !status.ok()) {
-    return status;
-  }
+  RETURN_IF_ERROR(CheckSum("gram_quantized", *statistics.gram_quantized, shape, true));
+  RETURN_IF_ERROR(CheckSum("cross", *statistics.cross, shape, false));
   return shape;
 }
 
@@ -93,8 +89,7 @@ StatisticsView Statistics::View() const {
 
 absl::StatusOr<AtomicFile> StageStatistics(const std::string& path,
                                            const StatisticsView& statistics) {
-  const absl::StatusOr<StatisticsShape> shape = ShapeOf(statistics);
-  if (!shape.ok()) return shape.status();
+  RETURN_IF_ERROR(ShapeOf(statistics).status());
   const StatisticsNames names;
   std::vector<TensorView> tensors = {statistics.gram};
   tensors.back().name = names.gram;
@@ -147,18 +142,12 @@ absl::StatusOr<StatisticsMetadata> ReadStatisticsMetadata(const SafetensorsFile&
 absl::StatusOr<StatisticsView> ReadStatistics(const SafetensorsFile& file,
                                               const StatisticsNames& names) {
   StatisticsView view;
-  absl::StatusOr<TensorView> gram = file.Tensor(names.gram);
-  if (!gram.ok()) return gram.status();
-  view.gram = *std::move(gram);
+  ASSIGN_OR_RETURN(view.gram, file.Tensor(names.gram));
   if (!names.gram_quantized.empty()) {
-    absl::StatusOr<TensorView> quantized = file.Tensor(names.gram_quantized);
-    if (!quantized.ok()) return quantized.status();
-    view.gram_quantized = *std::move(quantized);
+    ASSIGN_OR_RETURN(view.gram_quantized, file.Tensor(names.gram_quantized));
   }
   if (!names.cross.empty()) {
-    absl::StatusOr<TensorView> cross = file.Tensor(names.cross);
-    if (!cross.ok()) return cross.status();
-    view.cross = *std::move(cross);
+    ASSIGN_OR_RETURN(view.cross, file.Tensor(names.cross));
   }
   return view;
 }

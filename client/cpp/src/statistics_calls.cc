@@ -7,8 +7,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "base/status_macros.h"
 #include "certiq/status.h"
-#include "tries.h"
+#include "retry_loop.h"
 
 namespace certiq {
 namespace {
@@ -35,8 +36,8 @@ v1::StatisticsHeader HeaderFor(const std::string& calibration_id, const std::str
   return header;
 }
 
-// Puts an export together and trusts none of it. Memory grows with what comes, not with what the
-// header claims.
+// Assembles and validates an export. Memory grows with the bytes that come, not with what the
+// header announces.
 class StatisticsCollector {
  public:
   StatisticsCollector(v1::Portion portion, v1::MatrixLayout layout)
@@ -73,7 +74,7 @@ class StatisticsCollector {
   }
 
  private:
-  // That there will be; the shape was checked.
+  // The size that the header announced, whose shape was checked.
   static size_t Bytes(const OwnedTensor& sum) {
     return static_cast<size_t>(TensorBytes(sum.dtype, sum.shape).value());
   }
@@ -109,8 +110,7 @@ class StatisticsCollector {
 absl::StatusOr<v1::ImportStatisticsResponse> ImportStatistics(
     const CalibrationConnection& connection, const std::string& calibration_id,
     const std::string& stream_id, const StatisticsView& statistics, const CallOptions& options) {
-  const absl::StatusOr<StatisticsShape> shape = ShapeOf(statistics);
-  if (!shape.ok()) return shape.status();
+  ASSIGN_OR_RETURN(const StatisticsShape shape, ShapeOf(statistics));
   if (statistics.tokens < 1) {
     return FieldError(absl::StatusCode::kInvalidArgument, "tokens",
                       absl::StrCat("expected at least 1, got ", statistics.tokens));
@@ -123,13 +123,13 @@ absl::StatusOr<v1::ImportStatisticsResponse> ImportStatistics(
   int64_t total = 0;
   for (const absl::string_view sum : sums) total += static_cast<int64_t>(sum.size());
   v1::ImportStatisticsRequest first;
-  *first.mutable_header() = HeaderFor(calibration_id, stream_id, statistics, *shape);
+  *first.mutable_header() = HeaderFor(calibration_id, stream_id, statistics, shape);
   // Whole elements of 8 bytes or fewer.
   const auto piece =
       static_cast<size_t>(std::max<int64_t>(8, connection.options.chunk_bytes / 8 * 8));
   v1::ImportStatisticsResponse response;
   const absl::Status status =
-      RunTries(connection.options, options, [&](absl::Time deadline) -> AttemptOutcome {
+      RunRetryLoop(connection.options, options, [&](absl::Time deadline) -> AttemptOutcome {
         CallContext context(deadline, options.cancel);
         response.Clear();
         const auto stream = connection.stub->ImportStatistics(context.get(), &response);
@@ -153,7 +153,7 @@ absl::StatusOr<v1::ImportStatisticsResponse> ImportStatistics(
         stream->WritesDone();
         return context.Outcome(stream->Finish(), wrote);
       });
-  if (!status.ok()) return status;
+  RETURN_IF_ERROR(status);
   return response;
 }
 
@@ -166,7 +166,7 @@ absl::StatusOr<Statistics> ExportStatistics(const CalibrationConnection& connect
   request.set_layout(layout);
   std::optional<StatisticsCollector> collector;
   const absl::Status status =
-      RunTries(connection.options, options, [&](absl::Time deadline) -> AttemptOutcome {
+      RunRetryLoop(connection.options, options, [&](absl::Time deadline) -> AttemptOutcome {
         CallContext context(deadline, options.cancel);
         collector.emplace(portion, layout);
         const auto stream = connection.stub->ExportStatistics(context.get(), request);
@@ -185,7 +185,7 @@ absl::StatusOr<Statistics> ExportStatistics(const CalibrationConnection& connect
         }
         return outcome;
       });
-  if (!status.ok()) return status;
+  RETURN_IF_ERROR(status);
   return std::move(*collector).Finish();
 }
 

@@ -1,4 +1,4 @@
-// The two calls that carry ready-made sums.
+// ImportStatistics and ExportStatistics calls.
 #ifndef CERTIQ_CLIENT_CPP_SRC_STATISTICS_CALLS_H_
 #define CERTIQ_CLIENT_CPP_SRC_STATISTICS_CALLS_H_
 

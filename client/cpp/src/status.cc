@@ -45,7 +45,7 @@ absl::Status FromRpcStatus(const google::rpc::Status& status) {
 absl::Status FromGrpcStatus(const grpc::Status& status) {
   google::rpc::Status rpc;
   if (!rpc.ParseFromString(status.error_details())) rpc.Clear();
-  // These say it for certain.
+  // Code and message of the transport override those in the details.
   rpc.set_code(status.error_code());
   rpc.set_message(status.error_message());
   return FromRpcStatus(rpc);

@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "base/status_macros.h"
 
 namespace certiq {
 namespace {
@@ -43,7 +44,7 @@ BioPointer Reader(const std::string& pem) {
   return BioPointer(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())));
 }
 
-// Nobody can be asked for a password.
+// Keys with a password are not supported: there is nobody to ask for it.
 int NoPassword(char* /*buffer*/, int /*size*/, int /*writing*/, void* /*data*/) { return 0; }
 
 }  // namespace
@@ -56,9 +57,7 @@ absl::StatusOr<TlsFiles> ReadTlsFiles(const TlsOptions& options) {
   X509Pointer cert;
   KeyPointer key;
   if (!options.ca_file.empty()) {
-    absl::StatusOr<std::string> text = Read("ca_file", options.ca_file);
-    if (!text.ok()) return text.status();
-    files.ca = *std::move(text);
+    ASSIGN_OR_RETURN(files.ca, Read("ca_file", options.ca_file));
     if (X509Pointer(PEM_read_bio_X509(Reader(files.ca).get(), nullptr, nullptr, nullptr)) ==
         nullptr) {
       ERR_clear_error();
@@ -66,13 +65,9 @@ absl::StatusOr<TlsFiles> ReadTlsFiles(const TlsOptions& options) {
     }
   }
   if (options.cert_file.empty()) return files;
-  absl::StatusOr<std::string> text = Read("cert_file", options.cert_file);
-  if (!text.ok()) return text.status();
-  files.cert = *std::move(text);
+  ASSIGN_OR_RETURN(files.cert, Read("cert_file", options.cert_file));
   cert.reset(PEM_read_bio_X509(Reader(files.cert).get(), nullptr, nullptr, nullptr));
-  text = Read("key_file", options.key_file);
-  if (!text.ok()) return text.status();
-  files.key = *std::move(text);
+  ASSIGN_OR_RETURN(files.key, Read("key_file", options.key_file));
   key.reset(PEM_read_bio_PrivateKey(Reader(files.key).get(), nullptr, &NoPassword, nullptr));
   const bool match =
       cert != nullptr && key != nullptr && X509_check_private_key(cert.get(), key.get()) == 1;

@@ -17,7 +17,7 @@ struct TlsFiles {
 };
 
 // INVALID_ARGUMENT naming the option and the file where one cannot be read, holds something else,
-// or certificate and key do not belong together: of all that gRPC would only log.
+// or certificate and key do not belong together. gRPC itself would only log these.
 absl::StatusOr<TlsFiles> ReadTlsFiles(const TlsOptions& options);
 
 }  // namespace certiq

@@ -1,4 +1,4 @@
-// Calls of one message each way, and lists that come in pages.
+// Unary calls and paged lists, repeated as the retry policy allows.
 #ifndef CERTIQ_CLIENT_CPP_SRC_UNARY_H_
 #define CERTIQ_CLIENT_CPP_SRC_UNARY_H_
 
@@ -9,12 +9,13 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "base/status_macros.h"
 #include "connection.h"
-#include "tries.h"
+#include "retry_loop.h"
 
 namespace certiq {
 
-// Repeated as RunTries does: for methods that may be repeated.
+// Repeated as RunRetryLoop does: for methods that may be repeated.
 template <typename Service, typename Request, typename Response>
 absl::StatusOr<Response> CallUnary(
     const ServiceConnection<Service>& connection,
@@ -22,13 +23,13 @@ absl::StatusOr<Response> CallUnary(
     const Request& request, const CallOptions& options) {
   Response response;
   const absl::Status status =
-      RunTries(connection.options, options, [&](absl::Time deadline) -> AttemptOutcome {
+      RunRetryLoop(connection.options, options, [&](absl::Time deadline) -> AttemptOutcome {
         CallContext context(deadline, options.cancel);
         response.Clear();
         return context.Outcome((connection.stub.get()->*method)(context.get(), request, &response),
                                false);
       });
-  if (!status.ok()) return status;
+  RETURN_IF_ERROR(status);
   return response;
 }
 
@@ -41,15 +42,14 @@ absl::StatusOr<std::vector<Item>> CallPages(
     Request request, const CallOptions& options, const Items& items) {
   std::vector<Item> all;
   for (;;) {
-    absl::StatusOr<Response> page = CallUnary(connection, method, request, options);
-    if (!page.ok()) return page.status();
-    for (Item& item : *items(&*page)) all.push_back(std::move(item));
-    if (page->next_page_token().empty()) return all;
-    if (page->next_page_token() == request.page_token()) {
+    ASSIGN_OR_RETURN(Response page, CallUnary(connection, method, request, options));
+    for (Item& item : *items(&page)) all.push_back(std::move(item));
+    if (page.next_page_token().empty()) return all;
+    if (page.next_page_token() == request.page_token()) {
       return absl::InternalError(
           "the server's answer breaks the contract: next_page_token: expected another page");
     }
-    request.set_page_token(page->next_page_token());
+    request.set_page_token(page.next_page_token());
   }
 }
 

@@ -57,12 +57,12 @@ std::vector<Bound> RowBounds(const Evidence& evidence) {
 }
 
 // C2, C_inf, (P2): of the factor alone.
-void CheckFactor(const Evidence& evidence, Ledger& ledger) {
+void CheckFactor(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   if (!evidence.feedback.has_value()) {
-    ledger.Claim("c2, c_inf", c.c2() == 0 && c.c_inf() == 0, "none without a factor");
-    OptionalClose("rate_gap_bits", c.has_rate_gap_bits(), c.rate_gap_bits(), std::nullopt, 0,
-                  ledger);
+    report.Claim("c2, c_inf", c.c2() == 0 && c.c_inf() == 0, "none without a factor");
+    report.OptionalClose("rate_gap_bits", c.has_rate_gap_bits(), c.rate_gap_bits(), std::nullopt,
+                         0);
     return;
   }
   double sum = 0;
@@ -74,15 +74,15 @@ void CheckFactor(const Evidence& evidence, Ledger& ledger) {
     logs += std::log2(evidence.d[i]);
     ++live;
   }
-  ledger.Close("c2", c.c2(), std::sqrt(sum / live), evidence.tolerance());
-  ledger.Close("c_inf", c.c_inf(), std::sqrt(evidence.d.maxCoeff()), evidence.tolerance());
+  report.Close("c2", c.c2(), std::sqrt(sum / live), evidence.tolerance());
+  report.Close("c_inf", c.c_inf(), std::sqrt(evidence.d.maxCoeff()), evidence.tolerance());
   const double gap = 0.5 * (std::log2(sum / live) - logs / live);
   if (!c.has_rate_gap_bits()) {
-    ledger.Claim("rate_gap_bits", false, "missing");
+    report.Claim("rate_gap_bits", false, "missing");
     return;
   }
   // D_j off by 1e-6 (float32 sums), or by the slack, moves a logarithm by 1.44 times that.
-  ledger.Number("rate_gap_bits", c.rate_gap_bits(), gap,
+  report.Number("rate_gap_bits", c.rate_gap_bits(), gap,
                 Around(gap, kPromise, 1.5e-6 + 1.5 * evidence.feedback->slack));
 }
 
@@ -101,7 +101,7 @@ double Predicted(const Evidence& evidence) {
 
 // (B3), (M8). Set for methods with feedback: the first for Qronos, with zeros where inputs match;
 // for OPTQ what it starts with, where inputs do not match.
-void CheckInitialTerms(const Evidence& evidence, Ledger& ledger) {
+void CheckInitialTerms(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   const bool qronos =
       evidence.feedback.has_value() && evidence.spec().method() == v1::METHOD_QRONOS;
@@ -115,10 +115,10 @@ void CheckInitialTerms(const Evidence& evidence, Ledger& ledger) {
   if (qronos || (evidence.feedback.has_value() && evidence.mismatched())) {
     optq = evidence.mismatched() ? std::sqrt(evidence.errors.residual.sum()) : 0;
   }
-  OptionalClose("qronos_initial", c.has_qronos_initial(), c.qronos_initial(), ours,
-                evidence.tolerance(), ledger);
-  OptionalClose("optq_initial", c.has_optq_initial(), c.optq_initial(), optq, kPromise, ledger);
-  OptionalClose("floor", c.has_floor(), c.floor(), floor, evidence.tolerance(), ledger);
+  report.OptionalClose("qronos_initial", c.has_qronos_initial(), c.qronos_initial(), ours,
+                       evidence.tolerance());
+  report.OptionalClose("optq_initial", c.has_optq_initial(), c.optq_initial(), optq, kPromise);
+  report.OptionalClose("floor", c.has_floor(), c.floor(), floor, evidence.tolerance());
 }
 
 // (B5) over the tokens and rows of the fit; a target that lies within its slack of the outermost
@@ -160,7 +160,8 @@ Range LikelyLargest(const Evidence& evidence) {
   return most;
 }
 
-void CheckLargest(const Evidence& evidence, const std::vector<Bound>& bounds, Ledger& ledger) {
+void CheckLargest(const Evidence& evidence, const std::vector<Bound>& bounds,
+                  VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   double always = 0;
   Range range;
@@ -179,20 +180,20 @@ void CheckLargest(const Evidence& evidence, const std::vector<Bound>& bounds, Le
     shown = std::min(always, likely.high);
   }
   if (!c.has_linf_bound() || !c.has_linf_probability()) {
-    ledger.Claim("linf_bound, linf_probability", false, "missing");
+    report.Claim("linf_bound, linf_probability", false, "missing");
     return;
   }
-  ledger.Number("linf_bound", c.linf_bound(), shown, range);
+  report.Number("linf_bound", c.linf_bound(), shown, range);
   const double likely = 1 - evidence.spec().certificate().failure_probability();
   // A bound that always holds also holds with any probability.
   const bool stochastic = evidence.feedback.has_value() && !evidence.nearest();
   const bool said = (certain && c.linf_probability() == 1) ||
                     (stochastic && std::abs(c.linf_probability() - likely) <= 1e-12);
-  ledger.Claim("linf_probability", said,
+  report.Claim("linf_probability", said,
                absl::StrFormat("%.9g  (%s)", c.linf_probability(),
                                certain ? "the largest row_bound always holds" : "(B5)"));
   const double largest = evidence.errors.largest.maxCoeff();
-  ledger.Claim(
+  report.Claim(
       "the largest error of any token is within linf_bound", largest <= c.linf_bound() * (1 + 1e-6),
       absl::StrFormat(
           "%.6g of %.6g%s", largest, c.linf_bound(),
@@ -201,9 +202,9 @@ void CheckLargest(const Evidence& evidence, const std::vector<Bound>& bounds, Le
 
 }  // namespace
 
-void CheckBounds(const Evidence& evidence, Ledger& ledger) {
+void CheckBounds(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
-  CheckFactor(evidence, ledger);
+  CheckFactor(evidence, report);
   const std::vector<Bound> bounds = RowBounds(evidence);
   Bound squares;
   std::vector<double> values;
@@ -216,18 +217,18 @@ void CheckBounds(const Evidence& evidence, Ledger& ledger) {
         {bound.value * (1 - evidence.tolerance()), bound.high * (1 + evidence.tolerance())});
   }
   const double l2 = std::sqrt(squares.value);
-  ledger.Number(
+  report.Number(
       "l2_bound", c.l2_bound(), l2,
       {l2 * (1 - evidence.tolerance()), std::sqrt(squares.high) * (1 + evidence.tolerance())});
   if (evidence.spec().certificate().per_row()) {
-    ledger.Rows("row_bound", {c.row_bound().begin(), c.row_bound().end()}, values, ranges);
+    report.Rows("row_bound", {c.row_bound().begin(), c.row_bound().end()}, values, ranges);
   } else {
-    ledger.Count("row_bound", c.row_bound_size(), 0, 0);
+    report.Count("row_bound", c.row_bound_size(), 0, 0);
   }
-  OptionalClose("predicted_squared_error", c.has_predicted_squared_error(),
-                c.predicted_squared_error(), Predicted(evidence), evidence.tolerance(), ledger);
-  CheckInitialTerms(evidence, ledger);
-  CheckLargest(evidence, bounds, ledger);
+  report.OptionalClose("predicted_squared_error", c.has_predicted_squared_error(),
+                       c.predicted_squared_error(), Predicted(evidence), evidence.tolerance());
+  CheckInitialTerms(evidence, report);
+  CheckLargest(evidence, bounds, report);
 
   // The claims themselves. Our own sums are off by 1e-12 or so.
   int64_t broken = 0;
@@ -238,12 +239,12 @@ void CheckBounds(const Evidence& evidence, Ledger& ledger) {
     if (c.row_bound(r) > 0) tightest = std::max(tightest, error / c.row_bound(r));
   }
   if (c.row_bound_size() > 0) {
-    ledger.Claim("every row's error is within its row_bound", broken == 0,
+    report.Claim("every row's error is within its row_bound", broken == 0,
                  broken == 0 ? absl::StrFormat("at most %.3g of it", tightest)
                              : absl::StrCat(broken, " rows pass theirs"));
   }
   const double total = std::sqrt(evidence.errors.squared.sum());
-  ledger.Claim("the layer's error is within l2_bound", total <= c.l2_bound() * (1 + 1e-9),
+  report.Claim("the layer's error is within l2_bound", total <= c.l2_bound() * (1 + 1e-9),
                absl::StrFormat("%.6g of %.6g", total, c.l2_bound()));
 }
 

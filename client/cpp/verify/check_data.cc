@@ -10,7 +10,7 @@ namespace {
 
 // Static groups belong to the original columns; dynamic ones are runs of group_size in the order of
 // work, the last one perhaps shorter.
-void CheckGroups(const Evidence& evidence, Ledger& ledger) {
+void CheckGroups(const Evidence& evidence, VerificationReport& report) {
   const int64_t size = evidence.spec().group_size();
   if (size == 0) return;
   const Layer& layer = evidence.layer;
@@ -27,14 +27,14 @@ void CheckGroups(const Evidence& evidence, Ledger& ledger) {
     // Norms within 1e-5 may have changed places in float32 sums.
     holds = holds && (natural || layer.gram(here, here) <= layer.gram(before, before) * (1 + 1e-5));
   }
-  ledger.Claim("groups", holds,
+  report.Claim("groups", holds,
                runs ? "runs of group_size in the order of work" : "runs of original columns");
 }
 
 // Every code is the nearest one, or one of the two around the target, or an outermost one.
-void CheckRounding(const Evidence& evidence, Ledger& ledger) {
+void CheckRounding(const Evidence& evidence, VerificationReport& report) {
   if (evidence.certificate.has_polish()) {
-    ledger.NotChecked("codes",
+    report.NotChecked("codes",
                       "each in its grid; polish moved them away from where they were rounded");
     return;
   }
@@ -55,7 +55,7 @@ void CheckRounding(const Evidence& evidence, Ledger& ledger) {
       strange += std::abs(evidence.e(r, i)) <= reach ? 0 : 1;
     }
   }
-  ledger.Claim(
+  report.Claim(
       "codes", strange == 0,
       strange == 0
           ? absl::StrCat("each in its grid and ",
@@ -69,8 +69,8 @@ void CheckRounding(const Evidence& evidence, Ledger& ledger) {
 namespace {
 
 // certificate.proto, held_out_rows.
-constexpr Eigen::Index kLeastLadderRows = 64;
-constexpr Eigen::Index kMostLadderRows = 256;
+constexpr Eigen::Index kLeastSampledRows = 64;
+constexpr Eigen::Index kMostSampledRows = 256;
 
 }  // namespace
 
@@ -81,28 +81,28 @@ double Evidence::ErrorSlack(Eigen::Index r, Eigen::Index i) const {
   return 0x1p-21 * (v + w) + slack * std::abs(v + w) + 0x1p-21 * Step(r, i);
 }
 
-void CheckData(const Evidence& evidence, Ledger& ledger) {
+void CheckData(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   const Layer& layer = evidence.layer;
-  ledger.Count("tokens", c.tokens(), layer.fit.x.rows(), layer.fit.x.rows());
-  ledger.Count("held_out_tokens", c.held_out_tokens(), layer.held_out.x.rows(),
+  report.Count("tokens", c.tokens(), layer.fit.x.rows(), layer.fit.x.rows());
+  report.Count("held_out_tokens", c.held_out_tokens(), layer.held_out.x.rows(),
                layer.held_out.x.rows());
-  // A ladder runs on a sample of rows.
+  // Held-out damping measures on a sample of rows.
   const Eigen::Index rows = layer.w.rows();
   const bool measured = layer.held_out.x.rows() > 0;
   const Eigen::Index sampled =
-      std::min(rows, std::clamp(rows / 8, kLeastLadderRows, kMostLadderRows));
-  const Eigen::Index measured_rows = !measured ? 0 : layer.ladder ? sampled : rows;
-  ledger.Count("held_out_rows", c.held_out_rows(), measured_rows, measured_rows);
-  ledger.Claim(
+      std::min(rows, std::clamp(rows / 8, kLeastSampledRows, kMostSampledRows));
+  const Eigen::Index measured_rows = !measured ? 0 : layer.held_out_damping ? sampled : rows;
+  report.Count("held_out_rows", c.held_out_rows(), measured_rows, measured_rows);
+  report.Claim(
       "held_out_fraction, held_out_block_rows", true,
       layer.held_out.x.rows() == 0 ? "nothing was held out" : "rows were held out by their rule");
   const auto dead = std::count(layer.dead.begin(), layer.dead.end(), true);
-  ledger.Count("dead_features", c.dead_features(), dead, dead);
-  CheckGroups(evidence, ledger);
-  CheckRounding(evidence, ledger);
+  report.Count("dead_features", c.dead_features(), dead, dead);
+  CheckGroups(evidence, report);
+  CheckRounding(evidence, report);
   if (evidence.feedback.has_value() && evidence.feedback->swapped > 0) {
-    ledger.NotChecked("order", absl::StrCat(evidence.feedback->swapped,
+    report.NotChecked("order", absl::StrCat(evidence.feedback->swapped,
                                             " neighbours of equal norm to 2e-6 were worked on the "
                                             "other way round"));
   }

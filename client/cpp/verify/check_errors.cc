@@ -21,7 +21,7 @@ double LiveChange(const Layer& layer) {
   return sum;
 }
 
-void CheckNearest(const Evidence& evidence, Ledger& ledger) {
+void CheckNearest(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   const Layer& layer = evidence.layer;
   const auto error = [&](int32_t low, int32_t high) {
@@ -32,7 +32,7 @@ void CheckNearest(const Evidence& evidence, Ledger& ledger) {
   std::optional<double> expected;
   if (evidence.spec().certificate().compare_nearest()) {
     expected = error(0, layer.q.top);
-    // An explicit grid may leave codes out, which the report does not say; those used tell.
+    // An explicit grid may leave codes out, which the certificate does not say; those used tell.
     const auto [least, most] = std::minmax_element(layer.q.codes.begin(), layer.q.codes.end());
     for (const auto& [low, high] :
          {std::pair(*least, *most), std::pair(*least, layer.q.top), std::pair(int32_t{0}, *most)}) {
@@ -40,63 +40,62 @@ void CheckNearest(const Evidence& evidence, Ledger& ledger) {
       if (low > 0 || high < layer.q.top) expected = error(low, high);
     }
   }
-  OptionalClose("nearest_relative_error", c.has_nearest_relative_error(),
-                c.nearest_relative_error(), expected, kPromise, ledger);
+  report.OptionalClose("nearest_relative_error", c.has_nearest_relative_error(),
+                       c.nearest_relative_error(), expected, kPromise);
 }
 
-// What is there before polishing is not stored; that no row got worse cannot be seen, but that the
-// sum did not.
-void CheckPolish(const Evidence& evidence, Ledger& ledger) {
+// The result before polishing is not stored, so that only the sum over rows can be compared.
+void CheckPolish(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   const bool polished = evidence.spec().polish() > 0 && c.outcome() == v1::OUTCOME_QUANTIZED;
   if (c.has_polish() != polished) {
-    ledger.Claim("polish", false,
+    report.Claim("polish", false,
                  polished ? "missing, though the spec has some" : "there, though there was none");
     return;
   }
   if (!polished) return;
-  ledger.Count("polish.passes", c.polish().passes(), 1, evidence.spec().polish());
+  report.Count("polish.passes", c.polish().passes(), 1, evidence.spec().polish());
   const double before = c.polish().damped_squared_error_before();
-  ledger.Claim("polish.damped_squared_error_before", before >= c.damped_squared_error(),
+  report.Claim("polish.damped_squared_error_before", before >= c.damped_squared_error(),
                absl::StrFormat("%.6g, %.6g afterwards", before, c.damped_squared_error()));
-  ledger.NotChecked("how much polish gained", "what was there before is not stored");
+  report.NotChecked("how much polish gained", "what was there before is not stored");
 }
 
 }  // namespace
 
-void CheckErrors(const Evidence& evidence, Ledger& ledger) {
+void CheckErrors(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   const Layer& layer = evidence.layer;
   const OutputErrors& errors = evidence.errors;
   const double squared = errors.squared.sum();
   const double energy = errors.energy.sum();
-  ledger.Close("squared_error", c.squared_error(), squared, evidence.tolerance());
+  report.Close("squared_error", c.squared_error(), squared, evidence.tolerance());
   const double lambda = evidence.feedback.has_value() ? c.lambda_used() : 0;
-  ledger.Close("damped_squared_error", c.damped_squared_error(),
+  report.Close("damped_squared_error", c.damped_squared_error(),
                squared + lambda * LiveChange(layer), evidence.tolerance());
-  CheckPolish(evidence, ledger);
-  ledger.Close("reference_energy", c.reference_energy(), energy, kPromise);
-  ledger.Close("relative_error", c.relative_error(), Relative(squared, energy),
+  CheckPolish(evidence, report);
+  report.Close("reference_energy", c.reference_energy(), energy, kPromise);
+  report.Close("relative_error", c.relative_error(), Relative(squared, energy),
                evidence.tolerance());
-  CheckNearest(evidence, ledger);
+  CheckNearest(evidence, report);
   const std::vector<double> rows = ToStd(errors.squared.cwiseSqrt());
   if (evidence.spec().certificate().per_row()) {
     std::vector<Range> ranges;
     ranges.reserve(rows.size());
     for (const double row : rows) ranges.push_back(Around(row, evidence.tolerance()));
-    ledger.Rows("row_error", {c.row_error().begin(), c.row_error().end()}, rows, ranges);
+    report.Rows("row_error", {c.row_error().begin(), c.row_error().end()}, rows, ranges);
   } else {
-    ledger.Count("row_error", c.row_error_size(), 0, 0);
+    report.Count("row_error", c.row_error_size(), 0, 0);
   }
-  if (layer.ladder) return;
+  if (layer.held_out_damping) return;
   std::optional<double> held_out;
   if (layer.held_out.x.rows() > 0) {
     const OutputErrors unseen =
         ErrorsOn(layer.held_out, layer.w, layer.q.levels, /*with_residual=*/false);
     held_out = Relative(unseen.squared.sum(), unseen.energy.sum());
   }
-  OptionalClose("held_out_relative_error", c.has_held_out_relative_error(),
-                c.held_out_relative_error(), held_out, kPromise, ledger);
+  report.OptionalClose("held_out_relative_error", c.has_held_out_relative_error(),
+                       c.held_out_relative_error(), held_out, kPromise);
 }
 
 }  // namespace certiq::verify

@@ -1,19 +1,23 @@
-// The comparisons, by subject. Every function adds one finding for each field it speaks of.
+// Comparisons of a certificate with what was recomputed, by subject. Each function adds one finding
+// for each field it covers.
 #ifndef CERTIQ_CLIENT_CPP_VERIFY_CHECKS_H_
 #define CERTIQ_CLIENT_CPP_VERIFY_CHECKS_H_
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "certiq/v1/certificate.pb.h"
 #include "feedback.h"
 #include "layer.h"
-#include "ledger.h"
+#include "matrix.h"
 #include "token_errors.h"
+#include "verification_report.h"
 
 namespace certiq::verify {
 
-// Certified numbers are promised to this, relative.
+// Relative accuracy that the service promises of certified numbers.
 inline constexpr double kPromise = 1e-4;
 // Bounds are evaluated outward by the service, so that true bounds are never below: initial terms
 // and sums by 1e-6, relative; eps_j by 2^-22 |v_j|, v_j the target; sigma_max(X~) by at most 1e-3.
@@ -21,11 +25,11 @@ inline constexpr double kOutward = 2e-6;
 inline constexpr double kOutwardTarget = 0x1p-22;
 inline constexpr double kOutwardSigma = 1e-3;
 
-// Everything that was recomputed.
+// The recomputed quantities, and the certificate to compare them with.
 struct Evidence {
   const v1::Certificate& certificate;
   const Layer& layer;
-  // On the fit.
+  // Output errors on the tokens of the fit.
   OutputErrors errors;
   // Unset for NEAREST and where the service fell back to it.
   std::optional<Feedback> feedback;
@@ -53,22 +57,16 @@ struct Evidence {
   double ErrorSlack(Eigen::Index r, Eigen::Index i) const;
 };
 
-// Digests, shapes, what the spec says, what leaves no trace.
-void CheckIdentity(const Sources& sources, const v1::Certificate& certificate, Ledger& ledger);
-// Rows held out, groups, dead features, codes.
-void CheckData(const Evidence& evidence, Ledger& ledger);
-// lambda by its rule, attempts, ladder, condition.
-void CheckDamping(const Evidence& evidence, Ledger& ledger);
-// Errors on the tokens, and plain rounding's.
-void CheckErrors(const Evidence& evidence, Ledger& ledger);
-// C2, bounds, predictions and initial terms; that the bounds hold.
-void CheckBounds(const Evidence& evidence, Ledger& ledger);
-// Clipping, bits needed.
-void CheckAlphabet(const Evidence& evidence, Ledger& ledger);
-
-// An optional field: present where `expected` is, and then close to it.
-void OptionalClose(absl::string_view name, bool present, double certified,
-                   std::optional<double> expected, double relative, Ledger& ledger);
+// Compares held-out rows, groups, dead features and codes.
+void CheckData(const Evidence& evidence, VerificationReport& report);
+// Compares lambda with its rule, the attempts, the ladder and the condition.
+void CheckDamping(const Evidence& evidence, VerificationReport& report);
+// Compares the errors on tokens, those of plain rounding included.
+void CheckErrors(const Evidence& evidence, VerificationReport& report);
+// Compares C2, bounds, predictions and initial terms, and checks that the bounds hold.
+void CheckBounds(const Evidence& evidence, VerificationReport& report);
+// Compares clipping and the bits needed.
+void CheckRequiredBits(const Evidence& evidence, VerificationReport& report);
 
 }  // namespace certiq::verify
 

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <utility>
 
+#include "base/status_macros.h"
+
 namespace certiq::verify {
 namespace {
 
@@ -96,9 +98,7 @@ absl::StatusOr<Feedback> RecomputeIn(const std::vector<int64_t>& order, const La
   Feedback f;
   f.order = order;
   f.h = DampedGram(layer, order, lambda);
-  absl::StatusOr<Factor> factor = ReverseCholesky(f.h);
-  if (!factor.ok()) return factor.status();
-  f.factor = *std::move(factor);
+  ASSIGN_OR_RETURN(f.factor, ReverseCholesky(f.h));
   const bool mismatched = layer.fit.x_quantized.has_value();
   const Matrix w = Worked(layer.live_w, order);
   const Matrix q = Worked(layer.q.levels, order);
@@ -172,21 +172,19 @@ int64_t SettleTies(const Layer& layer, const v1::QuantizationSpec& spec, const F
 
 absl::StatusOr<Feedback> Recompute(const Layer& layer, const v1::QuantizationSpec& spec,
                                    double lambda, const OutputErrors& errors) {
-  absl::StatusOr<Feedback> f = RecomputeIn(layer.order, layer, spec, lambda, errors);
-  if (!f.ok()) return f;
+  ASSIGN_OR_RETURN(Feedback f, RecomputeIn(layer.order, layer, spec, lambda, errors));
   // Three near-equal neighbours may need a second round.
   int64_t swapped = 0;
   for (int round = 0; round < 3; ++round) {
-    std::vector<int64_t> order = f->order;
-    const int64_t found = SettleTies(layer, spec, *f, order);
+    std::vector<int64_t> order = f.order;
+    const int64_t found = SettleTies(layer, spec, f, order);
     if (found == 0) break;
     swapped += found;
-    f = RecomputeIn(order, layer, spec, lambda, errors);
-    if (!f.ok()) return f;
+    ASSIGN_OR_RETURN(f, RecomputeIn(order, layer, spec, lambda, errors));
   }
-  f->swapped = swapped;
-  f->inverse_u = InverseOfUnitUpper(f->factor.u);
-  f->slack = SumsSlack(f->h, f->factor, layer.fit.x.rows());
+  f.swapped = swapped;
+  f.inverse_u = InverseOfUnitUpper(f.factor.u);
+  f.slack = SumsSlack(f.h, f.factor, layer.fit.x.rows());
   return f;
 }
 

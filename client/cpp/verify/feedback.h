@@ -1,4 +1,4 @@
-// What the factor says about a layer quantized with error feedback (OPTQ, Qronos).
+// Error feedback of OPTQ and Qronos, recomputed from the factor of H.
 #ifndef CERTIQ_CLIENT_CPP_VERIFY_FEEDBACK_H_
 #define CERTIQ_CLIENT_CPP_VERIFY_FEEDBACK_H_
 

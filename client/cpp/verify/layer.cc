@@ -7,8 +7,10 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "held_out_split.h"
 #include "linear_algebra.h"
-#include "split.h"
+#include "tensors.h"
 
 namespace certiq::verify {
 namespace {
@@ -40,13 +42,9 @@ absl::StatusOr<Matrix> DecodeRows(const TensorView& tensor, const std::vector<bo
 absl::StatusOr<Tokens> DecodeTokens(const Sources& sources, const std::vector<bool>& held_out,
                                     bool wanted) {
   Tokens tokens;
-  absl::StatusOr<Matrix> x = DecodeRows(sources.x, held_out, wanted);
-  if (!x.ok()) return x.status();
-  tokens.x = *std::move(x);
+  ASSIGN_OR_RETURN(tokens.x, DecodeRows(sources.x, held_out, wanted));
   if (sources.x_quantized.has_value()) {
-    absl::StatusOr<Matrix> quantized = DecodeRows(*sources.x_quantized, held_out, wanted);
-    if (!quantized.ok()) return quantized.status();
-    tokens.x_quantized = *std::move(quantized);
+    ASSIGN_OR_RETURN(tokens.x_quantized, DecodeRows(*sources.x_quantized, held_out, wanted));
   }
   return tokens;
 }
@@ -60,15 +58,15 @@ absl::Status ExpectMatrix(const TensorView& tensor) {
 }
 
 absl::Status CheckShapes(const Sources& sources) {
-  if (absl::Status status = ExpectMatrix(sources.weight); !status.ok()) return status;
-  if (absl::Status status = ExpectMatrix(sources.x); !status.ok()) return status;
+  RETURN_IF_ERROR(ExpectMatrix(sources.weight));
+  RETURN_IF_ERROR(ExpectMatrix(sources.x));
   if (sources.x.shape[1] != sources.weight.shape[1]) {
     return absl::InvalidArgumentError(
         absl::StrCat(sources.x.name, ": expected ", sources.weight.shape[1],
                      " features as the weights have, got ", sources.x.shape[1]));
   }
   if (!sources.x_quantized.has_value()) return absl::OkStatus();
-  if (absl::Status status = ExpectMatrix(*sources.x_quantized); !status.ok()) return status;
+  RETURN_IF_ERROR(ExpectMatrix(*sources.x_quantized));
   if (sources.x_quantized->shape != sources.x.shape) {
     return absl::InvalidArgumentError(
         absl::StrCat(sources.x_quantized->name, ": expected the shape of x, ",
@@ -96,7 +94,7 @@ std::vector<int64_t> WorkingOrder(const v1::QuantizationSpec& spec, const Layer&
 }  // namespace
 
 absl::StatusOr<Layer> LoadLayer(const Sources& sources, const v1::Certificate& certificate) {
-  if (absl::Status status = CheckShapes(sources); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckShapes(sources));
   const v1::QuantizationSpec& spec = certificate.spec();
   const double fraction = certificate.held_out_fraction();
   if (!(fraction >= 0 && fraction <= 0.5) ||
@@ -116,28 +114,22 @@ absl::StatusOr<Layer> LoadLayer(const Sources& sources, const v1::Certificate& c
         "one)");
   }
   Layer layer;
-  absl::StatusOr<Quantized> q =
-      ReadQuantized(spec, sources.weight.shape[0], sources.weight.shape[1], sources.result);
-  if (!q.ok()) return q.status();
-  layer.q = *std::move(q);
-  absl::StatusOr<Matrix> w = DecodeRows(
-      sources.weight, std::vector<bool>(static_cast<size_t>(sources.weight.shape[0])), false);
-  if (!w.ok()) return w.status();
-  layer.w = *std::move(w);
+  ASSIGN_OR_RETURN(layer.q, ReadQuantized(spec, sources.weight.shape[0], sources.weight.shape[1],
+                                          sources.result));
+  ASSIGN_OR_RETURN(
+      layer.w, DecodeRows(sources.weight,
+                          std::vector<bool>(static_cast<size_t>(sources.weight.shape[0])), false));
 
   const std::vector<bool> held = HeldOutRows(
       sources.x.shape[0], fraction, std::max<int64_t>(1, certificate.held_out_block_rows()),
       sources.stream_id.value_or(""));
   const bool any = std::find(held.begin(), held.end(), true) != held.end();
-  layer.ladder = any && spec.method() != v1::METHOD_NEAREST &&
-                 spec.damping().rule_case() == v1::Damping::kHeldOut;
-  absl::StatusOr<Tokens> fit =
-      DecodeTokens(sources, layer.ladder ? std::vector<bool>(held.size()) : held, false);
-  if (!fit.ok()) return fit.status();
-  layer.fit = *std::move(fit);
-  absl::StatusOr<Tokens> held_out = DecodeTokens(sources, held, true);
-  if (!held_out.ok()) return held_out.status();
-  layer.held_out = *std::move(held_out);
+  layer.held_out_damping = any && spec.method() != v1::METHOD_NEAREST &&
+                           spec.damping().rule_case() == v1::Damping::kHeldOut;
+  ASSIGN_OR_RETURN(
+      layer.fit,
+      DecodeTokens(sources, layer.held_out_damping ? std::vector<bool>(held.size()) : held, false));
+  ASSIGN_OR_RETURN(layer.held_out, DecodeTokens(sources, held, true));
   if (layer.fit.x.rows() == 0) {
     return absl::InvalidArgumentError("held_out_fraction: every row would be held out");
   }

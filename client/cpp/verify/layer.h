@@ -1,16 +1,16 @@
-// The raw data of a layer, split and ready for the formulas.
+// Decoded layer: weights, tokens to fit and held out, quantized weights, Gram matrix.
 #ifndef CERTIQ_CLIENT_CPP_VERIFY_LAYER_H_
 #define CERTIQ_CLIENT_CPP_VERIFY_LAYER_H_
 
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "certiq/v1/certificate.pb.h"
+#include "matrix.h"
 #include "quantized.h"
-#include "tensors.h"
+#include "sources.h"
 
 namespace certiq::verify {
 
@@ -22,7 +22,7 @@ struct Tokens {
   const Matrix& inputs() const { return x_quantized.has_value() ? *x_quantized : x; }
 };
 
-// Everything in the original order of features, but for `order`.
+// All members but `order` are in the original order of features.
 struct Layer {
   // W [R, N] as it came, and with zeros at dead features (D3).
   Matrix w;
@@ -37,19 +37,8 @@ struct Layer {
   std::vector<bool> dead;
   // Element i: the feature worked on at step i (O1).
   std::vector<int64_t> order;
-  // The rule chose lambda by held-out tokens: the fit then has all tokens.
-  bool ladder = false;
-};
-
-// What the user has.
-struct Sources {
-  TensorView weight;
-  TensorView x;
-  std::optional<TensorView> x_quantized;
-  // The one stream under which all of the activations went into a calibration: its name decided
-  // which of them were held out. Unset where they came with the call.
-  std::optional<std::string> stream_id;
-  TensorByRole result;
+  // Whether the rule chose lambda by held-out tokens (V2); the final fit then has all tokens.
+  bool held_out_damping = false;
 };
 
 // Decodes, splits and unpacks. INVALID_ARGUMENT naming what does not fit together.

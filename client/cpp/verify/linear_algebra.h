@@ -1,4 +1,4 @@
-// The factorisation (M1) and what is asked of it, in float64.
+// Factorisation (M1) of H, its condition and its largest eigenvalue, in float64.
 #ifndef CERTIQ_CLIENT_CPP_VERIFY_LINEAR_ALGEBRA_H_
 #define CERTIQ_CLIENT_CPP_VERIFY_LINEAR_ALGEBRA_H_
 
@@ -6,7 +6,7 @@
 #include <functional>
 
 #include "absl/status/statusor.h"
-#include "tensors.h"
+#include "matrix.h"
 
 namespace certiq::verify {
 
@@ -18,7 +18,7 @@ struct Factor {
   Vector d;
 };
 
-// H is symmetric [N, N]; only its lower triangle is read. INVALID_ARGUMENT where it is not
+// Factors H, symmetric [N, N]; only its lower triangle is read. INVALID_ARGUMENT where it is not
 // positive definite. N^3 / 3 flops.
 absl::StatusOr<Factor> ReverseCholesky(const Matrix& h);
 

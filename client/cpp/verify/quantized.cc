@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "tensors.h"
 
 namespace certiq::verify {
 namespace {
@@ -50,32 +53,27 @@ class Reader {
 
 absl::StatusOr<TensorView> Reader::Get(const std::string& role, v1::DataType dtype,
                                        const std::vector<int64_t>& shape) {
-  absl::StatusOr<TensorView> tensor = tensor_(role);
-  if (!tensor.ok()) return tensor;
-  if (absl::Status status = ExpectTensor(*tensor, dtype, shape); !status.ok()) return status;
+  ASSIGN_OR_RETURN(TensorView tensor, tensor_(role));
+  RETURN_IF_ERROR(ExpectTensor(tensor, dtype, shape));
   return tensor;
 }
 
 absl::StatusOr<Words> Reader::GetWords(const std::string& role, const std::vector<int64_t>& shape) {
-  const absl::StatusOr<TensorView> tensor = Get(role, v1::DATA_TYPE_I32, shape);
-  if (!tensor.ok()) return tensor.status();
-  const absl::StatusOr<std::vector<int64_t>> values = DecodeIntegers(*tensor);
-  if (!values.ok()) return values.status();
-  Words words(values->size());
-  std::transform(values->begin(), values->end(), words.begin(),
+  ASSIGN_OR_RETURN(const TensorView tensor, Get(role, v1::DATA_TYPE_I32, shape));
+  ASSIGN_OR_RETURN(const std::vector<int64_t> values, DecodeIntegers(tensor));
+  Words words(values.size());
+  std::transform(values.begin(), values.end(), words.begin(),
                  [](int64_t value) { return static_cast<uint32_t>(value); });
   return words;
 }
 
 absl::Status Reader::Groups(const std::string& role) {
-  const absl::StatusOr<TensorView> tensor = Get(role, v1::DATA_TYPE_I32, {q_.features});
-  if (!tensor.ok()) return tensor.status();
-  const absl::StatusOr<std::vector<int64_t>> values = DecodeIntegers(*tensor);
-  if (!values.ok()) return values.status();
-  for (size_t j = 0; j < values->size(); ++j) {
-    const int64_t group = (*values)[j];
+  ASSIGN_OR_RETURN(const TensorView tensor, Get(role, v1::DATA_TYPE_I32, {q_.features}));
+  ASSIGN_OR_RETURN(const std::vector<int64_t> values, DecodeIntegers(tensor));
+  for (size_t j = 0; j < values.size(); ++j) {
+    const int64_t group = values[j];
     if (group < 0 || group >= q_.groups) {
-      return absl::InvalidArgumentError(absl::StrCat(tensor->name, ": expected groups 0 to ",
+      return absl::InvalidArgumentError(absl::StrCat(tensor.name, ": expected groups 0 to ",
                                                      q_.groups - 1, ", got ", group, " at feature ",
                                                      j));
     }
@@ -87,10 +85,9 @@ absl::Status Reader::Groups(const std::string& role) {
 absl::Status Reader::Scales(const std::string& role, v1::DataType dtype, bool groups_first) {
   const std::vector<int64_t> shape = groups_first ? std::vector<int64_t>{q_.groups, q_.rows}
                                                   : std::vector<int64_t>{q_.rows, q_.groups};
-  const absl::StatusOr<TensorView> tensor = Get(role, dtype, shape);
-  if (!tensor.ok()) return tensor.status();
+  ASSIGN_OR_RETURN(const TensorView tensor, Get(role, dtype, shape));
   std::vector<float> values(q_.scale.size());
-  DecodeFloats(*tensor, 0, static_cast<int64_t>(values.size()), values.data());
+  DecodeFloats(tensor, 0, static_cast<int64_t>(values.size()), values.data());
   for (int64_t r = 0; r < q_.rows; ++r) {
     for (int64_t g = 0; g < q_.groups; ++g) {
       const float scale =
@@ -98,7 +95,7 @@ absl::Status Reader::Scales(const std::string& role, v1::DataType dtype, bool gr
       const bool sign = scale > 0 || (scale < 0 && spec_.signed_scales());
       if (!sign || !std::isfinite(scale) || RoundToType(spec_.scale_dtype(), scale) != scale) {
         return absl::InvalidArgumentError(
-            absl::StrCat(tensor->name, ": the scale of row ", r, ", group ", g, " is ", scale,
+            absl::StrCat(tensor.name, ": the scale of row ", r, ", group ", g, " is ", scale,
                          ", expected a ", spec_.signed_scales() ? "finite " : "positive finite ",
                          DataTypeName(spec_.scale_dtype())));
       }
@@ -141,27 +138,24 @@ absl::Status Reader::CodesFromLevels(const TensorView& weight) {
 }
 
 absl::Status Reader::Dense() {
-  if (absl::Status status = Scales("scales", v1::DATA_TYPE_F32, false); !status.ok()) return status;
+  RETURN_IF_ERROR(Scales("scales", v1::DATA_TYPE_F32, false));
   if (!spec_.symmetric()) {
-    const auto zeros = Get("zeros", v1::DATA_TYPE_I32, {q_.rows, q_.groups});
-    if (!zeros.ok()) return zeros.status();
-    const auto values = DecodeIntegers(*zeros);
-    if (!values.ok()) return values.status();
-    for (size_t at = 0; at < values->size(); ++at) {
-      const int64_t zero = (*values)[at];
+    ASSIGN_OR_RETURN(const auto zeros, Get("zeros", v1::DATA_TYPE_I32, {q_.rows, q_.groups}));
+    ASSIGN_OR_RETURN(const auto values, DecodeIntegers(zeros));
+    for (size_t at = 0; at < values.size(); ++at) {
+      const int64_t zero = values[at];
       if (zero < 0 || zero > q_.top) {
         return absl::InvalidArgumentError(
-            absl::StrCat(zeros->name, ": expected 0 to ", q_.top, ", got ", zero, " at ", at));
+            absl::StrCat(zeros.name, ": expected 0 to ", q_.top, ", got ", zero, " at ", at));
       }
       q_.zero[at] = static_cast<int32_t>(zero);
     }
   }
   if (spec_.group_size() != 0) {
-    if (absl::Status status = Groups("g_idx"); !status.ok()) return status;
+    RETURN_IF_ERROR(Groups("g_idx"));
   }
-  const auto weight = Get("weight", q_.level_type, {q_.rows, q_.features});
-  if (!weight.ok()) return weight.status();
-  return CodesFromLevels(*weight);
+  ASSIGN_OR_RETURN(const auto weight, Get("weight", q_.level_type, {q_.rows, q_.features}));
+  return CodesFromLevels(weight);
 }
 
 absl::Status Reader::Gptq() {
@@ -170,22 +164,20 @@ absl::Status Reader::Gptq() {
   const int64_t zero_words = WordsFor(q_.rows, bits);
   // Version 1 stores zero points minus one.
   const int32_t offset = spec_.format() == v1::FORMAT_GPTQ ? 1 : 0;
-  const auto codes = GetWords("qweight", {words, q_.rows});
-  if (!codes.ok()) return codes.status();
-  const auto zeros = GetWords("qzeros", {q_.groups, zero_words});
-  if (!zeros.ok()) return zeros.status();
-  if (absl::Status status = Scales("scales", v1::DATA_TYPE_F16, true); !status.ok()) return status;
-  if (absl::Status status = Groups("g_idx"); !status.ok()) return status;
+  ASSIGN_OR_RETURN(const auto codes, GetWords("qweight", {words, q_.rows}));
+  ASSIGN_OR_RETURN(const auto zeros, GetWords("qzeros", {q_.groups, zero_words}));
+  RETURN_IF_ERROR(Scales("scales", v1::DATA_TYPE_F16, true));
+  RETURN_IF_ERROR(Groups("g_idx"));
   for (int64_t r = 0; r < q_.rows; ++r) {
     for (int64_t g = 0; g < q_.groups; ++g) {
       q_.zero[static_cast<size_t>(r * q_.groups + g)] =
           offset + Unpack(r, bits, [&](int64_t w) {
-            return (*zeros)[static_cast<size_t>(g * zero_words + w)];
+            return zeros[static_cast<size_t>(g * zero_words + w)];
           });
     }
     for (int64_t j = 0; j < q_.features; ++j) {
-      q_.codes[static_cast<size_t>(r * q_.features + j)] = Unpack(
-          j, bits, [&](int64_t w) { return (*codes)[static_cast<size_t>(w * q_.rows + r)]; });
+      q_.codes[static_cast<size_t>(r * q_.features + j)] =
+          Unpack(j, bits, [&](int64_t w) { return codes[static_cast<size_t>(w * q_.rows + r)]; });
     }
   }
   return absl::OkStatus();
@@ -194,40 +186,33 @@ absl::Status Reader::Gptq() {
 absl::Status Reader::Compressed() {
   const int32_t bits = spec_.bits();
   const int64_t words = WordsFor(q_.features, bits);
-  const auto codes = GetWords("weight_packed", {q_.rows, words});
-  if (!codes.ok()) return codes.status();
-  if (absl::Status status = Scales("weight_scale", spec_.scale_dtype(), false); !status.ok()) {
-    return status;
-  }
-  const auto shape = Get("weight_shape", v1::DATA_TYPE_I64, {2});
-  if (!shape.ok()) return shape.status();
-  const auto sizes = DecodeIntegers(*shape);
-  if (!sizes.ok()) return sizes.status();
-  if (*sizes != std::vector<int64_t>{q_.rows, q_.features}) {
-    return absl::InvalidArgumentError(absl::StrCat(shape->name, ": expected ",
-                                                   ShapeText({q_.rows, q_.features}), ", got ",
-                                                   ShapeText(*sizes)));
+  ASSIGN_OR_RETURN(const auto codes, GetWords("weight_packed", {q_.rows, words}));
+  RETURN_IF_ERROR(Scales("weight_scale", spec_.scale_dtype(), false));
+  ASSIGN_OR_RETURN(const auto shape, Get("weight_shape", v1::DATA_TYPE_I64, {2}));
+  ASSIGN_OR_RETURN(const auto sizes, DecodeIntegers(shape));
+  if (sizes != std::vector<int64_t>{q_.rows, q_.features}) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        shape.name, ": expected ", ShapeText({q_.rows, q_.features}), ", got ", ShapeText(sizes)));
   }
   if (!spec_.symmetric()) {
     const int64_t zero_words = WordsFor(q_.rows, bits);
-    const auto zeros = GetWords("weight_zero_point", {zero_words, q_.groups});
-    if (!zeros.ok()) return zeros.status();
+    ASSIGN_OR_RETURN(const auto zeros, GetWords("weight_zero_point", {zero_words, q_.groups}));
     for (int64_t r = 0; r < q_.rows; ++r) {
       for (int64_t g = 0; g < q_.groups; ++g) {
         q_.zero[static_cast<size_t>(r * q_.groups + g)] = Unpack(
-            r, bits, [&](int64_t w) { return (*zeros)[static_cast<size_t>(w * q_.groups + g)]; });
+            r, bits, [&](int64_t w) { return zeros[static_cast<size_t>(w * q_.groups + g)]; });
       }
     }
   }
   // Groups that follow the order of work.
   if (spec_.group_size() != 0 && spec_.order() == v1::ORDER_DECREASING_NORM &&
       spec_.group_scales() == v1::GROUP_SCALES_DYNAMIC) {
-    if (absl::Status status = Groups("weight_g_idx"); !status.ok()) return status;
+    RETURN_IF_ERROR(Groups("weight_g_idx"));
   }
   for (int64_t r = 0; r < q_.rows; ++r) {
     for (int64_t j = 0; j < q_.features; ++j) {
       q_.codes[static_cast<size_t>(r * q_.features + j)] =
-          Unpack(j, bits, [&](int64_t w) { return (*codes)[static_cast<size_t>(r * words + w)]; });
+          Unpack(j, bits, [&](int64_t w) { return codes[static_cast<size_t>(r * words + w)]; });
     }
   }
   return absl::OkStatus();
@@ -316,7 +301,7 @@ absl::StatusOr<Quantized> ReadQuantized(const v1::QuantizationSpec& spec, int64_
       status =
           absl::InvalidArgumentError("spec.format: the report names no format this version knows");
   }
-  if (!status.ok()) return status;
+  RETURN_IF_ERROR(status);
   for (size_t at = 0; at < q.zero.size(); ++at) {
     if (!spec.symmetric() || q.zero[at] == 1 << (spec.bits() - 1)) continue;
     return absl::InvalidArgumentError(absl::StrCat("zero points: expected ", 1 << (spec.bits() - 1),

@@ -3,14 +3,12 @@
 #define CERTIQ_CLIENT_CPP_VERIFY_QUANTIZED_H_
 
 #include <cstdint>
-#include <functional>
-#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "certiq/tensor.h"
 #include "certiq/v1/spec.pb.h"
-#include "tensors.h"
+#include "matrix.h"
+#include "sources.h"
 
 namespace certiq::verify {
 
@@ -49,9 +47,6 @@ struct Quantized {
   // + zero, ties to the even multiple; with half level types a neighbour that is nearer.
   int32_t NearestCode(int64_t row, int64_t feature, float value, int32_t low, int32_t high) const;
 };
-
-// A tensor of the result by its role; NOT_FOUND where there is none.
-using TensorByRole = std::function<absl::StatusOr<TensorView>(const std::string& role)>;
 
 // Reads the tensors of the spec's format (names, types and shapes: ResultHeader and the layouts of
 // GPTQ and compressed-tensors). INVALID_ARGUMENT naming tensor, row and feature where a shape is

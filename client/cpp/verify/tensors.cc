@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 
 namespace certiq::verify {
 namespace {
@@ -118,11 +119,10 @@ absl::Status ExpectTensor(const TensorView& tensor, v1::DataType dtype,
         absl::StrCat(tensor.name, ": expected ", DataTypeName(dtype), " ", ShapeText(shape),
                      ", got ", DataTypeName(tensor.dtype), " ", ShapeText(tensor.shape)));
   }
-  const absl::StatusOr<int64_t> bytes = TensorBytes(dtype, shape);
-  if (!bytes.ok()) return bytes.status();
-  if (static_cast<int64_t>(tensor.data.size()) != *bytes) {
+  ASSIGN_OR_RETURN(const int64_t bytes, TensorBytes(dtype, shape));
+  if (static_cast<int64_t>(tensor.data.size()) != bytes) {
     return absl::InvalidArgumentError(
-        absl::StrCat(tensor.name, ": expected ", *bytes, " bytes, got ", tensor.data.size()));
+        absl::StrCat(tensor.name, ": expected ", bytes, " bytes, got ", tensor.data.size()));
   }
   return absl::OkStatus();
 }

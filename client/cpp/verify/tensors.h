@@ -1,8 +1,7 @@
-// Bytes of tensors as numbers, and their digests.
+// Decoding of tensor bytes to numbers, and SHA-256 digests.
 #ifndef CERTIQ_CLIENT_CPP_VERIFY_TENSORS_H_
 #define CERTIQ_CLIENT_CPP_VERIFY_TENSORS_H_
 
-#include <Eigen/Core>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -12,9 +11,6 @@
 #include "certiq/tensor.h"
 
 namespace certiq::verify {
-
-using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-using Vector = Eigen::VectorXd;
 
 // Lowercase hex.
 std::string Sha256Hex(absl::string_view bytes);

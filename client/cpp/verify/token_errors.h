@@ -1,9 +1,9 @@
-// Errors of a quantized layer on tokens, straight from the definition: no sums, no factor.
+// Output errors of a quantized layer on tokens, by definition: without sums, without a factor.
 #ifndef CERTIQ_CLIENT_CPP_VERIFY_TOKEN_ERRORS_H_
 #define CERTIQ_CLIENT_CPP_VERIFY_TOKEN_ERRORS_H_
 
 #include "layer.h"
-#include "tensors.h"
+#include "matrix.h"
 
 namespace certiq::verify {
 

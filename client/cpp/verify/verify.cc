@@ -8,6 +8,8 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+#include "check_identity.h"
 #include "checks.h"
 #include "google/protobuf/util/json_util.h"
 
@@ -21,9 +23,8 @@ absl::StatusOr<Evidence> Gather(const Layer& layer, const v1::Certificate& certi
   const bool feedback = spec.method() != v1::METHOD_NEAREST &&
                         certificate.outcome() != v1::OUTCOME_FELL_BACK_TO_NEAREST;
   if (feedback) {
-    absl::StatusOr<Feedback> f = Recompute(layer, spec, certificate.lambda_used(), evidence.errors);
-    if (!f.ok()) return f.status();
-    evidence.feedback = *std::move(f);
+    ASSIGN_OR_RETURN(evidence.feedback,
+                     Recompute(layer, spec, certificate.lambda_used(), evidence.errors));
     evidence.order = evidence.feedback->order;
     evidence.e = evidence.feedback->e;
     evidence.d = evidence.feedback->factor.d;
@@ -39,19 +40,17 @@ absl::StatusOr<Evidence> Gather(const Layer& layer, const v1::Certificate& certi
   return evidence;
 }
 
-absl::StatusOr<Ledger> Run(const Sources& sources, const v1::Certificate& certificate) {
-  const absl::StatusOr<Layer> layer = LoadLayer(sources, certificate);
-  if (!layer.ok()) return layer.status();
-  Ledger ledger;
-  CheckIdentity(sources, certificate, ledger);
-  const absl::StatusOr<Evidence> evidence = Gather(*layer, certificate);
-  if (!evidence.ok()) return evidence.status();
-  CheckData(*evidence, ledger);
-  CheckDamping(*evidence, ledger);
-  CheckErrors(*evidence, ledger);
-  CheckBounds(*evidence, ledger);
-  CheckAlphabet(*evidence, ledger);
-  return ledger;
+absl::StatusOr<VerificationReport> Run(const Sources& sources, const v1::Certificate& certificate) {
+  ASSIGN_OR_RETURN(const Layer layer, LoadLayer(sources, certificate));
+  VerificationReport report;
+  CheckIdentity(sources, certificate, report);
+  ASSIGN_OR_RETURN(const Evidence evidence, Gather(layer, certificate));
+  CheckData(evidence, report);
+  CheckDamping(evidence, report);
+  CheckErrors(evidence, report);
+  CheckBounds(evidence, report);
+  CheckRequiredBits(evidence, report);
+  return report;
 }
 
 }  // namespace
@@ -73,7 +72,8 @@ absl::StatusOr<v1::Certificate> ParseReport(absl::string_view json) {
   return certificate;
 }
 
-absl::StatusOr<Ledger> Verify(const Sources& sources, const v1::Certificate& certificate) {
+absl::StatusOr<VerificationReport> Verify(const Sources& sources,
+                                          const v1::Certificate& certificate) {
   // Eigen and the standard library throw std::bad_alloc.
   try {
     return Run(sources, certificate);
@@ -84,9 +84,9 @@ absl::StatusOr<Ledger> Verify(const Sources& sources, const v1::Certificate& cer
   }
 }
 
-std::string FindingsText(const Ledger& ledger) {
+std::string FindingsText(const VerificationReport& report) {
   std::string text;
-  for (const Finding& finding : ledger.findings()) {
+  for (const Finding& finding : report.findings()) {
     const char* mark = "ok         ";
     if (finding.verdict == Verdict::kWrong) mark = "WRONG      ";
     if (finding.verdict == Verdict::kNotChecked) mark = "not checked";
@@ -95,9 +95,9 @@ std::string FindingsText(const Ledger& ledger) {
   return text;
 }
 
-std::string VerdictText(const Ledger& ledger) {
-  const int64_t wrong = ledger.count(Verdict::kWrong);
-  const int64_t holds = ledger.count(Verdict::kHolds);
+std::string VerdictText(const VerificationReport& report) {
+  const int64_t wrong = report.count(Verdict::kWrong);
+  const int64_t holds = report.count(Verdict::kHolds);
   if (wrong > 0) {
     return absl::StrCat("The certificate is WRONG: ", wrong, " of ", wrong + holds,
                         " checks failed.\n");

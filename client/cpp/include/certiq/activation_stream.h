@@ -1,4 +1,4 @@
-// Rows on their way into a calibration, each counted once whatever breaks meanwhile.
+// Resumable stream of activation rows into a calibration, in which each row counts once.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_ACTIVATION_STREAM_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_ACTIVATION_STREAM_H_
 
@@ -45,7 +45,7 @@ struct StreamOptions {
 class ActivationStream {
  public:
   class Sender;
-  // For CalibrationClient::OpenStream.
+  // Called by CalibrationClient::OpenStream.
   explicit ActivationStream(std::unique_ptr<Sender> sender);
   ActivationStream(const ActivationStream&) = delete;
   ActivationStream& operator=(const ActivationStream&) = delete;

@@ -1,4 +1,4 @@
-// Files that appear complete or not at all.
+// Atomic files, which appear complete or not at all.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_ATOMIC_FILE_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_ATOMIC_FILE_H_
 
@@ -12,7 +12,7 @@ namespace certiq {
 
 // A new file, invisible under its name until Commit(). Not thread-safe. Destroyed without a
 // Commit() it leaves no trace. A symbolic link is followed; what it points to is replaced. A path
-// that exists and is no regular file (a folder, a device) is refused.
+// that exists and is no regular file (a folder, a device) is rejected.
 class AtomicFile {
  public:
   // Creates the temporary file beside `path`. Errors name the path: NOT_FOUND (no such folder),
@@ -32,7 +32,7 @@ class AtomicFile {
   // Brings the bytes to disk, still under the temporary name: what remains can hardly fail.
   absl::Status Flush();
 
-  // Flush(), then the rename. At most once.
+  // Flushes and renames the file; to be called at most once.
   absl::Status Commit();
 
  private:

@@ -1,6 +1,6 @@
-// Calibrations: the sums of one input space, filled by many streams.
+// Client of the CalibrationService: sums of one input space, filled by many streams.
 //
-//   auto client = certiq::CalibrationClient::Create({.address = "localhost:50051"});
+//   auto client = certiq::CalibrationClient::Create({.address = "localhost:8470"});
 //   v1::CreateCalibrationRequest request;
 //   request.set_features(576);
 //   auto calibration = (*client)->CreateCalibration(request);
@@ -91,7 +91,7 @@ class CalibrationClient {
                                                 const std::optional<TensorView>& x_quantized,
                                                 const CallOptions& options = {}) const;
 
-  // Adds ready-made sums, once for each stream_id however often it is tried. INVALID_ARGUMENT,
+  // Adds sums made elsewhere, once for each stream_id however often it is tried. INVALID_ARGUMENT,
   // before anything is sent, as ShapeOf and for tokens below 1.
   absl::StatusOr<v1::ImportStatisticsResponse> Import(const std::string& calibration_id,
                                                       const std::string& stream_id,

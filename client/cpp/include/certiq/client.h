@@ -1,7 +1,7 @@
-// A connection to a certiq server.
+// Client of the QuantizationService, and the options that all clients share.
 //
 //   absl::StatusOr<std::unique_ptr<certiq::Client>> client =
-//       certiq::Client::Create({.address = "localhost:50051"});
+//       certiq::Client::Create({.address = "localhost:8470"});
 //   certiq::QuantizeRequestData request;
 //   request.layer_name = "layer.0";
 //   request.spec.set_bits(3);
@@ -56,7 +56,7 @@ struct ClientOptions {
   absl::Duration connect_timeout = absl::Seconds(5);
   // Bytes of tensors in a message; a row that is larger travels alone.
   int64_t chunk_bytes = int64_t{2} << 20;
-  // Waits between tries.
+  // The function that waits between tries.
   Sleeper sleep = SleepUnlessStopped;
 };
 
@@ -95,14 +95,14 @@ struct RetryNotice {
 
 using ProgressEvent = std::variant<UploadProgress, v1::Progress, RetryNotice>;
 
-// Of any call of the library.
+// Options of any call of the library.
 struct CallOptions {
   // Called for one event at a time, from the calling thread or one of the client's: it must not
   // throw and should return soon, for the stream waits for it.
   std::function<void(const ProgressEvent&)> progress = {};
   // For the whole call, retries and waits included.
   absl::Duration timeout = absl::InfiniteDuration();
-  // Stopping it, from any thread, ends the call with CANCELLED.
+  // Stopping the source of it, from any thread, ends the call with CANCELLED.
   std::stop_token cancel = {};
 };
 
@@ -129,7 +129,7 @@ class Client {
   ~Client();
 
   // Quantizes one layer; blocks. Sends weights, then activations, and reads the answer meanwhile:
-  // a server that refuses early stops the upload. Nothing is kept of a call that fails.
+  // a server that rejects early stops the upload. Nothing is kept of a call that fails.
   //
   // Errors: the server's status, its details readable by DetailsOf(status);
   // INVALID_ARGUMENT, before anything is sent, where shapes, dtypes and sizes do not fit together;

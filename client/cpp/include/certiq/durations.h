@@ -1,4 +1,4 @@
-// Durations of the contract.
+// Conversion of durations to the contract's type.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_DURATIONS_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_DURATIONS_H_
 

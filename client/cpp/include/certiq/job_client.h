@@ -1,4 +1,4 @@
-// Jobs: quantizations that outlive the call that asked for them.
+// Client of the JobService: quantizations that outlive the call that asked for them.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_JOB_CLIENT_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_JOB_CLIENT_H_
 
@@ -28,11 +28,11 @@ struct JobRequest {
   v1::QuantizationSpec spec = {};
   // Weights [R, N] of a floating dtype.
   TensorView weight = {};
-  // Finalized, of N features.
+  // A finalized calibration of N features.
   std::string calibration_id = {};
   // -100 to 100, higher goes first.
   int32_t priority = 0;
-  // From the job's creation.
+  // The time allowed from the job's creation.
   std::optional<absl::Duration> deadline = {};
   // How long the job and its result are kept after its end.
   std::optional<absl::Duration> ttl = {};

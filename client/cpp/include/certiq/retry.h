@@ -1,4 +1,4 @@
-// When a failed call is worth another try, and how long to wait for it.
+// Retry policy: which failed calls are repeated, and after which wait.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_RETRY_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_RETRY_H_
 
@@ -33,9 +33,9 @@ struct RetryPolicy {
 // How one attempt ended.
 struct AttemptOutcome {
   absl::Status status = {};
-  // Something was sent to or came from a server.
+  // Whether a message was sent to or came from a server.
   bool reached_server = false;
-  // A part of the result came: the work was done, and doing it again is the caller's choice.
+  // Whether a part of the result came, which only the caller may ask for again.
   bool result_started = false;
   // The error was found here, in what the server sent: it would do so again.
   bool local = false;
@@ -50,7 +50,7 @@ struct AttemptOutcome {
 // Waits, or returns false at once when the token is stopped, during the wait too.
 using Sleeper = std::function<bool(absl::Duration, const std::stop_token&)>;
 
-// The real one. Thread-safe.
+// The default Sleeper of a client. Thread-safe.
 bool SleepUnlessStopped(absl::Duration duration, const std::stop_token& stop);
 
 // The retry decisions of one call. Not thread-safe.

@@ -1,5 +1,5 @@
-// Reads and writes safetensors files: 8 bytes of header length (little-endian), a JSON header,
-// then the tensors' bytes without gaps.
+// Safetensors files: 8 bytes of header length (little-endian), a JSON header, then the tensors'
+// bytes without gaps.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_SAFETENSORS_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_SAFETENSORS_H_
 
@@ -43,7 +43,7 @@ struct SafetensorsHeader {
 };
 
 // Checks and reads a header. `bytes` is the file from its first byte on, at least up to the end
-// of the header (fewer: refused as truncated); `file_bytes` is the size of the whole file; `file`
+// of the header (fewer: rejected as truncated); `file_bytes` is the size of the whole file; `file`
 // is only named in errors. Touches nothing but its arguments.
 // INVALID_ARGUMENT, naming file, tensor and field, what was expected and what came, where the
 // format is violated.

@@ -1,4 +1,4 @@
-// Ready-made sums of activations: X^T X and, where inputs are mismatched, X~^T X~ and X~^T X.
+// Sums of activations made elsewhere: X^T X and, where inputs are mismatched, X~^T X~ and X~^T X.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_STATISTICS_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_STATISTICS_H_
 

@@ -1,4 +1,4 @@
-// What a server's error says, beyond its code and message.
+// Statuses with the details that a server attaches (google.rpc).
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_STATUS_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_STATUS_H_
 
@@ -49,7 +49,7 @@ absl::Status FromGrpcStatus(const grpc::Status& status);
 // The same for a status within a message, such as why a job failed.
 absl::Status FromRpcStatus(const google::rpc::Status& status);
 
-// Reads the details back.
+// The details that FromGrpcStatus and FromRpcStatus attached.
 ErrorDetails DetailsOf(const absl::Status& status);
 
 // The same status, details included, with `suffix` after its message. OK stays OK.

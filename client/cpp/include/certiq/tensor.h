@@ -1,4 +1,4 @@
-// Views of dense tensors, as they lie in files and travel on the wire.
+// Dense tensors, laid out as in files and on the wire.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_TENSOR_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_TENSOR_H_
 

@@ -1,4 +1,4 @@
-// Names that nobody else makes up.
+// Random UUIDs.
 #ifndef CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_UUID_H_
 #define CERTIQ_CLIENT_CPP_INCLUDE_CERTIQ_UUID_H_
 

@@ -12,12 +12,12 @@ from certiq._tries import Failed, failed
 from certiq.errors import Error, Internal, broken
 from certiq.retry import Outcome
 
-# Frames that wait for gRPC: one on its way, one ready.
+# So many frames wait for gRPC: one on its way, one ready.
 _AHEAD = 2
 
 
 class Positions:
-    """What the server said last, which never goes back."""
+    """The server's latest position, which never goes back."""
 
     def __init__(self, stream_id: str) -> None:
         self._stream_id = stream_id
@@ -25,7 +25,7 @@ class Positions:
         self.latest = StreamProgress()
 
     def take(self, progress: StreamProgress) -> None:
-        """Internal where it breaks the contract."""
+        """Takes a position; raises Internal where it breaks the contract."""
         last = self.latest
         if (
             progress.stream_id != self._stream_id
@@ -43,7 +43,7 @@ class Positions:
 
 
 class AccumulateCall(Protocol):
-    """For one user at a time."""
+    """An open call of a stream, for one user at a time."""
 
     @property
     def latest(self) -> StreamProgress: ...

@@ -23,7 +23,7 @@ from certiq.retry import Outcome
 
 T = TypeVar("T")
 
-# Made when they are needed, one for each stream that waits.
+# Threads are made when they are needed, one for each stream that waits.
 _MAX_THREADS = 1024
 
 
@@ -71,7 +71,7 @@ class AioTransport:
 
 
 async def _ended(future: Any, frames: Frames | None = None) -> Any:
-    """What a call of one answer ended with."""
+    """The result or the error of a call with one answer."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Where a channel goes, how it is secured, and what it sends with every call."""
+"""Connections: the channel, its credentials, and the metadata of every call."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import grpc
 from certiq.errors import FailedPrecondition, InvalidArgument, invalid
 from certiq.tensors import MAX_ROW_BYTES
 
-# With the rest of a call's metadata it has to fit the 8 KiB that servers accept.
+# With the rest of a call's metadata a token has to fit the 8 KiB that servers accept.
 _MAX_TOKEN_BYTES = 4096
 _LOOPBACK = re.compile(r"127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}")
 
@@ -83,7 +83,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_token(token: str) -> None:
-    # The message must not repeat it.
+    # An error message must not repeat the token.
     if not 1 <= len(token) <= _MAX_TOKEN_BYTES or not all("!" <= c <= "~" for c in token):
         raise invalid(
             "token",
@@ -104,7 +104,7 @@ def _options(
         ("grpc.keepalive_time_ms", 330_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),
-        # Retries are this package's, with limits of its own.
+        # This package retries itself, with limits of its own.
         ("grpc.enable_retries", 0),
     ]
     # A proxy of the environment cannot reach this machine's own servers.
@@ -128,7 +128,7 @@ def _credentials(tls: Tls) -> grpc.ChannelCredentials:
     if tls.cert is not None and tls.key is not None:
         cert, key = _read("cert", tls.cert), _read("key", tls.key)
         try:
-            # Nobody can be asked for a password.
+            # A key with a password is refused: nobody can be asked for it.
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.load_cert_chain(tls.cert, tls.key, password=lambda: b"")
         except ssl.SSLError as error:

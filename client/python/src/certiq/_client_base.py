@@ -1,4 +1,4 @@
-"""How a client is made, blocking or asynchronous."""
+"""The constructor that the blocking and the asynchronous client share."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Puts a result together from frames, and trusts none of them."""
+"""A collector that puts a result together from frames, each checked before it is used."""
 
 import math
 
@@ -32,7 +32,7 @@ class ResultCollector:
         self._header: ResultHeader | None = None
         self._header_came = False
         self._arrays: list[Array] = []
-        # One dimension of bytes each, sharing memory with the arrays.
+        # Each view is one dimension of bytes that shares memory with its array.
         self._memory: list[Array] = []
         self._filled: list[int] = []
         self._certificate = Certificate()
@@ -178,7 +178,7 @@ class ResultCollector:
             raise broken(f'certificate: expected every row of "{name}" first')
         self._certificate_started = True
         self._certificate_bytes += certificate.ByteSize()
-        # Two numbers a row, and lists whose lengths the contract bounds.
+        # A certificate has two numbers a row, and lists whose lengths the contract bounds.
         limit = (16 << 20) + 32 * self._rows
         if self._certificate_bytes > limit:
             raise broken(

@@ -1,4 +1,4 @@
-"""Every call of the client, once, for the blocking and the asynchronous one."""
+"""The calls of the client, each written once for the blocking and the asynchronous one."""
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 
 class Core:
+    """All calls of one connection, over the transport that runs them."""
+
     def __init__(self, transport: Transport, retry: Retry, chunk_bytes: int) -> None:
         self.transport = transport
         self.retry = retry
@@ -46,7 +48,7 @@ class Core:
     async def call(
         self, method: Method[Request, Response], request: Request, timeout: float | None = None
     ) -> Response:
-        """One message each way, repeated: for methods that may be."""
+        """A call of one message each way, tried again: the method has to be idempotent."""
         found: list[Response] = []
 
         async def attempt(seconds: float | None) -> Outcome:
@@ -63,7 +65,7 @@ class Core:
         items: Callable[[Response], Any],
         timeout: float | None,
     ) -> AsyncIterator[Any]:
-        """All items of all pages; a page is asked for when the one before has been read."""
+        """Yields the items of all pages; asks for a page when the one before has been read."""
         while True:
             page: Any = await self.call(method, request, timeout)
             for item in items(page):
@@ -73,8 +75,6 @@ class Core:
             if page.next_page_token == request.page_token:
                 raise broken("next_page_token: expected another page")
             request.page_token = page.next_page_token
-
-    # One layer.
 
     async def quantize(
         self, request: LayerRequest, progress: ProgressLike, timeout: float | None
@@ -112,15 +112,13 @@ class Core:
             report.close()
         return collector.finish(request.header.layer_name)
 
-    # Calibrations.
-
     async def create_calibration(
         self, request: c.CreateCalibrationRequest, timeout: float | None
     ) -> c.Calibration:
         return await self.call(_methods.CREATE_CALIBRATION, request, timeout)
 
     async def find_calibration(self, id_or_label: str, timeout: float | None) -> c.Calibration:
-        """By its id or, where there is none, its label."""
+        """The calibration with this id or, where there is none, this label."""
         if not id_or_label:
             raise invalid("calibration_id", "expected an id or a label, got none")
         try:
@@ -178,7 +176,7 @@ class Core:
         window_bytes: int,
         timeout: float | None,
     ) -> StreamSender:
-        """Not open yet."""
+        """A sender for a stream, which is not open yet."""
         size = row_bytes(calibration.features, x, x_quantized)
         if size > MAX_ROW_BYTES:
             raise invalid(
@@ -227,15 +225,13 @@ class Core:
         found: list[StatisticsCollector] = []
 
         async def attempt(seconds: float | None) -> Outcome:
-            # A try that breaks begins anew.
+            # An export that breaks starts from the beginning.
             found[:] = [StatisticsCollector(portion)]
             answers = self.transport.download(_methods.EXPORT_STATISTICS, request, seconds)
             return await _read(answers, found[0].add)
 
         await self._tries(timeout).run(attempt)
         return found[0].finish()
-
-    # Jobs.
 
     async def submit(
         self,
@@ -274,8 +270,8 @@ class Core:
         await self.call(_methods.DELETE_JOB, j.DeleteJobRequest(job_id=job_id), timeout)
 
     async def watch(self, job_id: str, timeout: float | None) -> AsyncIterator[j.Job]:
-        """The job as it is, and whenever it changes, until a final state. A watch that breaks goes
-        on within Retry.resume_budget."""
+        """Yields the job as it is, and whenever it changes, until a final state. A watch that
+        breaks goes on within Retry.resume_budget."""
         tries = self._tries(timeout)
         request = j.WatchJobRequest(job_id=job_id)
         came_once = False
@@ -289,7 +285,7 @@ class Core:
                     outcome.progressed = came_once = True
                     yield response.job
                     if is_final(response.job):
-                        # Nothing follows; a server that hung now would not matter.
+                        # Nothing follows a final state: the end of the call is not waited for.
                         return
             except Failed as failed:
                 outcome.error = failed.error
@@ -311,7 +307,7 @@ class Core:
         return last
 
     async def read_result(self, job_id: str, timeout: float | None) -> Layer:
-        """A stream that breaks goes on from the byte it came to."""
+        """Reads a result; a stream that breaks goes on from the byte it came to."""
         # The shape bounds the memory that the result may claim.
         job = await self.get_job(job_id, timeout)
         if min(job.rows, job.features) < 1:
@@ -357,7 +353,7 @@ class Core:
 
 
 async def _read(answers: Answers[T], add: Callable[[T], None]) -> Outcome:
-    """All answers of a try; how it ended."""
+    """Passes all answers of a try to `add`; the outcome says how it ended."""
     came = False
     try:
         async for frame in answers:
@@ -366,7 +362,7 @@ async def _read(answers: Answers[T], add: Callable[[T], None]) -> Outcome:
     except Failed as failed:
         return failed.outcome(came=came)
     except Internal as error:
-        # Found here, in what the server sent.
+        # The client found this error in what the server sent.
         answers.cancel()
         return Outcome(error=error, reached_server=True, local=True)
     except BaseException:

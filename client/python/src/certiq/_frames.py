@@ -33,7 +33,7 @@ def _varint(value: int) -> bytes:
 
 
 def _field(kind: type[Message], name: str, length: int) -> bytes:
-    """What stands before the value of a field of bytes or of a message."""
+    """The tag and length before the value of a field of bytes or of a message."""
     number = kind.DESCRIPTOR.fields_by_name[name].number
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(length)
 

@@ -1,5 +1,5 @@
-"""The calls of the contract. gRPC's generated stubs would add nothing but a demand for the newest
-gRPC."""
+"""The methods of the contract. They take the place of generated stubs, which would add nothing but
+a demand for the newest gRPC."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar

@@ -143,5 +143,5 @@ def job_request(
 
 
 def new_request_id() -> str:
-    """For calls that make something, so that their tries make one."""
+    """An id for calls that make something: with it all their tries make one."""
     return str(uuid.uuid4())

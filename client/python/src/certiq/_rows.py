@@ -1,4 +1,4 @@
-"""A stream of rows as its user meets it, for the blocking and the asynchronous client."""
+"""A stream of rows behind the blocking and the asynchronous client's streams."""
 
 from certiq import tensors
 from certiq._core import Core
@@ -95,6 +95,6 @@ class RowStream:
                 self._window_bytes,
                 self._timeout,
             )
-            # Whatever keeps it from opening ends the stream.
+            # An error that keeps it from opening ends the stream.
             await self._sender.open()
         return self._sender

@@ -1,4 +1,4 @@
-"""Rows on their way into a calibration, each counted once whatever breaks meanwhile."""
+"""A resumable sender of rows into a calibration: each counts once, whatever breaks meanwhile."""
 
 import time
 from collections import deque
@@ -17,8 +17,8 @@ from certiq._tries import Failed, Tries
 from certiq.errors import DataLoss, Error, FailedPrecondition, broken, invalid
 from certiq.tensors import NUMPY, Tensor, check_activations, dtype_name
 
-# Of a chunk where the caller does not say: part of the contract between runs of a program, so it
-# must not depend on a client's settings.
+# The size of chunks where the caller does not say. Runs of a program must agree on it, so it does
+# not depend on a client's settings.
 CHUNK_BYTES = 1 << 20
 WINDOW_BYTES = 256 << 20
 
@@ -37,9 +37,9 @@ class ChunkWindow:
         self._x_quantized: list[Piece] = []
         self._kept: deque[bytes] = deque()
         self.next = 0
-        """Chunks completed."""
+        """The number of chunks completed."""
         self.bytes = 0
-        """Of the chunks that are kept."""
+        """The size of the chunks that are kept."""
 
     @property
     def room(self) -> int:
@@ -52,7 +52,7 @@ class ChunkWindow:
         return self.next - len(self._kept)
 
     def append(self, rows: int, x: Piece, x_quantized: Piece | None) -> bool:
-        """At most `room` rows. Whether that completed a chunk."""
+        """Adds at most `room` rows; True: that completed a chunk."""
         self._x.append(x)
         if x_quantized is not None:
             self._x_quantized.append(x_quantized)
@@ -91,10 +91,13 @@ class ChunkWindow:
 
 
 class StreamSender:
-    """Three positions of the stream matter, in chunks: the server's `durable`, before which
-    nothing is kept; its `received`, where a call goes on; and window.next, how far the caller's
-    rows were cut. `received` may lie before window.next (chunks to send again after a crash) or
-    beyond it (a restarted process: chunks to skip)."""
+    """The sender of one stream, over as many calls as it takes.
+
+    Three positions of the stream matter, in chunks: the server's `durable`, before which nothing
+    is kept; its `received`, where a call goes on; and window.next, up to which the caller's rows
+    were cut. `received` may lie before window.next (chunks to send again after a crash) or beyond
+    it (a restarted process: chunks to skip).
+    """
 
     def __init__(
         self,
@@ -111,13 +114,13 @@ class StreamSender:
         self._features = features
         self._window_bytes = window_bytes
         self._window = ChunkWindow(chunk_rows)
-        # The first error that ended the stream; kept.
+        # The first error ends the stream and is raised from then on.
         self._error: Error | None = None
         self._call: AccumulateCall | None = None
-        # The next chunk of this call.
         self._began = 0.0
+        # The next chunk that this call sends.
         self._position = 0
-        # Where this call began, until it was compared with the rows here.
+        # The position at which this call began, until it was compared with the rows here.
         self._unchecked: StreamProgress | None = None
         self._last = StreamProgress()
         self._opened_once = False
@@ -126,7 +129,7 @@ class StreamSender:
 
     @property
     def progress(self) -> StreamProgress:
-        """As the server said last."""
+        """The server's position, as its last answer says."""
         return self._last if self._call is None else self._call.latest
 
     async def open(self) -> None:
@@ -159,7 +162,7 @@ class StreamSender:
         return self._last
 
     def abort(self) -> None:
-        """What the server received stays."""
+        """Gives the stream up; what the server received stays."""
         self._drop_call()
         if self._error is None:
             self._error = FailedPrecondition("the stream was given up")
@@ -176,7 +179,7 @@ class StreamSender:
             self._drop_call()
             raise
         except BaseException:
-            # Rows may have been cut that were not sent: nothing may follow them.
+            # Rows may have been cut that were not sent; no others may follow them.
             self.abort()
             raise
 
@@ -199,20 +202,20 @@ class StreamSender:
             )
 
     async def _ensure_open(self) -> None:
-        """Until a call is open and has said where to go on."""
+        """Returns when a call is open and has said where to go on."""
         header = AccumulateRequest(header=self._header).SerializeToString()
         while self._call is None:
             stream_id = self._header.stream_id
             self._began = time.monotonic()
             try:
                 self._call = self._transport.accumulate(header, stream_id, self._tries.remaining())
-            except Failed as failed:  # The client was closed.
+            except Failed as failed:  # It fails at once only where the client was closed.
                 raise failed.error from failed
             first = await self._call.wait_for_first()
             if first is None:
                 await self._recover(everything_sent=False)
                 continue
-            # What was durable once must stay: it is not kept here any more.
+            # Chunks that were durable must stay there: they are not kept here any more.
             if first.received < self._window.first:
                 raise DataLoss(
                     f'the server lost chunks of stream "{stream_id}" that it had called durable: '
@@ -226,7 +229,7 @@ class StreamSender:
             self._unchecked = first
 
     async def _send_what_is_there(self) -> None:
-        """Until everything in the window was sent and it is not full."""
+        """Returns when everything in the window was sent and it is not full."""
         while True:
             await self._ensure_open()
             self._check_position()
@@ -240,7 +243,7 @@ class StreamSender:
             await self._recover(everything_sent=False)
 
     async def _send_all_and_finish(self) -> None:
-        """The same, and until the server ended the call with everything durable."""
+        """Returns when the server has ended the call with everything durable."""
         while not self._finished:
             await self._send_what_is_there()
             assert self._call is not None
@@ -254,7 +257,7 @@ class StreamSender:
             await self._recover(everything_sent=True)
 
     def _check_position(self) -> None:
-        """Whether what the server has was cut as it is here, as soon as that can be told."""
+        """Checks that the server's chunks were cut as those here, as soon as that can be told."""
         unchecked = self._unchecked
         if unchecked is None or unchecked.received > self._window.next:
             return
@@ -286,7 +289,7 @@ class StreamSender:
         self._window.drop_before(progress.durable)
 
     async def _recover(self, *, everything_sent: bool) -> None:
-        """After the call ended: returns to open another one, or because all is done."""
+        """Takes a call's end: returns to open another one, or because all is done."""
         assert self._call is not None
         outcome = await self._call.finish()
         progress = self._call.latest
@@ -301,7 +304,7 @@ class StreamSender:
             outcome.local = True
         outcome.resumable = self._opened_once
         if not progress.stream_id:
-            # While a call is open the caller may have had nothing to send: only this was waste.
+            # An open call may have had nothing to send: only the time of opening counts as waste.
             outcome.elapsed = time.monotonic() - self._began
         outcome.progressed = progress.received > self._furthest
         self._furthest = max(self._furthest, progress.received)

@@ -58,7 +58,7 @@ class Frames(Iterator[bytes]):
         self._on_the_way = 0
         self.taken = 0
         self.exhausted = False
-        # Why the rows could not be read, such as a device that is out of memory.
+        # The error that kept rows from being read, such as a device that is out of memory.
         self.error: Exception | None = None
 
     def __next__(self) -> bytes:
@@ -67,7 +67,7 @@ class Frames(Iterator[bytes]):
             first, self._first = self._first, None
             return first
         try:
-            # Another one is asked for when the one before has gone.
+            # gRPC asks for another one when the one before has gone.
             if self._on_the_way > 0:
                 self._sent_bytes += self._on_the_way
                 self._on_the_way = 0
@@ -168,7 +168,7 @@ class BlockingTransport:
         try:
             return call(request, timeout=timeout, metadata=self._metadata)
         except ValueError as error:
-            # gRPC's word for a channel that was closed.
+            # gRPC raises ValueError where the channel was closed.
             raise Failed(Cancelled("the client was closed"), reached_server=True) from error
 
     def start_unary(
@@ -233,7 +233,7 @@ def settle(future: Any, frames: Frames | None) -> Any:
     except grpc.RpcError as error:
         raise _failed(error, frames) from error
     except grpc.FutureCancelledError as error:
-        # By close() in another thread.
+        # close() in another thread has cancelled it.
         raise Failed(Cancelled("the client was closed"), reached_server=True) from error
     except BaseException:
         future.cancel()

@@ -1,4 +1,4 @@
-"""The tries of one call."""
+"""Retries: the attempts of one call, and the waits between them."""
 
 import math
 import time
@@ -38,7 +38,7 @@ def failed(error: Any, exchanged: bool) -> Failed:
 
 
 class Deadline:
-    """When all of something has to be over."""
+    """The point in time by which a call is over, its tries included."""
 
     def __init__(self, timeout: float | None) -> None:
         if timeout is not None and not timeout > 0:
@@ -47,12 +47,12 @@ class Deadline:
 
     def remaining(self) -> float | None:
         """Seconds; None: as many as it takes."""
-        # A call of no time at all still says that it was too late.
+        # A call with hardly any time left still ends with DeadlineExceeded.
         return None if self.at == math.inf else max(1e-3, self.at - time.monotonic())
 
 
 class Tries:
-    """Decides after each try that failed, and waits."""
+    """The loop over the tries of a call: it decides after each that failed, and waits."""
 
     def __init__(
         self,

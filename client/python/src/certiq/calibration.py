@@ -16,14 +16,14 @@ from certiq.tensors import TensorLike
 
 
 class CalibrationInfo:
-    """What is known of a calibration; common to the blocking and the asynchronous one."""
+    """A calibration as it was last seen; the blocking and the asynchronous one extend it."""
 
     def __init__(self, core: Core, info: c.Calibration, keep: bool) -> None:
         self._core = core
         self.info = info
-        """The message of the contract, as it was last seen; refresh() asks again."""
+        """The message of the contract; refresh() asks for a newer one."""
         self.keep = keep
-        """Whether it outlives the `with` block."""
+        """True: it outlives the `with` block."""
 
     @property
     def id(self) -> str:
@@ -43,7 +43,7 @@ class CalibrationInfo:
 
     @property
     def tokens(self) -> int:
-        """Received when it was last seen, those held out not among them."""
+        """The tokens received, those held out not among them."""
         return self.info.tokens
 
     @property
@@ -59,9 +59,9 @@ class CalibrationInfo:
         return f"<{type(self).__name__} {self.id}: {state}, {self.tokens} x {self.features}>"
 
     def _could_not_delete(self, failed: Error, error: BaseException | None) -> None:
-        """At the end of a `with` block; an `error` that ended it is what counts."""
+        """Reports it at the end of a `with` block; an `error` that ended the block counts more."""
         if isinstance(failed, NotFound):
-            return  # Somebody else did it, or it expired.
+            return  # Another client deleted it, or it expired.
         if error is None:
             raise failed
         error.add_note(f"and calibration {self.id} could not be deleted: {failed}")
@@ -74,7 +74,7 @@ def calibration_id(calibration: CalibrationInfo | str | None) -> str:
 
 
 class StreamInfo:
-    """A stream of rows; common to the blocking and the asynchronous one."""
+    """A stream of rows; the blocking and the asynchronous one extend it."""
 
     def __init__(self, rows: RowStream) -> None:
         self._rows = rows
@@ -85,7 +85,7 @@ class StreamInfo:
 
     @property
     def progress(self) -> c.StreamProgress:
-        """How far the server is, as it said last."""
+        """The server's position, as its last answer says."""
         return self._rows.progress
 
     def abort(self) -> None:
@@ -135,7 +135,8 @@ class ActivationStream(StreamInfo):
 
 
 class Calibration(CalibrationInfo):
-    """As a context manager it is deleted at the end of the block, unless `keep`."""
+    """The sums of one input space. A context manager, it is deleted at the end of the block,
+    unless `keep`."""
 
     def refresh(self, *, timeout: float | None = None) -> Self:
         self.info = run(self._core.get_calibration(self.id, timeout))

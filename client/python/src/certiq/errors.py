@@ -1,4 +1,4 @@
-"""What goes wrong, one exception a status code, with what the server says beyond its message."""
+"""Exceptions: one class a status code of gRPC, with the details of the server's answer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Error(Exception):
 
     @property
     def reason(self) -> str:
-        """What is wrong with it, or has to change; else the whole message."""
+        """The first violation's description, of a field or a precondition; else the message."""
         if self.violations:
             return self.violations[0].description
         if self.preconditions:
@@ -252,7 +252,7 @@ def from_rpc_error(error: Any) -> Error:
                 status.ParseFromString(value)
             except message.DecodeError:
                 status.Clear()
-    # These say it for certain.
+    # The details may contradict the call, whose own code and message hold.
     status.code = error.code().value[0]
     status.message = error.details() or ""
     return from_status(status)

@@ -14,7 +14,7 @@ from certiq.progress import new_bar, phase_name
 
 
 class JobInfo:
-    """What is known of a job; common to the blocking and the asynchronous one."""
+    """A job as it was last seen; the blocking and the asynchronous one extend it."""
 
     def __init__(self, core: Core, info: j.Job) -> None:
         self._core = core
@@ -36,12 +36,12 @@ class JobInfo:
 
     @property
     def ended(self) -> bool:
-        """It had when it was last seen."""
+        """True: it had ended when it was last seen."""
         return is_final(self.info)
 
     @property
     def error(self) -> Error | None:
-        """Why it failed, was cancelled or expired."""
+        """The reason why it failed, was cancelled or expired; else None."""
         return job_error(self.info)
 
     def __repr__(self) -> str:
@@ -49,7 +49,7 @@ class JobInfo:
 
 
 class JobBar:
-    """One bar: the fraction of the phase it is in."""
+    """A progress bar: the fraction of the phase that the job is in."""
 
     def __init__(self, job: JobInfo, tqdm: Any) -> None:
         self._bar = new_bar(
@@ -86,7 +86,7 @@ class Job(JobInfo):
         return self
 
     def done(self) -> bool:
-        """Whether it has ended, well or not; asks the server unless it is known."""
+        """True once it has ended, well or not; asks the server unless that is known."""
         return self.ended or self.refresh().ended
 
     def cancel(self, *, timeout: float | None = None) -> Self:
@@ -96,24 +96,24 @@ class Job(JobInfo):
         return self
 
     def delete(self, *, timeout: float | None = None) -> None:
-        """With its result. FailedPrecondition: it has not ended."""
+        """Deletes it with its result. FailedPrecondition: it has not ended."""
         run(self._core.delete_job(self.id, timeout))
 
     def watch(self, *, timeout: float | None = None) -> Iterator[Self]:
-        """This job, now and whenever it has changed, until it has ended. DeadlineExceeded after
-        `timeout` seconds; the job goes on."""
+        """Yields this job, now and whenever it has changed, until it has ended. DeadlineExceeded
+        after `timeout` seconds; the job goes on."""
         for info in iterate(self._core.watch(self.id, timeout)):
             self.info = info
             yield self
 
     def wait(self, *, timeout: float | None = None) -> Self:
-        """Until it has ended, well or not."""
+        """Waits until it has ended, well or not."""
         for _ in self.watch(timeout=timeout):
             pass
         return self
 
     def progress(self, tqdm: Any = None, *, timeout: float | None = None) -> Self:
-        """The same with a progress bar; of tqdm.auto unless another tqdm class is given."""
+        """Waits with a progress bar; of tqdm.auto unless another tqdm class is given."""
         bar = JobBar(self, tqdm)
         try:
             for job in self.watch(timeout=timeout):

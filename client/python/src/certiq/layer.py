@@ -1,4 +1,4 @@
-"""A quantized layer as it came back."""
+"""Quantized layers: tensors and certificate as the server sent them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ class Layer:
     """Tensors and certificate of one layer."""
 
     tensors: dict[str, Array]
-    """By role, as the server named them: "weight", "scales", ... or a packed format's own names.
+    """Arrays by role, as the server named them: "weight", "scales", ... or a packed format's names.
     bfloat16 ones have the dtype ml_dtypes.bfloat16."""
     certificate: Certificate
     name: str = ""

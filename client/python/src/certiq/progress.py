@@ -1,4 +1,4 @@
-"""What a call tells while it runs."""
+"""Progress events of a call, and the bars that show them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the server is doing: "queue", "factor", "round", ... and how far it is, in [0, 1]."""
+    """A phase of the server's work ("queue", "factor", "round", ...) and its fraction in [0, 1]."""
 
     phase: str
     fraction: float

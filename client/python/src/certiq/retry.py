@@ -1,4 +1,4 @@
-"""When a failed call is worth another try, and how long to wait for it."""
+"""The retry policy: which failed calls are tried again, and the waits before that."""
 
 import math
 import random
@@ -24,10 +24,10 @@ class Retry:
     max_server_delay: float = 60.0
     """A server that asks for a longer wait than this is not waited for."""
     unreachable_budget: float = 2.0
-    """How long a server that nobody could reach is tried for: attempts and waits together."""
+    """The time for which a server out of reach is tried: attempts and waits together."""
     resume_budget: float = 120.0
-    """How long a stream that was open once is tried without getting further: attempts and waits
-    together. A server that restarts needs more time than a wrong address deserves."""
+    """The time for which a stream that was open once is tried without getting further: attempts and
+    waits together. A server that restarts needs more time than a wrong address deserves."""
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -46,7 +46,7 @@ class Retry:
 
 @dataclass
 class Outcome:
-    """How one try ended."""
+    """The end of one try."""
 
     error: Error | None = None
     reached_server: bool = False
@@ -98,7 +98,7 @@ class Backoff:
     def _may_repeat(self, outcome: Outcome, delay: float) -> bool:
         """Within the budgets, which the delay uses up."""
         if outcome.resumable:
-            # What a try that got further took was no waste.
+            # The time of a try that got further counts as no waste.
             self._stuck += delay + (0.0 if outcome.progressed else outcome.elapsed)
             return self._stuck <= self._policy.resume_budget
         if self.attempts >= self._policy.max_attempts:

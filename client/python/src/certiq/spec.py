@@ -1,4 +1,4 @@
-"""What to do with a layer, in Python's words. What is not given is left to the server."""
+"""Settings of a quantization in Python's words; those not given are left to the server."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, cast
@@ -67,13 +67,13 @@ class Spec:
     group_scales: GroupScalesName | None = None
     scale: ScaleName | None = None
     scale_objective: ScaleObjectiveName | None = None
-    """What piso scales are judged by."""
+    """The error that piso scales minimise."""
     scale_passes: int | None = None
-    """Of piso over the groups of a row; 0: each by itself."""
+    """Passes of piso over the groups of a row; 0: each group by itself."""
     scale_trials: int | None = None
     """Sweeps, each with other scales around those found; each row keeps its best."""
     signed_scales: bool | None = None
-    """Whether a search may turn a symmetric grid over by a negative scale."""
+    """True: a search may turn a symmetric grid over by a negative scale."""
     polish: int | None = None
     """Passes that refit scales and move codes, at most."""
     rounding: RoundingName | None = None
@@ -88,13 +88,13 @@ class Spec:
     damping_factor: float | None = None
     """Each attempt multiplies the damping by this."""
     on_failure: OnFailureName | None = None
-    """What happens when every damping attempt failed."""
+    """The outcome where every damping attempt failed."""
     format: FormatName | None = None
     quality: QualityName | None = None
     per_row: bool | None = None
     """Errors and bounds of every row in the certificate."""
     failure_probability: float | None = None
-    """Of the bound on single outputs with stochastic rounding."""
+    """The epsilon of the bound on single outputs with stochastic rounding (B5)."""
     compare_nearest: bool | None = None
     """Also measure plain rounding on the same grid."""
     min_tokens: int | None = None
@@ -175,7 +175,7 @@ _REPORT = ("per_row", "failure_probability", "compare_nearest")
 
 
 def _number(field: str, value: object, enum: _Enum) -> Any:
-    """Of "decreasing_norm" in Order, whose names begin alike."""
+    """The value of "decreasing_norm", for example, in Order, whose names begin alike."""
     names = list(enum.keys())
     prefix = names[0].removesuffix("UNSPECIFIED")
     choices = [name.removeprefix(prefix).lower() for name in names[1:]]

@@ -12,7 +12,7 @@ from certiq._proto.calibration_service_pb2 import ExportStatisticsResponse, Stat
 from certiq.errors import DataLoss, broken, invalid
 from certiq.tensors import Array, Tensor, TensorLike, dtype_name, shape_text, view_of
 
-# The largest calibration that the contract knows.
+# The contract knows no larger calibration.
 _MAX_FEATURES = 65_536
 _SUMMED = (tensor_pb2.DATA_TYPE_F64, tensor_pb2.DATA_TYPE_F32)
 
@@ -32,7 +32,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Sums:
-    """What is imported: checked, in the order in which it travels."""
+    """Sums to import: checked, in the order in which they travel."""
 
     tensors: list[Tensor]
     header: StatisticsHeader

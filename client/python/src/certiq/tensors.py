@@ -57,7 +57,7 @@ def dtype_name(dtype: int) -> str:
 
 
 def dtype_of(name: str, field: str) -> DataType:
-    """Of "bf16", "F32", "float16" and the like."""
+    """The type of a name such as "bf16", "F32" or "float16"."""
     lower = name.lower()
     for long, dtype in _BY_NAME.items():
         if lower in (long, dtype_name(dtype).lower()):
@@ -76,7 +76,7 @@ class Tensor:
     name: str
     dtype: DataType
     shape: tuple[int, ...]
-    # Rows [start, stop) as bytes: row-major, little-endian, a view where they lie like that.
+    # It gives rows [start, stop) as bytes, row-major and little-endian: a view where they lie so.
     rows: Callable[[int, int], memoryview]
 
     @property
@@ -129,7 +129,7 @@ def _view_of_torch(torch: Any, field: str, value: Any, name: str) -> Tensor:
     tensor = value.detach()
 
     def rows(start: int, stop: int) -> memoryview:
-        # From its device piece by piece. numpy has no bfloat16 that torch knows: as bits.
+        # Rows come from the device piece by piece. Bits, as numpy has no bfloat16 that torch knows.
         piece = tensor[start:stop].cpu().contiguous()
         return _memory((piece.view(torch.int16) if kind == "bfloat16" else piece).numpy())
 

@@ -12,12 +12,12 @@ from certiq.experiments.data import Array, RealLayer, largest_error, relative_er
 from certiq.experiments.tables import Table
 
 SIZES = (64, 128, 256, 512, 1024)
-# Sets of one size.
+# So many sets of one size are compared.
 SETS = 3
 
 
 def sensitivity(client: Client, layers: list[RealLayer]) -> Table:
-    """How much the error on unseen tokens depends on which tokens were calibrated on."""
+    """The dependence of the error on unseen tokens on the calibration set."""
     table = Table(
         "sensitivity",
         "Calibration sets",

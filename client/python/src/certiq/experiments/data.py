@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Name, folder, file of weights, weight, file of activations, activations.
+# Each row is: name, folder, file of weights, weight, file of activations, activations.
 LAYERS = (
     (
         "q_proj (SmolLM2, layer 15)",

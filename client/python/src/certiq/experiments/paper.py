@@ -18,7 +18,7 @@ from certiq.experiments.data import (
 from certiq.experiments.tables import Table
 
 LAMBDAS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, -1))
-# Decades within which the threshold of stability is looked for.
+# The threshold of stability is looked for within these decades.
 THRESHOLD_DECADES = (-18.0, -1.0)
 
 

@@ -13,7 +13,7 @@ STYLE = (
     "img{max-width:100%}table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
     "td,th{padding:.15rem .7rem .15rem 0;text-align:left}th{border-bottom:1px solid #ccc}"
 )
-# Longer tables are in the CSV alone.
+# Tables with more rows than this are in the CSV alone.
 MOST_ROWS = 48
 
 
@@ -28,7 +28,7 @@ def write(tables: Sequence[Table], output: Path, about: str) -> None:
 def _draw(table: Table, output: Path) -> None:
     if table.draw is None:
         return
-    # Without a display, whatever the user's settings say.
+    # Agg needs no display, whatever the user's settings say.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What an experiment found: rows of numbers, a few words, a way to draw them."""
+"""Tables of results: rows of numbers, a few words, a way to draw them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Cell = str | int | float | None
 @dataclass
 class Table:
     name: str
-    """Of the CSV and the picture."""
+    """The name of the CSV and the picture."""
     title: str
     columns: tuple[str, ...]
     text: str
@@ -28,13 +28,13 @@ class Table:
         self.rows.append(cells)
 
     def column(self, name: str, **where: Cell) -> list[Any]:
-        """Of the rows whose other columns have these values (underscores for spaces)."""
+        """The cells of rows whose other columns have these values (underscores for spaces)."""
         at = self.columns.index(name)
         wanted = {self.columns.index(key.replace("_", " ")): value for key, value in where.items()}
         return [row[at] for row in self.rows if all(row[i] == v for i, v in wanted.items())]
 
     def values(self, name: str) -> list[Any]:
-        """What occurs in a column, in its order."""
+        """The distinct values of a column, in its order."""
         return list(dict.fromkeys(self.column(name)))
 
     def write_csv(self, folder: Path) -> None:

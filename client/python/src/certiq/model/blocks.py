@@ -25,7 +25,7 @@ class _CapturedError(Exception):
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What the model passes to a block beside the hidden states."""
+    """The arguments that the model passes to a block beside the hidden states."""
 
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -89,7 +89,7 @@ class BlockStack:
 
     @torch.no_grad()
     def begin(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the first block reads, [batch, positions, width]."""
+        """The hidden states that the first block reads, [batch, positions, width]."""
         calls: list[BlockCall] = []
         first: list[torch.Tensor] = []
 
@@ -102,7 +102,7 @@ class BlockStack:
             calls.append(BlockCall(positional, keywords))
             first.append(hidden)
             if len(calls) == len(self.blocks):
-                # Nothing reads what the head would say.
+                # The output of the head is not needed.
                 raise _CapturedError
             return self._wrap(hidden)
 

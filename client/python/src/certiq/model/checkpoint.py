@@ -34,7 +34,7 @@ DENSE_DTYPES = {
 
 
 def output_dtype(settings: RunSettings, source: ModelSource) -> str:
-    """Of the tensors that stay as they are, and of compressed-tensors' scales."""
+    """The type of the tensors that are not quantized, and of compressed-tensors' scales."""
     if settings.dtype is not None:
         return settings.dtype
     if settings.spec.format in DENSE_DTYPES:
@@ -59,7 +59,7 @@ def check_loadable(settings: RunSettings, source: ModelSource, linears: Sequence
         try:
             module = source.model.get_submodule(name)
         except AttributeError:
-            continue  # An expert that was taken apart.
+            continue  # This expert was taken apart.
         if is_conv1d(module):
             raise UsageError(
                 f"{name} is a Conv1D, which compressed-tensors does not know: use gptq or gptq_v2"

@@ -17,7 +17,7 @@ from certiq.torch.linears import features_of
 from certiq.torch.taps import InputGroup, InputTap
 
 STREAM = "calibration"
-# Runs one block on the hidden states of a batch.
+# It runs one block on the hidden states of a batch.
 RunBlock = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
@@ -71,7 +71,7 @@ class Collector:
     def discover(
         self, block: nn.Module, linears: dict[str, nn.Module], x: torch.Tensor
     ) -> dict[str, InputGroup]:
-        """Which linears share an input, in the order one pass calls them."""
+        """The groups of linears that share an input, in the order one pass calls them."""
         with InputTap(linears, lambda name, rows: None) as tap:
             self._run(block, x)
         return tap.groups
@@ -129,7 +129,7 @@ class Collector:
 
             return hook
 
-        # Behind the hooks of the tap, which was entered before.
+        # This hook runs behind those of the tap, which was entered before.
         watched = () if level.repeated else level.linears
         handles = [linears[name].register_forward_pre_hook(read(name)) for name in watched]
         try:

@@ -1,4 +1,4 @@
-"""What the tools on models say to their users."""
+"""Errors that the tools on models report to their users."""
 
 
 class UsageError(Exception):

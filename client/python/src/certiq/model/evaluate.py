@@ -1,4 +1,4 @@
-"""How good a model is: perplexity on text, block by block."""
+"""Perplexity of a model on text, block by block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def perplexity(
     """
     total, count = 0.0, 0
     for tokens, states in zip(ids, hidden, strict=True):
-        # A window at a time: logits are large.
+        # Logits are large, so there is one window at a time.
         for index in range(tokens.shape[0]):
             window = tokens[index : index + 1]
             logits = stack.finish(window, states[index : index + 1]).logits[0, :-1].float()

@@ -1,4 +1,4 @@
-"""What a run has finished, on disk: an interrupted run goes on where it stopped.
+"""The journal of a run, on disk: an interrupted run goes on where it stopped.
 
 `OUTPUT/unfinished/` holds `run.json` (what was asked for), a file for each linear that is done
 (its tensors, its certificate) and the hidden states in front of the next block. Files appear whole:

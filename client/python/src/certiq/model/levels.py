@@ -1,4 +1,4 @@
-"""In which order the linears of a block are quantized.
+"""The order in which the linears of a block are quantized.
 
 Linears that do not depend on each other form a level: q, k and v; o; gate and up; down. Of
 experts, the first projections of all of them are one level and the last ones the next.
@@ -20,7 +20,7 @@ class Level:
     """Linears by their names within the block."""
 
     linears: tuple[str, ...]
-    # One stands for many (experts): these may be called in any order.
+    # One stands for many (experts), which may be called in any order.
     repeated: bool
 
 

@@ -1,4 +1,4 @@
-"""What the checkpoint calls the linears of a model, and which of its tensors they replace."""
+"""Names of a model's linears in its checkpoint, and the tensors there that they replace."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _EXPERT = re.compile(r"^(?P<fused>.+)\.(?P<index>\d+)\.(?P<projection>gate|up|do
 
 @dataclass(frozen=True)
 class LinearName:
-    # Before ".weight", ".qweight" ... in the output.
+    # It stands before ".weight", ".qweight" ... in the output.
     prefix: str
-    # Tensors of the checkpoint that hold the float weight, alone or with others.
+    # These tensors of the checkpoint hold the float weight, alone or with others.
     replaces: tuple[str, ...]
 
 
 def linear_names(source: ModelSource, linears: list[str]) -> dict[str, LinearName]:
-    """For each linear, by its name in the (taken apart) model."""
+    """The name of each linear, by its name in the (taken apart) model."""
     return {name: _name_of(source, name) for name in linears}
 
 

@@ -1,4 +1,4 @@
-"""What a run says about itself: report.json, and what report.html is made of.
+"""The report of a run: report.json, from which report.html is made.
 
 The certificates' numbers as the service sent them; nothing is recomputed but ratios.
 """
@@ -32,7 +32,7 @@ def linear_report(
         "shares_input_with": [other for other in group if other != name],
         "relative_error": float(certificate.get("relative_error", 0.0)),
         "relative_bound": bound / math.sqrt(energy) if energy > 0 else None,
-        # Damped error over damped bound: at most 1.
+        # The damped error is at most the damped bound, so this is at most 1.
         "bound_tightness": math.sqrt(damped) / bound if bound > 0 else None,
         "held_out_relative_error": certificate.get("held_out_relative_error"),
         "lambda_requested": certificate.get("lambda_requested"),
@@ -116,7 +116,7 @@ def model_report(
         "totals": totals(linears),
         "perplexity": dict(perplexity) if perplexity else None,
         "left_float": list(left_float),
-        # Of all sessions of the run together.
+        # All sessions of the run count together.
         "seconds": seconds,
         "linears": [dict(item) for item in linears],
     }

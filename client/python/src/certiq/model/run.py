@@ -25,11 +25,12 @@ from certiq.model.text import calibration_sequences, evaluation_windows, read_to
 from certiq.torch.experts import take_experts_apart
 from certiq.torch.linears import find_linears, set_weight
 
-# Names of what runs through the model. "quantized" and "float" are calibration sequences.
+# These names stand for what runs through the model: "quantized" and "float" are calibration
+# sequences.
 QUANTIZED, FLOAT = "quantized", "float"
 EVALUATED, EVALUATED_FLOAT = "evaluated", "evaluated_float"
 
-# Called with the name of a linear and its relative error.
+# It is called with the name of a linear and its relative error.
 Done = Callable[[str, float], None]
 
 
@@ -70,7 +71,7 @@ class ModelRun:
             self._add_seconds(time.monotonic() - began)
 
     def perplexity(self) -> dict[str, Any] | None:
-        """Of the float and the quantized model, once `run` has returned."""
+        """Perplexities of the float and the quantized model, once `run` has returned."""
         known = self._journal.read_note("perplexity")
         if known is not None or EVALUATED not in self._states:
             return known

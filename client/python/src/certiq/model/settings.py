@@ -1,4 +1,4 @@
-"""What a run is asked for."""
+"""The settings of a run."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ class RunSettings:
     spec: Spec
     sequences: int = 128
     sequence_length: int = 512
-    # Quantize what reads the same tensor, then let the rest of the block see that.
+    # Linears that read one tensor are quantized, then the rest of the block sees that.
     sequential: bool = True
     held_out_fraction: float | None = None
     evaluation: Path | None = None
     evaluation_tokens: int = 16384
     evaluation_window: int = 512
-    # Also measure the float model.
+    # The float model is measured too.
     evaluate_float: bool = True
-    # Regular expressions on names of linears that stay float.
+    # Linears whose names match one of these regular expressions stay float.
     ignore: tuple[str, ...] = ()
-    # Of the tensors that stay as they are: None: as the checkpoint has them.
+    # The type of the tensors that are not quantized; None: as the checkpoint has them.
     dtype: str | None = None
     batch_size: int = 8
     device: str = "cpu"
-    # Blocks that are quantized, from the first on; the rest stays float.
+    # So many blocks are quantized, from the first on; the rest stays float.
     blocks: int | None = None
 
     @property
     def mismatched(self) -> bool:
-        """Whether the float model's inputs are needed beside the quantized one's."""
+        """True: the float model's inputs are needed beside the quantized one's."""
         return self.spec.method == "qronos"
 
     @property
@@ -52,7 +52,7 @@ class RunSettings:
             return self.held_out_fraction
         damping = self.spec.damping
         chooses = damping is not None and damping.startswith("held_out")
-        # What chooses by them where nothing else is said: Qronos, and these presets.
+        # Without a damping in the spec, Qronos and these presets choose by held-out tokens.
         by_default = damping is None and (
             self.spec.method == "qronos" or self.spec.quality in ("balanced", "best")
         )
@@ -90,7 +90,7 @@ class RunSettings:
             )
 
     def described(self) -> dict[str, Any]:
-        """For reports: everything, as plain values."""
+        """All settings as plain values, for reports."""
         spec = {key: value for key, value in asdict(self.spec).items() if value is not None}
         own = {
             field.name: getattr(self, field.name)
@@ -106,7 +106,7 @@ class RunSettings:
         } | {key: value for key, value in own.items() if key != "held_out_fraction"}
 
     def fingerprint(self, model_identity: str) -> dict[str, Any]:
-        """What must not change between the sessions of one run."""
+        """The settings that must not change between the sessions of one run."""
         described = self.described()
         for name in ("batch_size", "device"):
             del described[name]

@@ -48,7 +48,7 @@ class ModelSource:
         self.config = AutoConfig.from_pretrained(str(folder), **arguments)
         if getattr(self.config, "quantization_config", None) is not None:
             raise UsageError(f"{path}: is quantized already")
-        # Of the checkpoint; building the model sets it to `dtype`.
+        # This is the checkpoint's type; building the model sets it to `dtype`.
         own = str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
         self.stored_dtype = own
         self.dtype = dtype
@@ -58,7 +58,7 @@ class ModelSource:
         self.model.eval().requires_grad_(False)
         self.files: TensorFiles = GgufFiles(path, self.model) if self.is_gguf else open_folder(path)
         self._mapping = get_model_conversion_mapping(self.model)
-        # Parameter of the model: what it is made of, and by which converter if by one.
+        # Each parameter of the model has the tensors it is made of, and their converter's pattern.
         self._sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
         self.unused: list[str] = []
         self._map_names()
@@ -108,7 +108,7 @@ class ModelSource:
         block.requires_grad_(False)
 
     def names_of(self, parameter: str) -> list[tuple[str, str | None]]:
-        """What the checkpoint calls a parameter: one name, or several that a converter (whose
+        """A parameter's names in the checkpoint: one, or several that a converter (whose
         source pattern stands beside each) fuses."""
         return self._sources.get(parameter, [])
 

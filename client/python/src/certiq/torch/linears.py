@@ -16,7 +16,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    # By name: a model that has one has imported transformers, others need not.
+    # The name is enough: a model that has one has imported transformers, others need not.
     return any(
         kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
         for kind in type(module).__mro__

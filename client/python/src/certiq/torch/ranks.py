@@ -1,4 +1,4 @@
-"""What the processes of a torch.distributed group tell each other; one process without it."""
+"""Messages between the processes of a torch.distributed group; without it there is one process."""
 
 from __future__ import annotations
 

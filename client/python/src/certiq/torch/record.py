@@ -1,4 +1,4 @@
-"""Calibrations from a model that runs: what each linear reads goes to the service."""
+"""Calibrations from a model that runs: the inputs of each linear go to the service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from certiq.torch.sums import GramAccumulator
 from certiq.torch.taps import InputTap
 
 Sums = Literal["server", "client"]
-# The server's, where sequences are not marked.
+# The server holds out blocks of this size where sequences are not marked.
 BLOCK_ROWS = 256
 
 
@@ -34,17 +34,17 @@ class RecordedGroup:
     """Linears that read the same tensor, and the calibration of it."""
 
     name: str
-    """That of the linear that reads it first."""
+    """The name of the linear that reads it first."""
     features: int
     members: tuple[str, ...]
     calibration: Calibration
     tokens: int = 0
-    """Of all ranks together, held-out ones included."""
+    """The tokens of all ranks together, held-out ones included."""
 
 
 @dataclass
 class _Local:
-    """What this rank has for one group."""
+    """The part of one group that this rank has."""
 
     calibration: Calibration
     stream: ActivationStream | None = None
@@ -54,7 +54,7 @@ class _Local:
 
 @dataclass
 class _Told:
-    """What a rank tells the others about one group."""
+    """The message of a rank to the others about one group."""
 
     features: int
     members: tuple[str, ...]

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-# Rows of one float32 product. Over so few rows its error stays below 1e-6 of sqrt(H_ii H_jj),
+# One float32 product takes so many rows: over so few its error stays below 1e-6 of sqrt(H_ii H_jj),
 # which is what the service promises for its own sums; the products are added up in float64.
 PRODUCT_ROWS = 256
 _MASK = (1 << 64) - 1
@@ -23,7 +23,7 @@ def held_out_hash(stream_id: str) -> int:
 
 @lru_cache(maxsize=65536)
 def is_held_out_block(stream_hash: int, block: int, fraction: float) -> bool:
-    """Whether a stream's block is held out, by the rule of QuantizeHeader.held_out_fraction (V1).
+    """True: a stream's block is held out, by the rule of QuantizeHeader.held_out_fraction (V1).
 
     Stratum s gives up block floor((s + u_s) / fraction), u_s being a hash of stream and s: the
     split is the one the server makes when the rows themselves are sent.

@@ -13,7 +13,7 @@ from torch import nn
 
 from certiq.torch.linears import features_of
 
-# Called with the name of a group's first linear and the rows [tokens, features] it reads.
+# It is called with the name of a group's first linear and the rows [tokens, features] it reads.
 Sink = Callable[[str, torch.Tensor], None]
 
 
@@ -44,13 +44,13 @@ class InputTap:
         self, linears: Mapping[str, nn.Module], sink: Sink, *, share_inputs: bool = True
     ) -> None:
         self.groups: dict[str, InputGroup] = {}
-        # [batch, positions], true where a row counts; None: all of them.
+        # The mask [batch, positions] is true where a row counts; None: all of them do.
         self.mask: torch.Tensor | None = None
         self._linears = dict(linears)
         self._sink = sink
         self._share_inputs = share_inputs
         self._leader: dict[str, str] = {}
-        # What each group's first linear read last.
+        # Each group has the tensor that its first linear read last.
         self._latest: dict[str, _Seen] = {}
         self._handles: list[Any] = []
 
@@ -109,7 +109,7 @@ class InputTap:
         if self.mask is None:
             return rows
         if self.mask.numel() != rows.shape[0]:
-            # Experts read rows that were picked; padding cannot be told any more.
+            # Experts read rows that were picked, of which padding cannot be told any more.
             return rows
         return rows[self.mask.reshape(-1).to(rows.device)]
 

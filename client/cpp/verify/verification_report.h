@@ -1,8 +1,9 @@
-// What was found about each number of a certificate.
-#ifndef CERTIQ_CLIENT_CPP_VERIFY_LEDGER_H_
-#define CERTIQ_CLIENT_CPP_VERIFY_LEDGER_H_
+// Verification report: a finding for each number of a certificate.
+#ifndef CERTIQ_CLIENT_CPP_VERIFY_VERIFICATION_REPORT_H_
+#define CERTIQ_CLIENT_CPP_VERIFY_VERIFICATION_REPORT_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,12 +31,15 @@ struct Range {
 Range Around(double value, double relative, double absolute = 0);
 
 // Collects findings in order. Not thread-safe.
-class Ledger {
+class VerificationReport {
  public:
   // `certified` lies in `range`; NaN never does. `recomputed` is what to show.
   void Number(absl::string_view name, double certified, double recomputed, Range range);
   // |certified - recomputed| <= relative |recomputed|.
   void Close(absl::string_view name, double certified, double recomputed, double relative);
+  // A field that is present where `expected` is, and then close to it.
+  void OptionalClose(absl::string_view name, bool present, double certified,
+                     std::optional<double> expected, double relative);
   // One entry a row; the line shows the row that is off the most.
   void Rows(absl::string_view name, const std::vector<double>& certified,
             const std::vector<double>& recomputed, const std::vector<Range>& ranges);
@@ -55,4 +59,4 @@ class Ledger {
 
 }  // namespace certiq::verify
 
-#endif  // CERTIQ_CLIENT_CPP_VERIFY_LEDGER_H_
+#endif  // CERTIQ_CLIENT_CPP_VERIFY_VERIFICATION_REPORT_H_

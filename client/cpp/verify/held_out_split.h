@@ -1,6 +1,6 @@
-// Which rows of the activations were held out (V1), by the rule of QuantizeHeader.
-#ifndef CERTIQ_CLIENT_CPP_VERIFY_SPLIT_H_
-#define CERTIQ_CLIENT_CPP_VERIFY_SPLIT_H_
+// Held-out split of the rows of the activations (V1), by the rule of QuantizeHeader.
+#ifndef CERTIQ_CLIENT_CPP_VERIFY_HELD_OUT_SPLIT_H_
+#define CERTIQ_CLIENT_CPP_VERIFY_HELD_OUT_SPLIT_H_
 
 #include <cstdint>
 #include <vector>
@@ -19,4 +19,4 @@ std::vector<bool> HeldOutRows(int64_t rows, double fraction, int64_t block_rows,
 
 }  // namespace certiq::verify
 
-#endif  // CERTIQ_CLIENT_CPP_VERIFY_SPLIT_H_
+#endif  // CERTIQ_CLIENT_CPP_VERIFY_HELD_OUT_SPLIT_H_

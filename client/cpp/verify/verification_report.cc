@@ -1,4 +1,4 @@
-#include "ledger.h"
+#include "verification_report.h"
 
 #include <algorithm>
 #include <cmath>
@@ -25,16 +25,30 @@ Range Around(double value, double relative, double absolute) {
   return {value - reach, value + reach};
 }
 
-void Ledger::Number(absl::string_view name, double certified, double recomputed, Range range) {
+void VerificationReport::Number(absl::string_view name, double certified, double recomputed,
+                                Range range) {
   Claim(name, Holds(certified, range), Comparison(certified, recomputed));
 }
 
-void Ledger::Close(absl::string_view name, double certified, double recomputed, double relative) {
+void VerificationReport::Close(absl::string_view name, double certified, double recomputed,
+                               double relative) {
   Number(name, certified, recomputed, Around(recomputed, relative));
 }
 
-void Ledger::Rows(absl::string_view name, const std::vector<double>& certified,
-                  const std::vector<double>& recomputed, const std::vector<Range>& ranges) {
+void VerificationReport::OptionalClose(absl::string_view name, bool present, double certified,
+                                       std::optional<double> expected, double relative) {
+  if (present != expected.has_value()) {
+    Claim(name, false,
+          present ? absl::StrCat(certified, "  (expected none)")
+                  : absl::StrCat("missing  (recomputed ", *expected, ")"));
+  } else if (present) {
+    Close(name, certified, *expected, relative);
+  }
+}
+
+void VerificationReport::Rows(absl::string_view name, const std::vector<double>& certified,
+                              const std::vector<double>& recomputed,
+                              const std::vector<Range>& ranges) {
   if (certified.size() != recomputed.size()) {
     Claim(name, false, absl::StrCat(certified.size(), " rows, expected ", recomputed.size()));
     return;
@@ -68,14 +82,15 @@ void Ledger::Rows(absl::string_view name, const std::vector<double>& certified,
   Claim(name, holds, text);
 }
 
-void Ledger::Count(absl::string_view name, int64_t certified, int64_t low, int64_t high) {
+void VerificationReport::Count(absl::string_view name, int64_t certified, int64_t low,
+                               int64_t high) {
   const std::string expected = low == high ? absl::StrCat(low) : absl::StrCat(low, " to ", high);
   Claim(name, low <= certified && certified <= high,
         absl::StrCat(certified, "  (recomputed ", expected, ")"));
 }
 
-void Ledger::Same(absl::string_view name, absl::string_view certified,
-                  absl::string_view recomputed) {
+void VerificationReport::Same(absl::string_view name, absl::string_view certified,
+                              absl::string_view recomputed) {
   if (certified == recomputed) {
     Claim(name, true, certified);
   } else {
@@ -83,16 +98,16 @@ void Ledger::Same(absl::string_view name, absl::string_view certified,
   }
 }
 
-void Ledger::Claim(absl::string_view name, bool holds, absl::string_view text) {
+void VerificationReport::Claim(absl::string_view name, bool holds, absl::string_view text) {
   findings_.push_back(
       {holds ? Verdict::kHolds : Verdict::kWrong, std::string(name), std::string(text)});
 }
 
-void Ledger::NotChecked(absl::string_view name, absl::string_view reason) {
+void VerificationReport::NotChecked(absl::string_view name, absl::string_view reason) {
   findings_.push_back({Verdict::kNotChecked, std::string(name), absl::StrCat("(", reason, ")")});
 }
 
-int64_t Ledger::count(Verdict verdict) const {
+int64_t VerificationReport::count(Verdict verdict) const {
   return std::count_if(findings_.begin(), findings_.end(),
                        [verdict](const Finding& finding) { return finding.verdict == verdict; });
 }

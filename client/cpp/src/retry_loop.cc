@@ -1,23 +1,24 @@
-#include "tries.h"
+#include "retry_loop.h"
 
 #include <optional>
 #include <string>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_format.h"
+#include "base/status_macros.h"
 #include "certiq/status.h"
 
 namespace certiq {
 
-Tries::Tries(const ClientOptions& settings, const CallOptions& options)
+RetryLoop::RetryLoop(const ClientOptions& settings, const CallOptions& options)
     : settings_(settings),
       options_(options),
       deadline_(options.timeout == absl::InfiniteDuration() ? absl::InfiniteFuture()
                                                             : absl::Now() + options.timeout),
       backoff_(settings.retry) {}
 
-absl::Status Tries::Next(const AttemptOutcome& outcome) {
-  // Whatever the try ended with, it ended because the caller wanted it to.
+absl::Status RetryLoop::Next(const AttemptOutcome& outcome) {
+  // A try that the caller cancelled may end with any status.
   if (options_.cancel.stop_requested()) return absl::CancelledError("cancelled by the caller");
 
   const std::optional<absl::Duration> delay = backoff_.NextDelay(outcome);
@@ -40,13 +41,13 @@ absl::Status Tries::Next(const AttemptOutcome& outcome) {
   return absl::OkStatus();
 }
 
-absl::Status RunTries(const ClientOptions& settings, const CallOptions& options,
-                      const std::function<AttemptOutcome(absl::Time)>& attempt) {
-  Tries tries(settings, options);
+absl::Status RunRetryLoop(const ClientOptions& settings, const CallOptions& options,
+                          const std::function<AttemptOutcome(absl::Time)>& attempt) {
+  RetryLoop loop(settings, options);
   for (;;) {
-    const AttemptOutcome outcome = attempt(tries.deadline());
+    const AttemptOutcome outcome = attempt(loop.deadline());
     if (outcome.status.ok()) return absl::OkStatus();
-    if (absl::Status status = tries.Next(outcome); !status.ok()) return status;
+    RETURN_IF_ERROR(loop.Next(outcome));
   }
 }
 
@@ -56,7 +57,7 @@ CallContext::CallContext(absl::Time deadline, const std::stop_token& cancel)
 }
 
 AttemptOutcome CallContext::Outcome(const grpc::Status& status, bool exchanged) const {
-  // A server that refuses before it reads anything leaves neither a write nor a read behind; but
+  // A server that rejects before it reads anything leaves neither a write nor a read behind; but
   // once there is a connection, the peer has an address family.
   const std::string peer = context_.peer();
   AttemptOutcome outcome;

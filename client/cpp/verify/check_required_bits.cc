@@ -11,12 +11,12 @@ namespace certiq::verify {
 namespace {
 
 struct Clipping {
-  // Weights and rows that clip for certain, and those that may.
+  // Low: weights and rows that clip for certain; high: those that may.
   int64_t weights_low = 0;
   int64_t weights_high = 0;
   int64_t rows_low = 0;
   int64_t rows_high = 0;
-  // Of the worst overshoot.
+  // The worst overshoot, in steps.
   Range overshoot;
 };
 
@@ -26,8 +26,8 @@ struct Clipping {
 Clipping CountClipped(const Evidence& evidence) {
   const Quantized& q = evidence.layer.q;
   Clipping clipping;
-  // An explicit grid may have left codes out, which the report does not say: targets beyond those
-  // in use may count.
+  // An explicit grid may have left codes out, which the certificate does not say: targets beyond
+  // those in use may count.
   const auto [least, most] = std::minmax_element(q.codes.begin(), q.codes.end());
   for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
     int64_t certain = 0;
@@ -137,7 +137,7 @@ double LevelsNeeded(const Evidence& evidence, double shift) {
   return most;
 }
 
-void CheckBits(const Evidence& evidence, Ledger& ledger) {
+void CheckBits(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   // Without feedback the extremes are weights, known exactly; half a step of the largest absmax
   // weight, or a weight on the outermost level, is then a tie, which the rounding of scales to
@@ -150,25 +150,25 @@ void CheckBits(const Evidence& evidence, Ledger& ledger) {
   const double low = std::max(1.0, std::ceil(std::log2(least) - 1e-6));
   const double high = std::max(1.0, std::ceil(std::log2(most) - 1e-6));
   if (!c.has_bits_needed()) {
-    ledger.Claim("bits_needed", high > 31, absl::StrCat("unset  (recomputed ", high, ")"));
+    report.Claim("bits_needed", high > 31, absl::StrCat("unset  (recomputed ", high, ")"));
     return;
   }
-  ledger.Count("bits_needed", c.bits_needed(), static_cast<int64_t>(low),
+  report.Count("bits_needed", c.bits_needed(), static_cast<int64_t>(low),
                static_cast<int64_t>(high));
 }
 
 }  // namespace
 
-void CheckAlphabet(const Evidence& evidence, Ledger& ledger) {
+void CheckRequiredBits(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   const Clipping clipping = CountClipped(evidence);
-  ledger.Count("clipped_weights", c.clipped_weights(), clipping.weights_low, clipping.weights_high);
-  ledger.Count("clipped_rows", c.clipped_rows(), clipping.rows_low, clipping.rows_high);
+  report.Count("clipped_weights", c.clipped_weights(), clipping.weights_low, clipping.weights_high);
+  report.Count("clipped_rows", c.clipped_rows(), clipping.rows_low, clipping.rows_high);
   const double tolerance = evidence.tolerance();
-  ledger.Number(
+  report.Number(
       "worst_overshoot", c.worst_overshoot(), clipping.overshoot.high,
       {clipping.overshoot.low * (1 - tolerance), clipping.overshoot.high * (1 + tolerance)});
-  CheckBits(evidence, ledger);
+  CheckBits(evidence, report);
 }
 
 }  // namespace certiq::verify

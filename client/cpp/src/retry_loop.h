@@ -1,6 +1,6 @@
-// The tries of one call of the library, and the context of each.
-#ifndef CERTIQ_CLIENT_CPP_SRC_TRIES_H_
-#define CERTIQ_CLIENT_CPP_SRC_TRIES_H_
+// Retry loop of one call, and the context of each try.
+#ifndef CERTIQ_CLIENT_CPP_SRC_RETRY_LOOP_H_
+#define CERTIQ_CLIENT_CPP_SRC_RETRY_LOOP_H_
 
 #include <functional>
 #include <stop_token>
@@ -14,16 +14,17 @@
 
 namespace certiq {
 
-// Decides after each try that failed, and waits. Not thread-safe. The arguments must outlive it.
-class Tries {
+// Decides after each failed try whether another one follows, and waits for it. Not thread-safe. The
+// arguments must outlive it.
+class RetryLoop {
  public:
-  Tries(const ClientOptions& settings, const CallOptions& options);
+  RetryLoop(const ClientOptions& settings, const CallOptions& options);
 
-  // For the whole call.
+  // The deadline of the whole call.
   absl::Time deadline() const { return deadline_; }
 
-  // Tells the caller's progress function and waits. OK: try again. Otherwise what the call ends
-  // with: the try's status, with the number of tries, or CANCELLED.
+  // Reports to the caller's progress function and waits. Returns OK for another try, otherwise the
+  // status that the call ends with: that of the try, with the number of tries, or CANCELLED.
   // REQUIRES: !outcome.status.ok().
   absl::Status Next(const AttemptOutcome& outcome);
 
@@ -34,11 +35,12 @@ class Tries {
   Backoff backoff_;
 };
 
-// `attempt` gets the deadline of the whole call; it is called until it succeeds or Tries gives up.
-absl::Status RunTries(const ClientOptions& settings, const CallOptions& options,
-                      const std::function<AttemptOutcome(absl::Time)>& attempt);
+// `attempt` gets the deadline of the whole call; it is called until it succeeds or RetryLoop gives
+// up.
+absl::Status RunRetryLoop(const ClientOptions& settings, const CallOptions& options,
+                          const std::function<AttemptOutcome(absl::Time)>& attempt);
 
-// The client's side of one try. Not thread-safe but for what gRPC allows with a context.
+// The gRPC context of one try. Not thread-safe but for what gRPC allows with a context.
 class CallContext {
  public:
   // Stopping `cancel`, now or later, cancels the call.
@@ -54,10 +56,10 @@ class CallContext {
  private:
   const absl::Time start_ = absl::Now();
   grpc::ClientContext context_;
-  // Gone before the context is.
+  // Declared last, so that no callback runs on a context that is gone.
   std::stop_callback<std::function<void()>> cancel_;
 };
 
 }  // namespace certiq
 
-#endif  // CERTIQ_CLIENT_CPP_SRC_TRIES_H_
+#endif  // CERTIQ_CLIENT_CPP_SRC_RETRY_LOOP_H_

@@ -1,4 +1,4 @@
-#include "split.h"
+#include "held_out_split.h"
 
 #include <algorithm>
 #include <cmath>
