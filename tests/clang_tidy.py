@@ -1,9 +1,14 @@
 """Runs clang-tidy over our own sources, and only over those that changed since they passed.
 
-python3 tests/clang_tidy.py BUILD_DIR, where BUILD_DIR has compile_commands.json and the
-generated headers. A source that passed leaves a stamp under a hash of all it depends on: itself,
-our headers it reaches, the contract, its flags, the configuration and the system's libraries.
-Stamps are kept in $XDG_CACHE_HOME/certiq/tidy (~/.cache where that is not set), for all clones.
+python3 tests/clang_tidy.py BUILD_DIR FOLDER..., where BUILD_DIR has compile_commands.json and the
+generated headers, and sources are those below the folders. A source that passed leaves a stamp
+under a hash of all it depends on: itself, our headers it reaches, the contract, its flags, the
+configuration and the system's libraries. Stamps are kept in $XDG_CACHE_HOME/certiq/tidy (~/.cache
+where that is not set), for all clones.
+
+Most of the time goes into the headers of libraries, so sources with the same flags are read as one,
+BATCH at a time. Where that finds something, or does not compile because two of them define the same
+name, each is read on its own, and only that counts.
 """
 
 import concurrent.futures
@@ -13,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -21,18 +27,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "clang-tidy-14"
 OWN = tuple(ROOT / folder for folder in ("server", "client", "tests"))
+BATCH = 8
 INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 
-def own_commands(build: Path) -> dict[Path, list[str]]:
-    """The first command of each of our sources, without what only gcc or -Werror would mind.
+def own_commands(build: Path, folders: list[Path]) -> dict[Path, list[str]]:
+    """The first command of each source below `folders`, without what only gcc or -Werror minds.
 
     A source compiled once an instruction set is one source.
     """
     commands: dict[Path, list[str]] = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
         source = Path(entry["directory"], entry["file"]).resolve()
-        if source in commands or not any(source.is_relative_to(folder) for folder in OWN):
+        if source in commands or not any(source.is_relative_to(folder) for folder in folders):
             continue
         arguments = entry.get("arguments") or shlex.split(entry["command"])
         commands[source] = [argument for argument in arguments if argument != "-Werror"]
@@ -113,46 +120,97 @@ def tidy(source: Path, database: Path) -> tuple[bool, str]:
     return done.returncode == 0, output.strip()
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print(__doc__, file=sys.stderr)
-        return 2
-    build = Path(arguments[0]).resolve()
-    commands = own_commands(build)
-    if not commands:
-        print(f"clang-tidy: no sources of ours in {build}/compile_commands.json", file=sys.stderr)
-        return 1
+def flags_of(command: list[str]) -> list[str]:
+    """A command without its source and without the files that it writes."""
+    flags = []
+    arguments = iter(command)
+    for argument in arguments:
+        if argument in {"-c", "-o", "-MF", "-MT", "-MQ"}:
+            next(arguments)
+        else:
+            flags.append(argument)
+    return flags
 
-    database = build / "tidy"
-    database.mkdir(exist_ok=True)
-    (database / "compile_commands.json").write_text(
+
+def batches(stale: list[Path], commands: dict[Path, list[str]]) -> list[list[Path]]:
+    """Sources with the same flags, neighbours together."""
+    groups: dict[str, list[Path]] = {}
+    for source in sorted(stale):
+        groups.setdefault(shlex.join(flags_of(commands[source])), []).append(source)
+    return [
+        group[first : first + BATCH]
+        for group in groups.values()
+        for first in range(0, len(group), BATCH)
+    ]
+
+
+def write_database(folder: Path, commands: dict[Path, list[str]]) -> None:
+    (folder / "compile_commands.json").write_text(
         json.dumps(
             [
-                {"directory": str(build), "file": str(source), "arguments": flags}
+                {"directory": str(folder.parent), "file": str(source), "arguments": flags}
                 for source, flags in commands.items()
             ]
         )
     )
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    build = Path(arguments[0]).resolve()
+    commands = own_commands(build, [ROOT / folder for folder in arguments[1:]])
+    if not commands:
+        print(f"clang-tidy: no sources of ours in {build}/compile_commands.json", file=sys.stderr)
+        return 1
+
     common = common_parts()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "certiq" / "tidy"
     folder.mkdir(parents=True, exist_ok=True)
     stamps = {source: folder / key(source, flags, common) for source, flags in commands.items()}
     stale = [source for source in commands if not stamps[source].is_file()]
-    # The largest first: none of them starts when the others are done.
-    stale.sort(key=lambda source: -source.stat().st_size)
     print(f"clang-tidy: {len(commands)} sources, {len(stale)} to check", flush=True)
+
+    database = build / "tidy"
+    shutil.rmtree(database, ignore_errors=True)
+    database.mkdir()
+    together: dict[Path, list[Path]] = {}
+    for number, batch in enumerate(batches(stale, commands)):
+        if len(batch) == 1:
+            together[batch[0]] = batch
+            continue
+        source = database / f"batch_{number}.cc"
+        lines = (f'#include "{one}"  // NOLINT(bugprone-suspicious-include)\n' for one in batch)
+        source.write_text("".join(lines))
+        commands[source] = [*flags_of(commands[batch[0]]), "-c", str(source)]
+        together[source] = batch
+    write_database(database, commands)
 
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        runs = {pool.submit(tidy, source, database): source for source in stale}
-        for run in concurrent.futures.as_completed(runs):
-            source = runs[run]
-            passed, output = run.result()
-            if passed:
-                stamps[source].touch()
-            else:
-                failed += 1
-                print(f"clang-tidy: {source.relative_to(ROOT)}\n{output}", flush=True)
+        # What takes longest first, so that nothing starts when the others are done.
+        waiting = {
+            pool.submit(tidy, source, database): source
+            for source in sorted(
+                together, key=lambda source: -sum(one.stat().st_size for one in together[source])
+            )
+        }
+        while waiting:
+            done, _ = concurrent.futures.wait(
+                waiting, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for run in done:
+                source = waiting.pop(run)
+                passed, output = run.result()
+                if passed:
+                    for one in together.get(source, [source]):
+                        stamps[one].touch()
+                elif len(together.get(source, [source])) > 1:
+                    waiting |= {pool.submit(tidy, one, database): one for one in together[source]}
+                else:
+                    failed += 1
+                    print(f"clang-tidy: {source.relative_to(ROOT)}\n{output}", flush=True)
     return 1 if failed else 0
 
 

@@ -1,9 +1,10 @@
 """Adds up what the test runners reported.
 
-python3 tests/count_results.py RESULTS_DIR. The folder's stages.tsv has one line a stage: name,
-exit status, and the JUnit file its runner wrote, or "-" where the stage itself is the test. A
-runner that failed without reporting a failure counts as one. The last line printed is the sum;
-the exit status tells whether all is well.
+python3 tests/count_results.py RESULTS_DIR... Each folder's stages.tsv has one line a check, with
+tabs between: its name, its exit status, the JUnit file its runner wrote, or "-" where the check
+itself is the test, and, if ctest ran shards of GoogleTest programs, the folder of their own files,
+<ctest's name>.xml. A runner that failed without reporting a failure counts as one. The last line
+printed is the sum; the exit status tells whether all is well.
 """
 
 import sys
@@ -28,24 +29,38 @@ class Counts:
         return f"{text}, {self.skipped} skipped" if self.skipped else text
 
 
-def read_junit(path: Path) -> Counts:
+def read_junit(path: Path, shards: Path | None = None) -> Counts:
+    """Counts a case that has a file in `shards` as the tests in there."""
     counts = Counts()
     if not path.is_file():
         return counts
     for case in ElementTree.parse(path).getroot().iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
+        failed = case.find("failure") is not None or case.find("error") is not None
+        shard = shards / f"{case.get('name')}.xml" if shards else None
+        if shard is not None and shard.is_file():
+            within = read_junit(shard)
+            # The program failed outside its tests, for example by a leak.
+            if failed and within.failed == 0:
+                within.failed = 1
+            counts.add(within)
+        elif failed:
             counts.failed += 1
-        elif case.find("skipped") is not None:
+        elif (
+            case.find("skipped") is not None
+            # GoogleTest's own ways to say it.
+            or case.get("result") == "skipped"
+            or case.get("status") == "notrun"
+        ):
             counts.skipped += 1
         else:
             counts.passed += 1
     return counts
 
 
-def count_stage(status: int, junit: str) -> Counts:
+def count_stage(status: int, junit: str, shards: str) -> Counts:
     if junit == "-":
         return Counts(passed=1) if status == 0 else Counts(failed=1)
-    counts = read_junit(Path(junit))
+    counts = read_junit(Path(junit), None if shards == "-" else Path(shards))
     ran_nothing = counts.passed + counts.failed == 0
     if counts.failed == 0 and (status != 0 or ran_nothing):
         counts.failed = 1
@@ -53,15 +68,19 @@ def count_stage(status: int, junit: str) -> Counts:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
+    if not arguments:
         print(__doc__, file=sys.stderr)
         return 2
     total = Counts()
-    for line in (Path(arguments[0]) / "stages.tsv").read_text().splitlines():
-        name, status, junit = line.split("\t")
-        counts = count_stage(int(status), junit)
-        total.add(counts)
-        print(f"{name + ':':<36} {counts}")
+    for folder in arguments:
+        lines = (Path(folder) / "stages.tsv").read_text().splitlines()
+        if not lines:
+            lines = [f"{Path(folder).name}: nothing reported\t1\t-"]
+        for line in lines:
+            name, status, junit, shards = (*line.split("\t"), "-")[:4]
+            counts = count_stage(int(status), junit, shards)
+            total.add(counts)
+            print(f"{name + ':':<36} {counts}")
     print(total)
     return 0 if total.failed == 0 and total.passed > 0 else 1
 

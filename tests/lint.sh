@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
-# Every check that reads sources without running them. Ends with how many
-# passed; exit status 1 if one failed. With a file name as its argument, appends
-# a line for each check to it, as tests/count_results.py reads them.
+# Checks that read sources without running them. Ends with how many passed;
+# exit status 1 if one failed.
+#
+#   bash tests/lint.sh [--all] [FILE]
+#
+# clang-tidy reads server/ and client/, and with --all tests/ as well. A line for
+# each check is appended to FILE, as tests/count_results.py reads them.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
+tidied=(server client)
+if [[ "${1:-}" == --all ]]; then
+  tidied+=(tests)
+  shift
+fi
 stages="${1:-/dev/null}"
 if [[ $# -gt 1 || "$stages" == -* ]]; then
-  echo "lint.sh: expected one file name or none, got '$*'" >&2
+  echo "lint.sh: expected --all or nothing, then one file name or none, got '$*'" >&2
   exit 2
 fi
 bin=build/venv/bin
@@ -33,7 +42,7 @@ clang_format() {
 
 clang_tidy() {
   prepare_build
-  "$bin/python" tests/clang_tidy.py "$build"
+  "$bin/python" tests/clang_tidy.py "$build" "${tidied[@]}"
 }
 
 buf_lint() { (cd proto && "../$bin/buf" lint); }

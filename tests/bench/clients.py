@@ -1,4 +1,4 @@
-"""What the clients of a measurement do; whatever they receive is checked for being a success."""
+"""The acts of a measurement's clients; whatever they receive is checked for being a success."""
 
 import threading
 import time
@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-import grpc
+import certiq
 import numpy as np
-from cluster import Client, JobRequest
-from crowd import Turn
-from programs import PATIENCE_SECONDS
-from raw import announce, collect
+from load_generator import Turn
+from raw import announce, chunk, collect, read_result
 from stubs import (
     calibration_pb2,
     certificate_pb2,
@@ -20,8 +18,8 @@ from stubs import (
     spec_pb2,
     tensor_pb2,
 )
-from sums import DTYPES, Source, chunk
-from work import SUCCEEDED, small
+from sums import DTYPES
+from work import create, small
 
 F16 = "<f2"
 # What the client library sends at a time.
@@ -64,16 +62,11 @@ def engine_seconds(certificate: certificate_pb2.Certificate) -> float:
     return took.factor + took.round + took.certify + took.reference + took.pack
 
 
-def shared_calibration(client: Client, features: int) -> str:
+def shared_calibration(turn: Turn, features: int) -> certiq.Calibration:
     """The same for all clients, who ask for it at the same time: then it takes another try."""
-    end = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return client.create(features, request_id="load").id
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > end:
-                raise
-        time.sleep(0.02)
+    patient = certiq.Retry(max_attempts=1000, initial_backoff=0.02, max_backoff=0.1)
+    with certiq.Client(turn.address, retry=patient) as client:
+        return create(client, features, request_id="load")
 
 
 class StreamRows:
@@ -92,9 +85,9 @@ class StreamRows:
         ]
 
     def __call__(self, turn: Turn) -> int:
-        calibration = shared_calibration(turn.client, self._features)
+        calibration = shared_calibration(turn, self._features)
         header = calibration_pb2.AccumulateHeader(
-            calibration_id=calibration, stream_id=f"rank-{turn.number}", x=DTYPES[F16]
+            calibration_id=calibration.id, stream_id=f"rank-{turn.number}", x=DTYPES[F16]
         )
         handed_over: list[float] = []
         places = threading.Semaphore(UNANSWERED)
@@ -111,11 +104,7 @@ class StreamRows:
                 body = self._bodies[sequence % len(self._bodies)]
                 yield body + chunk(sequence, b"").SerializeToString()
 
-        call = turn.client.channel.stream_stream(
-            "/certiq.v1.CalibrationService/Accumulate",
-            response_deserializer=calibration_pb2.AccumulateResponse.FromString,
-        )
-        answers = call(requests(), timeout=LONG_SECONDS)
+        answers = turn.calls.calibrations.Accumulate(requests(), timeout=LONG_SECONDS)
         progress = next(answers).progress
         assert progress.received == 0
         turn.begin()
@@ -158,10 +147,7 @@ class Quantize:
         self._frames = [request.SerializeToString() for request in requests]
 
     def __call__(self, turn: Turn) -> int:
-        call = turn.client.channel.stream_stream(
-            "/certiq.v1.QuantizationService/Quantize",
-            response_deserializer=service_pb2.QuantizeResponse.FromString,
-        )
+        call = turn.calls.quantization.Quantize
         turn.begin()
         done = 0
         while turn.more(done):
@@ -196,42 +182,37 @@ class Jobs:
         self._X = activations(self.tokens, self.shape[1])
 
     def __call__(self, turn: Turn) -> int:
-        client = turn.client
-        calibration = client.create(self.shape[1]).id
-        chunk_rows = rows_of(STREAM_CHUNK_BYTES, self.shape[1])
-        client.accumulate(calibration, Source("rank-0", self._X, chunk_rows=chunk_rows))
-        client.finalize(calibration, self.tokens)
-        request = JobRequest(calibration, self._W)
-        request.chunk_rows = rows_of(LAYER_CHUNK_BYTES, self.shape[1])
+        features = self.shape[1]
+        calibration = create(turn.client, features)
+        chunk_rows = rows_of(STREAM_CHUNK_BYTES, features)
+        with calibration.stream("rank-0", chunk_rows=chunk_rows) as stream:
+            stream.send(self._X)
+        calibration.finalize(expected_tokens=self.tokens)
         turn.begin()
         done = 0
         while turn.more(done):
             share = 0.01 * (1 + 1e-6 * done) if self.own_factor else 0.01
-            request.spec.damping.relative_trace = share
-            self._run(turn, request)
+            self._run(turn, calibration, certiq.Spec(bits=4, damping=f"relative_trace:{share!r}"))
             done += 1
         return done
 
-    def _run(self, turn: Turn, request: JobRequest) -> None:
-        client = turn.client
+    def _run(self, turn: Turn, calibration: certiq.Calibration, spec: certiq.Spec) -> None:
         with turn.timed("job: created to read"):
             with turn.timed("CreateJob"):
-                job = client.create_job(request).id
+                job = turn.client.submit(self._W, calibration=calibration, spec=spec)
             with turn.timed("GetJob under load"):
-                client.get_job(job)
+                job.refresh()
             with turn.timed("WatchJob: to the end"):
-                ended = client.wait_job(job)
-            assert ended.state == SUCCEEDED, ended
+                job.wait()
+            assert job.state == "succeeded", job
             with turn.timed("ReadResult"):
-                result = client.read(job)
+                certificate = read_result(turn.calls, job).certificate
         with turn.timed("DeleteJob"):
-            client.delete_job(job)
-        assert result.certificate is not None
-        check(result.certificate, self.shape, self.tokens)
-        assert result.tensors["weight"].shape == self.shape
-        turn.samples["job: queued to ended"].append(job_seconds(ended))
-        turn.samples["certificate: queue"].append(result.certificate.phase_seconds.queue)
-        turn.samples["certificate: engine"].append(engine_seconds(result.certificate))
+            job.delete()
+        check(certificate, self.shape, self.tokens)
+        turn.samples["job: queued to ended"].append(job_seconds(job.info))
+        turn.samples["certificate: queue"].append(certificate.phase_seconds.queue)
+        turn.samples["certificate: engine"].append(engine_seconds(certificate))
 
 
 def job_seconds(job: job_pb2.Job) -> float:
@@ -240,14 +221,13 @@ def job_seconds(job: job_pb2.Job) -> float:
 
 def get_job(turn: Turn) -> int:
     """A call after the other; counts calls."""
-    client = turn.client
-    job = client.create_job(small(client)).id
-    assert client.wait_job(job).state == SUCCEEDED
+    job = turn.client.submit(**small(turn.client)).wait()
+    assert job.state == "succeeded"
     turn.begin()
     done = 0
     while turn.more(done):
         with turn.timed("GetJob"):
-            now = client.get_job(job)
-        assert now.state == SUCCEEDED
+            job.refresh()
+        assert job.state == "succeeded"
         done += 1
     return done

@@ -18,10 +18,13 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "engine/damping/damping.h"
+#include "certiq/v1/spec.pb.h"
+#include "contract/resolve_spec.h"
 #include "engine/gram/gram.h"
+#include "engine/linalg/damped_factor.h"
 #include "engine/linalg/udu_factor.h"
 #include "engine/methods/feedback_sweep.h"
+#include "engine/methods/method.h"
 #include "engine/quantize_layer.h"
 #include "engine/scales/qparams.h"
 #include "runtime/worker_pool.h"
@@ -89,21 +92,17 @@ SharedStatistics Sums(int64_t features, int64_t tokens, Data data, uint64_t seed
 }
 
 engine::ResolvedSpec Spec(engine::Method method) {
-  engine::QuantizationSpec asked;
-  asked.method = method;
-  asked.bits = 4;
-  asked.damping_rule = engine::DampingRule::kRelativeTrace;
-  asked.damping_value = kDampingShare;
-  absl::StatusOr<engine::ResolvedSpec> spec = engine::ResolveSpec(asked);
-  CheckOk(spec.status());
-  return *std::move(spec);
+  engine::ResolvedSpec spec;
+  spec.method = method;
+  spec.damping_value = kDampingShare;
+  return spec;
 }
 
-engine::ResolvedSpec Preset(engine::Quality quality) {
-  engine::QuantizationSpec asked;
-  asked.bits = 4;
-  asked.quality = quality;
-  absl::StatusOr<engine::ResolvedSpec> spec = engine::ResolveSpec(asked);
+engine::ResolvedSpec Preset(v1::Quality quality) {
+  v1::QuantizationSpec asked;
+  asked.set_bits(4);
+  asked.set_quality(quality);
+  absl::StatusOr<engine::ResolvedSpec> spec = server::ResolveSpec(asked);
   CheckOk(spec.status());
   return *std::move(spec);
 }
@@ -168,17 +167,17 @@ void BenchRounding(benchmark::State& state, const Shape& shape, int64_t tokens, 
     CheckOk(attempt.status());
     const engine::FeedbackColumns u(attempt->factor, nullptr, pool);
     engine::Grid grid = engine::MakeGrid(spec, shape.rows, shape.features, {});
-    engine::FillSteps(spec, weights, context, grid);
+    engine::FillQuantParams(spec, weights, context, grid);
     engine::SweepRules rules;
     rules.first_dynamic_group = grid.groups;
     for (auto _ : state) {
       state.PauseTiming();
       engine::StripMatrix targets = weights;
+      engine::RoundedLayer rounded;
+      rounded.grid = grid;
       state.ResumeTiming();
-      const auto rounded =
-          engine::FeedbackSweep(spec, rules, u, attempt->factor.d, grid, targets, context);
-      CheckOk(rounded.status());
-      benchmark::DoNotOptimize(rounded->codes.data());
+      CheckOk(engine::FeedbackSweep(spec, rules, u, attempt->factor.d, targets, rounded, context));
+      benchmark::DoNotOptimize(rounded.codes.data());
     }
   });
   const auto n = static_cast<double>(shape.features);
@@ -190,14 +189,14 @@ void BenchScales(benchmark::State& state, const Shape& shape, int64_t tokens,
                  const engine::ResolvedSpec& spec, int workers) {
   const SharedStatistics sums = Sums(shape.features, tokens, Data::kMatched);
   const engine::StripMatrix weights = Weights(shape, kSeed);
-  engine::StepRules rules;
-  for (int64_t j = 0; j < shape.features; ++j) rules.metric.push_back(sums->gram.at(j, j));
+  engine::ScaleMetric metric;
+  for (int64_t j = 0; j < shape.features; ++j) metric.diagonal.push_back(sums->gram.at(j, j));
   WorkerPool pool(workers, 1);
   OnWorker(pool, [&] {
     const RunContext context = On(pool);
     for (auto _ : state) {
       engine::Grid grid = engine::MakeGrid(spec, shape.rows, shape.features, {});
-      engine::FillSteps(spec, weights, context, grid, rules);
+      engine::FillQuantParams(spec, weights, context, grid, metric);
       benchmark::DoNotOptimize(grid.scale.data());
     }
   });
@@ -342,15 +341,14 @@ void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
                Sums(n, tokens / 8, Data::kMatched, kSeed + 7)};
   });
   job("ladder", [=] {
-    Job ladder{Spec(engine::Method::kOptq), Sums(n, tokens, Data::kMatched),
+    Job search{Spec(engine::Method::kOptq), Sums(n, tokens, Data::kMatched),
                Sums(n, tokens / 8, Data::kMatched, kSeed + 7)};
-    ladder.spec.damping_rule = engine::DampingRule::kHeldOut;
-    ladder.spec.damping_ladder = {0.001, 0.01, 0.03, 0.1, 0.3, 1};
-    return ladder;
+    search.spec.damping_rule = engine::DampingRule::kHeldOut;
+    return search;
   });
-  for (const auto& [name, quality] : {std::pair{"fast", engine::Quality::kFast},
-                                      std::pair{"balanced", engine::Quality::kBalanced},
-                                      std::pair{"best", engine::Quality::kBest}}) {
+  for (const auto& [name, quality] :
+       {std::pair{"fast", v1::QUALITY_FAST}, std::pair{"balanced", v1::QUALITY_BALANCED},
+        std::pair{"best", v1::QUALITY_BEST}}) {
     job(name, [=, quality = quality] {
       return Job{Preset(quality), Sums(n, tokens, Data::kMatched),
                  Sums(n, tokens / 8, Data::kMatched, kSeed + 7)};

@@ -1,4 +1,4 @@
-"""What a certiq-server bears: rates, latencies and memory under 1 to 64 clients, over loopback.
+"""The load a certiq-server bears: rates, latencies and memory with 1 to 64 clients, over loopback.
 
 Each measurement has a server of its own. Clients are processes, on the same machine as the server:
 their CPU seconds stand beside the server's, nothing is subtracted.
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
 from clients import Jobs, Quantize, StreamRows, get_job
-from crowd import Act, ClientsFailedError, Measurement, machine_cpu_seconds, measure
+from load_generator import Act, ClientsFailedError, Measurement, machine_cpu_seconds, measure
 from programs import SERVER, Server, environment
 
 SMALL = ((576, 576), (1024, 1024))
@@ -32,7 +32,7 @@ MEMORY_TOKENS = (4096, 16384, 65536)
 MEMORY_FEATURES = 1024
 WORKERS_CLIENTS = 8
 REPEATS = 3
-# Of the server, those of calls that ended well left out.
+# Lines of the server's log that are shown; those of calls that ended well are left out.
 LOG_LINES = 10
 MIB = 1 << 20
 # What others may take where two times are compared.

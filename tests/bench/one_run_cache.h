@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
-#include "engine/damping/damping.h"
+#include "engine/linalg/damped_factor.h"
 
 namespace certiq::bench {
 

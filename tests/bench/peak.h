@@ -1,4 +1,4 @@
-// What the machine can do: chains of fused multiply-adds that never leave the registers.
+// The peak of the machine: chains of fused multiply-adds that never leave the registers.
 
 #ifndef CERTIQ_TESTS_BENCH_PEAK_H_
 #define CERTIQ_TESTS_BENCH_PEAK_H_

@@ -1,4 +1,4 @@
-"""How well: the error of quantized layers on tokens that were not used to calibrate them.
+"""Quality: the error of quantized layers on tokens that were not used to calibrate them.
 
 Real layers go through a real server, `certiq quantize` with the flags of each setting. The first
 half of the stored tokens calibrates, the second half judges, in float64. Every number is a
@@ -27,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
 from programs import CERTIQ, ROOT, Server, environment
-from safetensors_file import Tensor, read, write
+from safetensors.numpy import load_file, save_file
 
 DATA = Path(os.environ.get("CERTIQ_SHARED_DATA", ROOT.parent / "shared" / "data"))
 # The yardsticks: plain rounding, OPTQ as everybody has it, and the best settings that GPTQ's
@@ -78,23 +78,23 @@ class Linear:
 def smollm2() -> Iterator[Linear]:
     folder = DATA / "smollm2-135m"
     for layer in (0, 15):
-        weights = read(folder / f"layer_{layer:02d}.safetensors")
-        activations = read(folder / f"activations_layer_{layer:02d}.safetensors")
+        weights = load_file(folder / f"layer_{layer:02d}.safetensors")
+        activations = load_file(folder / f"activations_layer_{layer:02d}.safetensors")
         for name, weight in weights.items():
             space = SMOLLM_SPACES[name.split(".")[-2]]
-            x = activations[f"layer.{layer}.{space}.x"].array
-            yield Linear(name.removesuffix(".weight"), weight.array, x)
+            x = activations[f"layer.{layer}.{space}.x"]
+            yield Linear(name.removesuffix(".weight"), weight, x)
 
 
 def minilm() -> Iterator[Linear]:
     folder = DATA / "minilm"
-    activations = read(folder / "activations_layer_03.safetensors")
-    for name, weight in read(folder / "layer_03.safetensors").items():
+    activations = load_file(folder / "activations_layer_03.safetensors")
+    for name, weight in load_file(folder / "layer_03.safetensors").items():
         # The longest end that fits: attention.output.dense before output.dense.
         ends = [end for end in MINILM_SPACES if name.endswith(f"{end}.weight")]
         space = MINILM_SPACES[max(ends, key=len)]
-        x = activations[f"layer.3.{space}.x"].array
-        yield Linear(name.removesuffix(".weight"), weight.array, x)
+        x = activations[f"layer.3.{space}.x"]
+        yield Linear(name.removesuffix(".weight"), weight, x)
 
 
 MODELS = {"smollm2": smollm2, "minilm": minilm}
@@ -186,13 +186,13 @@ def measure(
         yield beacon_outcome(linear, seen, unseen, bits, options.beacon)
     with tempfile.TemporaryDirectory(prefix="certiq_quality_") as name:
         folder = Path(name)
-        tensors = {"weight": Tensor("F32", linear.weight), "x": Tensor("F16", seen)}
-        write(folder / "layer.safetensors", tensors)
+        tensors = {"weight": linear.weight, "x": np.ascontiguousarray(seen)}
+        save_file(tensors, folder / "layer.safetensors")
         for setting, flags in settings.items():
             case_flags = ["--bits", str(bits), "--group_size", str(group_size)]
             every = [*case_flags, *shlex.split(flags)]
             report, seconds = quantize(server, folder, every, options.repeat)
-            quantized = read(folder / "out.safetensors")["weight"].float64()
+            quantized = load_file(folder / "out.safetensors")["weight"].astype(np.float64)
             trace = float(np.sum(seen.astype(np.float64) ** 2)) / seen.shape[1]
             yield Outcome(
                 linear.name,

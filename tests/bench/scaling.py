@@ -1,4 +1,4 @@
-"""How the time of statistics, factor and rounding grows with a layer's size.
+"""Growth of the time of statistics, factor and rounding with a layer's size.
 
 python3 tests/bench/scaling.py [--help]. Needs build/release/bin/engine_bench. N is the number of
 features, R of rows, m of tokens. A round measures every size once, so what disturbs the machine

@@ -1,4 +1,4 @@
-"""What a layer costs a server, beside the formulas of deploy/README.md: memory and CPU seconds.
+"""The cost of a layer to a server, beside the formulas of deploy/sizing.md: memory and CPU seconds.
 
 CPU seconds rather than wall clock: they depend less on what else the machine does. Where cores and
 caches are shared they are still more than on an idle machine; --realtime lets the server (and not
@@ -42,13 +42,13 @@ def cpu_seconds(server: Server) -> float:
 
 
 def formula_bytes(rows: int, features: int) -> int:
-    """What a Quantize call of default settings reserves (deploy/README.md)."""
+    """What a Quantize call of default settings reserves (deploy/sizing.md)."""
     messages = 3 * min(16 * MIB, 4 * rows * features)
     return 10 * features**2 + 9 * rows * features + 5 * 1024 * features + MIB + messages
 
 
 def formula_seconds(rows: int, features: int, tokens: int, peak: float) -> float:
-    """Of one worker that has a core of `peak` float32 operations a second (deploy/README.md)."""
+    """Of one worker that has a core of `peak` float32 operations a second (deploy/sizing.md)."""
     n = features
     operations = tokens * n**2 / 0.78 + n**3 / 0.65 + rows * n**2 / 0.38
     return operations / peak + rows * n / 60e6 + 0.04

@@ -1,5 +1,3 @@
-#include "calibration/calibration.h"
-
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -15,6 +13,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/clock.h"
+#include "calibration/calibration_desk.h"
+#include "engine/gram/held_out_split.h"
 #include "support/backend_examples.h"
 #include "support/gate.h"
 #include "support/text.h"
@@ -34,37 +34,26 @@ class CalibrationTest : public ::testing::TestWithParam<StoreKind> {
     ASSERT_FALSE(HasFatalFailure());
   }
 
-  std::shared_ptr<Calibration> Create(Wanted wanted = {}) {
+  CalibrationCalls Create(Wanted wanted = {}) {
     wanted.features = layer_.features;
     auto made = server_->calibrations().Create({}, wanted.request());
     EXPECT_TRUE(made.ok()) << made.status();
-    return made.value_or(nullptr);
+    return CalibrationCalls(server_, made.ok() ? made->record.id() : "");
   }
   bool stays() const { return GetParam() != StoreKind::kMemory; }
-  absl::Status Fold(Calibration& calibration, LiveStream& live, int64_t sequence, int64_t begin,
-                    int64_t end) {
-    const auto bytes = RowBytes(layer_.x, layer_.features, begin, end);
-    return InStrand(calibration, [&] { return calibration.Fold(live, sequence, bytes, {}); });
+  std::span<const std::byte> Rows(int64_t begin, int64_t end) const {
+    return RowBytes(layer_.x, layer_.features, begin, end);
   }
-  static absl::Status Finalize(Calibration& calibration, std::optional<int64_t> tokens = {},
-                               const std::vector<std::string>& streams = {}) {
-    return InStrand(calibration, [&] { return calibration.Finalize(tokens, streams); });
+  // A copy: what is snapshot stays as long as its reservation.
+  static engine::SharedStatistics Export(const CalibrationCalls& calibration,
+                                         bool held_out = false) {
+    const auto snapshot = calibration.Export(held_out);
+    EXPECT_TRUE(snapshot.ok()) << snapshot.status();
+    if (!snapshot.ok() || snapshot->sums == nullptr) return nullptr;
+    return std::make_shared<const engine::Statistics>(*snapshot->sums);
   }
-  static absl::Status Commit(Calibration& calibration) {
-    return InStrand(calibration, [&] { return calibration.Commit(); });
-  }
-  static engine::SharedStatistics Export(Calibration& calibration, bool held_out = false) {
-    engine::SharedStatistics sums;
-    const absl::Status status = InStrand(calibration, [&] {
-      auto snapshot = calibration.Export(held_out);
-      if (snapshot.ok() && snapshot->sums != nullptr) {
-        // A copy: what is snapshot stays as long as its reservation.
-        sums = std::make_shared<const engine::Statistics>(*snapshot->sums);
-      }
-      return snapshot.status();
-    });
-    EXPECT_TRUE(status.ok()) << status;
-    return sums;
+  bool Exists(const CalibrationCalls& calibration) {
+    return server_->calibrations().Find({}, calibration.id()).ok();
   }
 
   const Layer layer_ = MakeRandomLayer(3, 12, 700);
@@ -73,35 +62,34 @@ class CalibrationTest : public ::testing::TestWithParam<StoreKind> {
 
 TEST_P(CalibrationTest, RepeatsAreIgnoredAndGapsRefused) {
   const auto calibration = Create();
-  const auto live = NewStream("s");
-  ASSERT_TRUE(InStrand(*calibration, [&] { return calibration->Open(live); }).ok());
-  EXPECT_TRUE(Fold(*calibration, *live, 0, 0, 300).ok());
-  EXPECT_TRUE(Fold(*calibration, *live, 0, 0, 300).ok());
+  StreamCall live(calibration, "s");
+  ASSERT_TRUE(live.opened().ok());
+  EXPECT_TRUE(live.Fold(0, Rows(0, 300)).ok());
+  EXPECT_TRUE(live.Fold(0, Rows(0, 300)).ok());
   for (const int64_t sequence : {int64_t{2}, int64_t{-1}, std::numeric_limits<int64_t>::max()}) {
-    const absl::Status gap = Fold(*calibration, *live, sequence, 300, 700);
+    const absl::Status gap = live.Fold(sequence, Rows(300, 700));
     EXPECT_TRUE(absl::IsInvalidArgument(gap)) << gap;
     EXPECT_CONTAINS(gap.message(), "expected 1");
   }
-  EXPECT_TRUE(Fold(*calibration, *live, 1, 300, 700).ok());
-  EXPECT_TRUE(Fold(*calibration, *live, 0, 5, 6).ok());
-  const StreamView view = calibration->Look(*live).first;
+  EXPECT_TRUE(live.Fold(1, Rows(300, 700)).ok());
+  EXPECT_TRUE(live.Fold(0, Rows(5, 6)).ok());
+  const StreamView view = live.Look().first;
   EXPECT_EQ(view.received, 2);
   EXPECT_EQ(view.tokens, 700);
   EXPECT_EQ(view.durable, stays() ? 0 : 2);
-  EXPECT_EQ(calibration->View(false).record.tokens, 700);
-  EXPECT_LT(Difference(*Export(*calibration), GramOf(layer_)), 1e-6);
+  EXPECT_EQ(calibration.View().record.tokens(), 700);
+  EXPECT_LT(Difference(*Export(calibration), GramOf(layer_)), 1e-6);
 }
 
 TEST_P(CalibrationTest, ARefusedChunkChangesNothing) {
   Layer broken = layer_;
   broken.x[static_cast<size_t>(500 * layer_.features + 3)] = std::nanf("");
   const auto calibration = Create({.held_out_fraction = 0.5, .sequence_rows = 10});
-  const auto live = NewStream("s");
-  ASSERT_TRUE(InStrand(*calibration, [&] { return calibration->Open(live); }).ok());
-  EXPECT_TRUE(Fold(*calibration, *live, 0, 0, 100).ok());
+  StreamCall live(calibration, "s");
+  ASSERT_TRUE(live.opened().ok());
+  EXPECT_TRUE(live.Fold(0, Rows(0, 100)).ok());
   const auto refuse = [&](std::span<const std::byte> x, std::span<const std::byte> more) {
-    const absl::Status refused =
-        InStrand(*calibration, [&] { return calibration->Fold(*live, 1, x, more); });
+    const absl::Status refused = live.Fold(1, x, more);
     EXPECT_TRUE(absl::IsInvalidArgument(refused)) << refused;
     return std::string(refused.message());
   };
@@ -111,11 +99,11 @@ TEST_P(CalibrationTest, ARefusedChunkChangesNothing) {
   EXPECT_CONTAINS(refuse({}, {}), "at least one");
   const auto rows = RowBytes(layer_.x, layer_.features, 100, 110);
   EXPECT_CONTAINS(refuse(rows, rows), "matched");
-  EXPECT_EQ(calibration->Look(*live).first.received, 1);
-  EXPECT_TRUE(Fold(*calibration, *live, 1, 100, 700).ok());
-  ASSERT_TRUE(Finalize(*calibration, 700).ok());
+  EXPECT_EQ(live.Look().first.received, 1);
+  EXPECT_TRUE(live.Fold(1, Rows(100, 700)).ok());
+  ASSERT_TRUE(calibration.Finalize(700).ok());
   const engine::HeldOutSplit split(0.5, 10, "s");
-  EXPECT_LT(Difference(*Export(*calibration),
+  EXPECT_LT(Difference(*Export(calibration),
                        GramOf(layer_, [&](int64_t row) { return !split.IsHeldOut(row); })),
             1e-6);
 }
@@ -126,7 +114,7 @@ TEST_P(CalibrationTest, EachStreamIsSplitByItsName) {
   std::vector<double> held_out = fit;
   int64_t held_out_tokens = 0;
   for (const std::string id : {"a", "b", "rank 3"}) {
-    ASSERT_TRUE(SendRows(*calibration, id, layer_, 37).ok());
+    ASSERT_TRUE(SendRows(calibration, id, layer_, 37).ok());
     const engine::HeldOutSplit split(0.25, 16, id);
     const auto taken = [&](int64_t row) { return split.IsHeldOut(row); };
     const std::vector<double> out = GramOf(layer_, taken);
@@ -137,14 +125,14 @@ TEST_P(CalibrationTest, EachStreamIsSplitByItsName) {
     }
     for (int64_t row = 0; row < layer_.tokens; ++row) held_out_tokens += taken(row) ? 1 : 0;
   }
-  ASSERT_TRUE(Finalize(*calibration, 3 * layer_.tokens, {"a", "b", "rank 3"}).ok());
-  const auto pin = calibration->PinFinalized();
+  ASSERT_TRUE(calibration.Finalize(3 * layer_.tokens, {"a", "b", "rank 3"}).ok());
+  const auto pin = calibration.Pin();
   ASSERT_TRUE(pin.ok());
-  const auto sums = calibration->Sums();
+  const auto sums = calibration.Sums();
   ASSERT_TRUE(sums.ok()) << sums.status();
   EXPECT_EQ(sums->held_out->tokens, held_out_tokens);
   EXPECT_EQ(sums->fit->tokens, 3 * layer_.tokens - held_out_tokens);
-  EXPECT_EQ(calibration->View(false).record.held_out_tokens, held_out_tokens);
+  EXPECT_EQ(calibration.View().record.held_out_tokens(), held_out_tokens);
   EXPECT_LT(Difference(*sums->fit, fit), 1e-6);
   EXPECT_LT(Difference(*sums->held_out, held_out), 1e-6);
 }
@@ -152,71 +140,66 @@ TEST_P(CalibrationTest, EachStreamIsSplitByItsName) {
 TEST_P(CalibrationTest, ANewerCallTakesTheStreamOver) {
   const auto calibration = Create();
   Gate told;
-  const auto older = NewStream("s", [&] { told.Open(); });
-  const auto newer = NewStream("s");
-  ASSERT_TRUE(InStrand(*calibration, [&] { return calibration->Open(older); }).ok());
-  EXPECT_TRUE(Fold(*calibration, *older, 0, 0, 100).ok());
-  EXPECT_TRUE(calibration->Look(*older).first.live);
-  ASSERT_TRUE(InStrand(*calibration, [&] { return calibration->Open(newer); }).ok());
+  StreamCall older(calibration, "s", [&] { told.Open(); });
+  ASSERT_TRUE(older.opened().ok());
+  EXPECT_TRUE(older.Fold(0, Rows(0, 100)).ok());
+  EXPECT_TRUE(older.Look().first.live);
+  StreamCall newer(calibration, "s");
+  ASSERT_TRUE(newer.opened().ok());
   EXPECT_TRUE(told.is_open());
-  EXPECT_EQ(calibration->Look(*older).second.code(), absl::StatusCode::kAborted);
-  EXPECT_EQ(Fold(*calibration, *older, 1, 100, 200).code(), absl::StatusCode::kAborted);
+  EXPECT_EQ(older.Look().second.code(), absl::StatusCode::kAborted);
+  EXPECT_EQ(older.Fold(1, Rows(100, 200)).code(), absl::StatusCode::kAborted);
   // The older's end does not end the newer.
-  calibration->Close(*older);
-  EXPECT_TRUE(calibration->Look(*newer).first.live);
-  EXPECT_EQ(calibration->Look(*newer).first.received, 1);
-  EXPECT_TRUE(Fold(*calibration, *newer, 1, 100, 700).ok());
-  calibration->Close(*newer);
-  ASSERT_TRUE(Finalize(*calibration, 700, {"s"}).ok());
+  older.Close();
+  EXPECT_TRUE(newer.Look().first.live);
+  EXPECT_EQ(newer.Look().first.received, 1);
+  EXPECT_TRUE(newer.Fold(1, Rows(100, 700)).ok());
+  newer.Close();
+  ASSERT_TRUE(calibration.Finalize(700, {"s"}).ok());
 }
 
 TEST_P(CalibrationTest, FinalizeChecksWhatIsExpected) {
   const auto calibration = Create();
-  EXPECT_CONTAINS(Finalize(*calibration).message(), "no tokens");
-  const auto live = NewStream("s");
-  ASSERT_TRUE(InStrand(*calibration, [&] { return calibration->Open(live); }).ok());
-  EXPECT_CONTAINS(Finalize(*calibration, {}, {"s"}).message(), "sent nothing");
-  EXPECT_TRUE(Fold(*calibration, *live, 0, 0, 700).ok());
-  EXPECT_CONTAINS(Finalize(*calibration, {}, {"s"}).message(), "open call");
-  EXPECT_CONTAINS(Finalize(*calibration, {}, {"other"}).message(), "sent nothing");
-  EXPECT_CONTAINS(Finalize(*calibration, 699).message(), "there are 700");
-  EXPECT_TRUE(absl::IsFailedPrecondition(Finalize(*calibration, 699)));
-  EXPECT_TRUE(absl::IsFailedPrecondition(calibration->PinFinalized().status()));
+  EXPECT_CONTAINS(calibration.Finalize().message(), "no tokens");
+  StreamCall live(calibration, "s");
+  ASSERT_TRUE(live.opened().ok());
+  EXPECT_CONTAINS(calibration.Finalize({}, {"s"}).message(), "sent nothing");
+  EXPECT_TRUE(live.Fold(0, Rows(0, 700)).ok());
+  EXPECT_CONTAINS(calibration.Finalize({}, {"s"}).message(), "open call");
+  EXPECT_CONTAINS(calibration.Finalize({}, {"other"}).message(), "sent nothing");
+  EXPECT_CONTAINS(calibration.Finalize(699).message(), "there are 700");
+  EXPECT_TRUE(absl::IsFailedPrecondition(calibration.Finalize(699)));
+  EXPECT_TRUE(absl::IsFailedPrecondition(calibration.Pin().status()));
 
   // Who is not expected to have ended is ended.
-  EXPECT_TRUE(Finalize(*calibration, 700).ok());
-  EXPECT_TRUE(absl::IsFailedPrecondition(calibration->Look(*live).second));
-  EXPECT_FALSE(Fold(*calibration, *live, 1, 0, 1).ok());
-  calibration->Close(*live);
-  EXPECT_TRUE(Finalize(*calibration, 700, {"s"}).ok());
-  EXPECT_TRUE(absl::IsFailedPrecondition(Finalize(*calibration, 1)));
-  EXPECT_TRUE(absl::IsFailedPrecondition(SendRows(*calibration, "late", layer_, 100)));
+  EXPECT_TRUE(calibration.Finalize(700).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(live.Look().second));
+  EXPECT_FALSE(live.Fold(1, Rows(0, 1)).ok());
+  live.Close();
+  EXPECT_TRUE(calibration.Finalize(700, {"s"}).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(calibration.Finalize(1)));
+  EXPECT_TRUE(absl::IsFailedPrecondition(SendRows(calibration, "late", layer_, 100)));
 }
 
 TEST_P(CalibrationTest, ImportAddsOnce) {
   const auto calibration = Create({.held_out_fraction = 0.5, .sequence_rows = 10});
   const auto source = Create();
-  ASSERT_TRUE(SendRows(*source, "s", layer_, 100).ok());
-  const engine::SharedStatistics sums = Export(*source);
-  const auto import = [&](Calibration& to, const std::string& id, bool held_out) {
-    absl::StatusOr<bool> known = false;
-    static_cast<void>(InStrand(to, [&] {
-      known = to.Import(id, held_out, *sums);
-      return absl::OkStatus();
-    }));
-    return known;
+  ASSERT_TRUE(SendRows(source, "s", layer_, 100).ok());
+  const engine::SharedStatistics sums = Export(source);
+  const auto import = [&](const CalibrationCalls& to, const std::string& id, bool held_out) {
+    return to.Import(id, held_out, *sums);
   };
-  EXPECT_EQ(import(*calibration, "i", false).value(), false);
-  EXPECT_EQ(import(*calibration, "i", false).value(), true);
-  EXPECT_EQ(import(*calibration, "j", true).value(), false);
-  ASSERT_TRUE(SendRows(*calibration, "stream", layer_, 100).ok());
-  EXPECT_TRUE(absl::IsFailedPrecondition(import(*calibration, "stream", false).status()));
-  EXPECT_TRUE(absl::IsFailedPrecondition(SendRows(*calibration, "i", layer_, 100)));
-  EXPECT_TRUE(absl::IsFailedPrecondition(import(*source, "k", true).status()));
-  ASSERT_TRUE(Finalize(*calibration, 3 * layer_.tokens, {"i", "j", "stream"}).ok());
-  EXPECT_EQ(import(*calibration, "i", false).value(), true);
-  EXPECT_TRUE(absl::IsFailedPrecondition(import(*calibration, "new", false).status()));
-  for (const StreamView& stream : calibration->View(true).streams) {
+  EXPECT_EQ(import(calibration, "i", false).value(), false);
+  EXPECT_EQ(import(calibration, "i", false).value(), true);
+  EXPECT_EQ(import(calibration, "j", true).value(), false);
+  ASSERT_TRUE(SendRows(calibration, "stream", layer_, 100).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(import(calibration, "stream", false).status()));
+  EXPECT_TRUE(absl::IsFailedPrecondition(SendRows(calibration, "i", layer_, 100)));
+  EXPECT_TRUE(absl::IsFailedPrecondition(import(source, "k", true).status()));
+  ASSERT_TRUE(calibration.Finalize(3 * layer_.tokens, {"i", "j", "stream"}).ok());
+  EXPECT_EQ(import(calibration, "i", false).value(), true);
+  EXPECT_TRUE(absl::IsFailedPrecondition(import(calibration, "new", false).status()));
+  for (const StreamView& stream : calibration.View().streams) {
     EXPECT_EQ(stream.imported, stream.id != "stream");
     EXPECT_EQ(stream.tokens, layer_.tokens);
     EXPECT_EQ(stream.durable, stream.received);
@@ -226,64 +209,122 @@ TEST_P(CalibrationTest, ImportAddsOnce) {
 TEST_P(CalibrationTest, AnExportIsOfOneMoment) {
   const auto calibration = Create();
   const int64_t before = server_->memory().reserved();
-  const auto live = NewStream("s");
-  ASSERT_TRUE(InStrand(*calibration, [&] { return calibration->Open(live); }).ok());
-  EXPECT_TRUE(Fold(*calibration, *live, 0, 0, 333).ok());
-  std::optional<Snapshot> snapshot;
-  ASSERT_TRUE(InStrand(*calibration, [&] {
-                auto taken = calibration->Export(false);
-                absl::Status status = taken.status();
-                if (status.ok()) snapshot = *std::move(taken);
-                return status;
-              }).ok());
+  StreamCall live(calibration, "s");
+  ASSERT_TRUE(live.opened().ok());
+  EXPECT_TRUE(live.Fold(0, Rows(0, 333)).ok());
+  auto snapshot = calibration.Export(false);
+  ASSERT_TRUE(snapshot.ok()) << snapshot.status();
   EXPECT_GT(server_->memory().reserved(), before);
-  EXPECT_TRUE(Fold(*calibration, *live, 1, 333, 700).ok());
+  EXPECT_TRUE(live.Fold(1, Rows(333, 700)).ok());
   EXPECT_EQ(snapshot->sums->tokens, 333);
   EXPECT_LT(Difference(*snapshot->sums, GramOf(layer_, [](int64_t row) { return row < 333; })),
             1e-6);
-  snapshot.reset();
+  snapshot = absl::UnknownError("given back");
   EXPECT_EQ(server_->memory().reserved(), before);
-  EXPECT_EQ(Export(*calibration, true), nullptr);
-  ASSERT_TRUE(Finalize(*calibration).ok());
-  EXPECT_EQ(Export(*calibration)->tokens, 700);
+  EXPECT_EQ(Export(calibration, true), nullptr);
+  ASSERT_TRUE(calibration.Finalize().ok());
+  EXPECT_EQ(Export(calibration)->tokens, 700);
 }
 
 TEST_P(CalibrationTest, PinnedOnesStay) {
-  const auto calibration = Calibrate(*server_.operator->(), layer_);
-  ASSERT_NE(calibration, nullptr);
-  const auto remove = [&] {
-    return InStrand(*calibration, [&] { return server_->calibrations().Remove(calibration); });
+  // Its time is over from the start.
+  const CalibrationCalls calibration(server_, Calibrate(server_, layer_, {.ttl_micros = 0}));
+  ASSERT_NE(calibration.id(), "");
+  const auto tick = [&] {
+    server_->calibrations().Tick({});
+    Settle(*server_);
   };
-  const base::UnixMicros late = std::numeric_limits<base::UnixMicros>::max();
   {
-    auto pin = calibration->PinFinalized();
+    auto pin = calibration.Pin();
     ASSERT_TRUE(pin.ok());
-    EXPECT_EQ(calibration->View(false).jobs, 1);
-    EXPECT_TRUE(absl::IsFailedPrecondition(remove()));
-    EXPECT_FALSE(calibration->Expired(late));
+    EXPECT_EQ(calibration.View().jobs, 1);
+    EXPECT_TRUE(absl::IsFailedPrecondition(calibration.Remove()));
+    tick();
+    EXPECT_TRUE(Exists(calibration));
   }
-  EXPECT_TRUE(calibration->Expired(late));
-  EXPECT_TRUE(remove().ok());
-  EXPECT_TRUE(absl::IsNotFound(remove()));
-  EXPECT_TRUE(absl::IsNotFound(calibration->PinFinalized().status()));
-  EXPECT_TRUE(absl::IsNotFound(server_->calibrations().Find({}, calibration->id()).status()));
+  EXPECT_EQ(calibration.View().jobs, 0);
+  tick();
+  EXPECT_FALSE(Exists(calibration));
+  EXPECT_TRUE(absl::IsNotFound(calibration.Remove()));
+  EXPECT_TRUE(absl::IsNotFound(calibration.Pin().status()));
+  EXPECT_TRUE(absl::IsNotFound(SendRows(calibration, "s", layer_, 100)));
+  EXPECT_EQ(server_->memory().reserved(), 0);
+}
+
+TEST_P(CalibrationTest, RemovedOnesGiveEverythingBack) {
+  const CalibrationCalls finalized(server_, Calibrate(server_, layer_));
+  const CalibrationCalls open = Create({.held_out_fraction = 0.1});
+  StreamCall live(open, "s");
+  EXPECT_TRUE(live.Fold(0, Rows(0, 100)).ok());
+  for (const CalibrationCalls& calibration : {finalized, open}) {
+    EXPECT_TRUE(absl::IsNotFound(CalibrationCalls(server_, calibration.id(), "other").Remove()));
+    EXPECT_TRUE(calibration.Remove().ok());
+    EXPECT_TRUE(absl::IsNotFound(calibration.Remove()));
+  }
+  EXPECT_TRUE(absl::IsNotFound(live.Look().second));
+  EXPECT_TRUE(absl::IsNotFound(live.Fold(1, Rows(100, 200))));
   EXPECT_EQ(server_->memory().reserved(), 0);
 }
 
 TEST_P(CalibrationTest, ExpiresAfterItsLastCallAndItsTime) {
-  const auto calibration = Create({.ttl_micros = 1'000'000});
-  const auto live = NewStream("s");
-  ASSERT_TRUE(InStrand(*calibration, [&] { return calibration->Open(live); }).ok());
-  const base::UnixMicros end = calibration->View(false).expire_time;
-  EXPECT_FALSE(calibration->Expired(end));
-  calibration->Close(*live);
-  EXPECT_FALSE(calibration->Expired(end - 1));
-  EXPECT_TRUE(calibration->Expired(end));
+  const auto calibration = Create({.ttl_micros = 3'600'000'000});
+  StreamCall live(calibration, "s");
+  ASSERT_TRUE(live.opened().ok());
+  const base::UnixMicros end = ExpireTime(calibration.View().record);
+  const std::shared_ptr<PartialSums> sums = calibration.Partial().value();
+  EXPECT_TRUE(sums->InUse(end));
+  live.Close();
+  EXPECT_TRUE(sums->InUse(end - 1));
+  EXPECT_FALSE(sums->InUse(end));
   const auto gone = Create({.ttl_micros = 0});
+  const auto filled = Create({.ttl_micros = 0});
+  StreamCall filling(filled, "s");
   server_->calibrations().Tick({});
-  Settle(*server_.operator->());
-  EXPECT_EQ(server_->calibrations().FindById(gone->id()), nullptr);
-  EXPECT_NE(server_->calibrations().FindById(calibration->id()), nullptr);
+  Settle(*server_);
+  EXPECT_FALSE(Exists(gone));
+  EXPECT_TRUE(Exists(calibration));
+  // Time is not over while a call is open.
+  EXPECT_TRUE(Exists(filled));
+  filling.Close();
+  server_->calibrations().Tick({});
+  Settle(*server_);
+  EXPECT_FALSE(Exists(filled));
+}
+
+// Rows that came since the last commit put the end off, though the catalog does not know of them.
+TEST_P(CalibrationTest, RowsKeepItAlive) {
+  const auto calibration = Create({.ttl_micros = 300'000});
+  const base::UnixMicros first = ExpireTime(calibration.View().record);
+  while (base::Now() <= first) {
+    StreamCall live(calibration, "s");
+    EXPECT_TRUE(live.Fold(live.Look().first.received, Rows(0, 1)).ok());
+    live.Close();
+    server_->calibrations().Tick({});
+    Settle(*server_);
+    ASSERT_TRUE(Exists(calibration));
+    std::this_thread::yield();
+  }
+}
+
+TEST_P(CalibrationTest, ListsAndLabels) {
+  const auto labelled = Create({.labels = {"a", "b"}});
+  const auto plain = Create();
+  const auto ids = [&](const std::string& tenant, const std::string& label) {
+    std::set<std::string> found;
+    PageRequest page{.size = 1, .after = {}};
+    for (;;) {
+      std::string next;
+      const auto views = server_->calibrations().List({tenant, {}}, label, page, next);
+      EXPECT_TRUE(views.ok()) << views.status();
+      for (const CalibrationView& view : *views) found.insert(view.record.id());
+      if (next.empty()) return found;
+      page = ReadPageRequest(1, next).value();
+    }
+  };
+  EXPECT_EQ(ids("", ""), (std::set{labelled.id(), plain.id()}));
+  EXPECT_EQ(ids("", "b"), std::set{labelled.id()});
+  EXPECT_TRUE(ids("", "c").empty());
+  EXPECT_TRUE(ids("other", "").empty());
 }
 
 INSTANTIATE_TEST_SUITE_P(Stores, CalibrationTest,

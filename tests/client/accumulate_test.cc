@@ -187,7 +187,7 @@ TEST_F(AccumulateTest, ARestartedProcessSkipsWhatIsThere) {
   EXPECT_TRUE(service_.sent[2].empty());
 }
 
-TEST_F(AccumulateTest, OtherChunksOrFewerRowsThanTheServerHoldsAreRefused) {
+TEST_F(AccumulateTest, OtherChunksOrFewerRowsThanTheServerHoldsAreRejected) {
   ExpectComplete(Accumulate(Options()));
   StreamOptions other = Options();
   other.chunk_rows = 1;
@@ -225,9 +225,9 @@ TEST_F(AccumulateTest, LosingWhatWasDurableIsDataLoss) {
   EXPECT_TRUE(absl::IsDataLoss(status)) << status;
 }
 
-TEST_F(AccumulateTest, PositionsThatMakeNoSenseAreRefused) {
+TEST_F(AccumulateTest, PositionsThatMakeNoSenseAreRejected) {
   service_.on_open = [](int, FakeStream* stream) -> FakeCalibrations::End {
-    stream->durable = 3;  // Of none received.
+    stream->durable = 3;  // More than was received.
     return std::nullopt;
   };
   const absl::Status status = Accumulate(Options()).status();
@@ -241,7 +241,7 @@ TEST_F(AccumulateTest, AnEarlyOkIsNotTakenForTheEnd) {
   EXPECT_EQ(Accumulate(Options()).status().code(), absl::StatusCode::kInternal);
 }
 
-TEST_F(AccumulateTest, WhatMakesNoSenseIsRefusedBeforeItIsSent) {
+TEST_F(AccumulateTest, WhatMakesNoSenseIsRejectedBeforeItIsSent) {
   StreamOptions options = Options();
   options.stream_id = "";
   EXPECT_TRUE(absl::IsInvalidArgument(Accumulate(options).status()));

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "gtest/gtest.h"
+#include "temporary_folder.h"
 #include "test_util.h"
 
 namespace certiq {
@@ -75,7 +76,7 @@ TEST(AtomicFileTest, FollowsALink) {
   EXPECT_EQ(ReadFile(folder.Path("target")), "new");
 }
 
-TEST(AtomicFileTest, RefusesWhatItCannotReplace) {
+TEST(AtomicFileTest, RejectsWhatItCannotReplace) {
   const TemporaryFolder folder;
   EXPECT_EQ(AtomicFile::CheckWritable("").code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(AtomicFile::CheckWritable(folder.Path("no/f")).code(), absl::StatusCode::kNotFound);

@@ -9,6 +9,7 @@
 #include "fake_calibrations.h"
 #include "fake_server.h"
 #include "gtest/gtest.h"
+#include "temporary_folder.h"
 #include "test_client.h"
 #include "test_util.h"
 
@@ -118,9 +119,9 @@ TEST_F(CalibrationClientTest, ImportsOnceHoweverOftenItIsTried) {
   EXPECT_EQ(service_.imported.features(), 3);
 }
 
-TEST_F(CalibrationClientTest, SumsThatDoNotFitAreRefusedBeforeTheyAreSent) {
+TEST_F(CalibrationClientTest, SumsThatDoNotFitAreRejectedBeforeTheyAreSent) {
   const OwnedTensor gram = MakeTensor("g", v1::DATA_TYPE_F64, {3, 3});
-  const auto refused = [&](const std::function<void(StatisticsView*)>& change) {
+  const auto rejected = [&](const std::function<void(StatisticsView*)>& change) {
     StatisticsView view{.tokens = 1, .gram = gram.View()};
     change(&view);
     return absl::IsInvalidArgument(client_->Import("c1", "s", view).status());
@@ -128,12 +129,12 @@ TEST_F(CalibrationClientTest, SumsThatDoNotFitAreRefusedBeforeTheyAreSent) {
   const OwnedTensor five = MakeTensor("five", v1::DATA_TYPE_F64, {5});
   const OwnedTensor half = MakeTensor("half", v1::DATA_TYPE_F16, {3, 3});
   const OwnedTensor flat = MakeTensor("flat", v1::DATA_TYPE_F64, {6});
-  EXPECT_TRUE(refused([](StatisticsView* view) { view->tokens = 0; }));
-  EXPECT_TRUE(refused([&](StatisticsView* view) { view->gram = five.View(); }));
-  EXPECT_TRUE(refused([&](StatisticsView* view) { view->gram = half.View(); }));
-  EXPECT_TRUE(refused([](StatisticsView* view) { view->gram.data.remove_suffix(1); }));
-  EXPECT_TRUE(refused([&](StatisticsView* view) { view->cross = gram.View(); }));
-  EXPECT_TRUE(refused([&](StatisticsView* view) {
+  EXPECT_TRUE(rejected([](StatisticsView* view) { view->tokens = 0; }));
+  EXPECT_TRUE(rejected([&](StatisticsView* view) { view->gram = five.View(); }));
+  EXPECT_TRUE(rejected([&](StatisticsView* view) { view->gram = half.View(); }));
+  EXPECT_TRUE(rejected([](StatisticsView* view) { view->gram.data.remove_suffix(1); }));
+  EXPECT_TRUE(rejected([&](StatisticsView* view) { view->cross = gram.View(); }));
+  EXPECT_TRUE(rejected([&](StatisticsView* view) {
     view->gram_quantized = flat.View();
     view->cross = gram.View();
   }));
@@ -183,7 +184,7 @@ TEST_F(CalibrationClientTest, ExportsAndReadsBack) {
   EXPECT_EQ(view->cross->data, statistics->cross->data);
 }
 
-TEST_F(CalibrationClientTest, ExportsThatLieAreRefused) {
+TEST_F(CalibrationClientTest, BrokenExportsAreRejected) {
   const auto code =
       [&](const std::function<void(std::vector<v1::ExportStatisticsResponse>*)>& change) {
         service_.Wait();

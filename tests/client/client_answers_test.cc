@@ -1,4 +1,4 @@
-// Servers that lie, over the wire: the call fails and nothing of the answer is used.
+// Answers that break the contract, over the wire: the call fails and nothing of them is used.
 #include <functional>
 #include <string>
 #include <vector>
@@ -32,14 +32,14 @@ absl::Status StatusOf(Handler handler) {
   return status;
 }
 
-TEST(LyingServerTest, BrokenFramesAreInternal) {
+TEST(BrokenAnswerTest, BrokenFramesAreInternal) {
   const absl::Status status =
       StatusOf(Answering([](Frames* frames) { frames->at(4).mutable_chunk()->set_row_offset(3); }));
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
   EXPECT_TRUE(Contains(status.message(), "row_offset: expected 2, got 3"));
 }
 
-TEST(LyingServerTest, ATotalTooLargeIsRefusedBeforeMemoryIsTaken) {
+TEST(BrokenAnswerTest, ATotalTooLargeIsRejectedBeforeMemoryIsTaken) {
   const absl::Status status = StatusOf(Answering([](Frames* frames) {
     auto* const header = frames->at(2).mutable_result();
     header->mutable_tensors(1)->set_shape(0, int64_t{1} << 40);
@@ -49,24 +49,24 @@ TEST(LyingServerTest, ATotalTooLargeIsRefusedBeforeMemoryIsTaken) {
   EXPECT_TRUE(Contains(status.message(), "result: expected at most"));
 }
 
-TEST(LyingServerTest, AnOkWithoutCertificateIsDataLoss) {
+TEST(BrokenAnswerTest, AnOkWithoutCertificateIsDataLoss) {
   const absl::Status status = StatusOf(Answering([](Frames* frames) { frames->resize(6); }));
   EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
   EXPECT_TRUE(Contains(status.message(), "without a certificate"));
 }
 
-TEST(LyingServerTest, AnOkWithoutAnythingIsDataLoss) {
+TEST(BrokenAnswerTest, AnOkWithoutAnythingIsDataLoss) {
   const absl::Status status = StatusOf(Answering([](Frames* frames) { frames->clear(); }));
   EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
 }
 
-TEST(LyingServerTest, AnOkWithinATensorIsDataLoss) {
+TEST(BrokenAnswerTest, AnOkWithinATensorIsDataLoss) {
   const absl::Status status = StatusOf(Answering([](Frames* frames) { frames->resize(4); }));
   EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
   EXPECT_TRUE(Contains(status.message(), "expected 128 bytes, got 64"));
 }
 
-TEST(LyingServerTest, AnEndlessAnswerIsCutOff) {
+TEST(BrokenAnswerTest, AnEndlessAnswerIsCutOff) {
   const absl::Status status = StatusOf([](int, grpc::ServerContext*, ServerStream* stream) {
     const Frames frames = GoodAnswer(ReceiveAll(stream));
     for (int i = 0; i < 6; ++i) stream->Write(frames[static_cast<size_t>(i)]);
@@ -77,7 +77,7 @@ TEST(LyingServerTest, AnEndlessAnswerIsCutOff) {
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
 }
 
-TEST(LyingServerTest, AnEndlessCertificateIsCutOff) {
+TEST(BrokenAnswerTest, AnEndlessCertificateIsCutOff) {
   const absl::Status status = StatusOf([](int, grpc::ServerContext*, ServerStream* stream) {
     const Frames frames = GoodAnswer(ReceiveAll(stream));
     for (int i = 0; i < 6; ++i) stream->Write(frames[static_cast<size_t>(i)]);
@@ -91,7 +91,7 @@ TEST(LyingServerTest, AnEndlessCertificateIsCutOff) {
   EXPECT_TRUE(Contains(status.message(), "certificate: expected at most"));
 }
 
-TEST(LyingServerTest, AnErrorAfterACompleteResultIsAnError) {
+TEST(BrokenAnswerTest, AnErrorAfterACompleteResultIsAnError) {
   const absl::Status status =
       StatusOf([](int call, grpc::ServerContext* context, ServerStream* stream) {
         Answering()(call, context, stream);
@@ -100,7 +100,7 @@ TEST(LyingServerTest, AnErrorAfterACompleteResultIsAnError) {
   EXPECT_EQ(status.message(), "afterthought");
 }
 
-TEST(LyingServerTest, AnOkBeforeTheUploadEndedIsInternal) {
+TEST(BrokenAnswerTest, AnOkBeforeTheUploadEndedIsInternal) {
   FakeServer server([](int, grpc::ServerContext*, ServerStream* stream) {
     v1::QuantizeRequest header;
     stream->Read(&header);
@@ -112,13 +112,13 @@ TEST(LyingServerTest, AnOkBeforeTheUploadEndedIsInternal) {
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
 }
 
-TEST(LyingServerTest, AFrameOverTheLimitIsNotRetried) {
+TEST(BrokenAnswerTest, AFrameOverTheLimitIsNotRetried) {
   const absl::Status status = StatusOf(Answering(
       [](Frames* frames) { frames->at(5).mutable_chunk()->set_data(std::string(5 << 20, 'x')); }));
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
 }
 
-TEST(LyingServerTest, AnotherServiceIsUnimplemented) {
+TEST(BrokenAnswerTest, AnotherServiceIsUnimplemented) {
   const absl::Status status = StatusOf([](int, grpc::ServerContext*, ServerStream*) {
     return grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "");
   });

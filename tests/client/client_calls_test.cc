@@ -1,4 +1,4 @@
-// What a call sends and returns, and what is refused before or early in it.
+// Contents of a call and its result, and requests that are rejected before or early in it.
 #include <atomic>
 #include <string>
 #include <thread>
@@ -9,6 +9,7 @@
 #include "certiq/status.h"
 #include "fake_server.h"
 #include "gtest/gtest.h"
+#include "regex_match.h"
 #include "test_client.h"
 #include "test_util.h"
 
@@ -133,7 +134,7 @@ TEST(ClientTest, ACalibrationNeedsNoActivations) {
   EXPECT_EQ(upload.header.calibration_id(), "c1");
 }
 
-TEST(ClientTest, RefusesWhatDoesNotFitBeforeSending) {
+TEST(ClientTest, RejectsWhatDoesNotFitBeforeSending) {
   FakeServer server(Answering());
   const TestClient client(server.address());
   const Layer layer = MakeLayer(4, 8, 5);
@@ -177,7 +178,7 @@ TEST(ClientTest, IntegerActivationsAreFine) {
   EXPECT_TRUE(TestClient(server.address())->Quantize(request).ok());
 }
 
-TEST(ClientTest, AnEarlyRefusalStopsTheUploadAndItsStatusWins) {
+TEST(ClientTest, AnEarlyRejectionStopsTheUploadAndItsStatusWins) {
   FakeServer server([](int, grpc::ServerContext*, ServerStream* stream) {
     v1::QuantizeRequest header;
     stream->Read(&header);
@@ -220,7 +221,7 @@ TEST(ClientTest, CallsOfSeveralThreadsShareAClient) {
   EXPECT_EQ(good, 4);
 }
 
-TEST(ClientCreateTest, RefusesWhatItCannotDo) {
+TEST(ClientCreateTest, RejectsWhatItCannotDo) {
   for (const char* address : {"", "host", "host:", ":1", "host:0", "host:65536", "host:http",
                               "::1:50", "[::1]", "dns:///h:1", "a b:1", "host:1:2", "host:-1"}) {
     EXPECT_TRUE(absl::IsInvalidArgument(Client::Create({.address = address}).status())) << address;

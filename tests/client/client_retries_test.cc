@@ -65,7 +65,7 @@ TEST(ClientRetryTest, ADrainingServerIsTriedAgain) {
   });
   const Layer layer = MakeLayer(4, 8, 5);
   ClientOptions options;
-  // It answers, if only with a refusal: it is not one that nobody reaches.
+  // It answers, if only with a rejection: it is not one that nobody reaches.
   options.retry.unreachable_budget = absl::ZeroDuration();
   EXPECT_TRUE(TestClient(server.address(), options)->Quantize(layer.Request()).ok());
   EXPECT_EQ(server.calls(), 4);

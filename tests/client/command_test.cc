@@ -12,6 +12,7 @@
 #include "fake_server.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "temporary_folder.h"
 #include "test_util.h"
 
 namespace certiq::cli {
@@ -108,7 +109,7 @@ TEST_F(CommandTest, WithoutOutputsNothingIsWritten) {
   EXPECT_EQ(folder_.Names(), Names({"w", "a"}));
 }
 
-TEST_F(CommandTest, TheServersRefusalIsPrintedWithFieldFlagAndAdvice) {
+TEST_F(CommandTest, TheServersRejectionIsPrintedWithFieldFlagAndAdvice) {
   FakeServer server([](int, grpc::ServerContext*, ServerStream*) {
     return FieldStatus("spec.bits", "expected 2 to 8, got 9");
   });

@@ -1,4 +1,4 @@
-// A CalibrationService that keeps everything in memory and breaks where a test tells it to.
+// Fake CalibrationService, which keeps everything in memory and fails where a test says so.
 #ifndef CERTIQ_TESTS_CLIENT_FAKE_CALIBRATIONS_H_
 #define CERTIQ_TESTS_CLIENT_FAKE_CALIBRATIONS_H_
 

@@ -1,4 +1,4 @@
-// A JobService with one job, which plays what a test wrote down.
+// Fake JobService with one job, which answers as a test says.
 #ifndef CERTIQ_TESTS_CLIENT_FAKE_JOBS_H_
 #define CERTIQ_TESTS_CLIENT_FAKE_JOBS_H_
 

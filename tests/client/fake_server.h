@@ -1,4 +1,4 @@
-// A QuantizationService over TCP that does what a test tells it.
+// Fake QuantizationService over TCP, whose handler the test gives.
 #ifndef CERTIQ_TESTS_CLIENT_FAKE_SERVER_H_
 #define CERTIQ_TESTS_CLIENT_FAKE_SERVER_H_
 
@@ -57,7 +57,7 @@ struct Upload {
   std::string weight;
   std::string x;
   std::string x_quantized;
-  // Of every message, in order: 'h', 'w' or 'a'.
+  // One letter a message, in order: 'h' header, 'w' weights, 'a' activations.
   std::string order;
   size_t largest_message = 0;
   std::string error;

@@ -66,7 +66,7 @@ TEST_F(JobClientTest, SubmitsEverythingUnderOneRequestId) {
   EXPECT_EQ(service_.created[2].request_id(), "mine");
 }
 
-TEST_F(JobClientTest, RefusesWeightsThatDoNotFitBeforeSending) {
+TEST_F(JobClientTest, RejectsWeightsThatDoNotFitBeforeSending) {
   JobRequest request = Request();
   request.weight.data.remove_suffix(1);
   EXPECT_TRUE(absl::IsInvalidArgument(client_->Submit(request).status()));
@@ -92,7 +92,7 @@ TEST_F(JobClientTest, ListsAllPagesWithTheFilter) {
   }
 }
 
-TEST_F(JobClientTest, AListThatNeverEndsIsRefused) {
+TEST_F(JobClientTest, AListThatNeverEndsIsRejected) {
   service_.pages.resize(2);
   service_.pages[0].set_next_page_token("1");
   service_.pages[1].set_next_page_token("1");
@@ -152,7 +152,7 @@ TEST_P(ResultBreakTest, GoesOnFromTheByteItCameTo) {
 INSTANTIATE_TEST_SUITE_P(Offsets, ResultBreakTest,
                          ::testing::Values(0, 7, 14, 21, 28, 35, 42, 49, 56, 60));
 
-TEST_F(JobClientTest, ResultsThatLieAreRefused) {
+TEST_F(JobClientTest, BrokenResultsAreRejected) {
   const auto code = [this](std::function<void(v1::ReadResultResponse*)> change) {
     service_.Wait();
     service_.change = std::move(change);
@@ -187,7 +187,7 @@ TEST_F(JobClientTest, ResultsThatLieAreRefused) {
             absl::StatusCode::kInternal);
 }
 
-TEST_F(JobClientTest, AnotherHeaderAfterABreakIsRefused) {
+TEST_F(JobClientTest, AnotherHeaderAfterABreakIsRejected) {
   service_.on_run = [](int call, int64_t offset) -> FakeJobs::End {
     if (call > 1 || offset < 14) return std::nullopt;
     return Unavailable();

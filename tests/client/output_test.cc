@@ -1,4 +1,4 @@
-// What the command shows and writes, without a server.
+// Output of the command, without a server.
 #include <limits>
 #include <set>
 #include <sstream>
@@ -12,6 +12,7 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "progress.h"
+#include "regex_match.h"
 #include "summary.h"
 #include "test_util.h"
 

@@ -1,6 +1,7 @@
 #include "quantize_flags.h"
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "CLI/CLI.hpp"
@@ -79,6 +80,8 @@ INSTANTIATE_TEST_SUITE_P(
         SpecCase{"--method", "optq", "method: METHOD_OPTQ"},
         SpecCase{"--method", "qronos", "method: METHOD_QRONOS"},
         SpecCase{"--method", "nearest", "method: METHOD_NEAREST"},
+        SpecCase{"--method", "rtn", "method: METHOD_NEAREST"},
+        SpecCase{"--method", "gptq", "method: METHOD_OPTQ"},
         SpecCase{"--symmetric", "true", "symmetric: true"},
         SpecCase{"--symmetric", "false", "symmetric: false"},
         SpecCase{"--group_scales", "static", "group_scales: GROUP_SCALES_STATIC"},
@@ -97,6 +100,10 @@ INSTANTIATE_TEST_SUITE_P(
         SpecCase{"--rounding", "stochastic", "rounding: ROUNDING_STOCHASTIC"},
         SpecCase{"--order", "natural", "order: ORDER_NATURAL"},
         SpecCase{"--order", "decreasing_norm", "order: ORDER_DECREASING_NORM"},
+        SpecCase{"--desc_act", "true", "order: ORDER_DECREASING_NORM"},
+        SpecCase{"--desc_act", "false", "order: ORDER_NATURAL"},
+        SpecCase{"--act_order", "true", "order: ORDER_DECREASING_NORM"},
+        SpecCase{"--act_order", "false", "order: ORDER_NATURAL"},
         SpecCase{"--on_failure", "fail", "damping { on_failure: ON_FAILURE_FAIL }"},
         SpecCase{"--on_failure", "nearest", "damping { on_failure: ON_FAILURE_NEAREST }"},
         SpecCase{"--quality", "fast", "quality: QUALITY_FAST"},
@@ -135,6 +142,8 @@ INSTANTIATE_TEST_SUITE_P(
         SpecCase{"--seed", "0", "seed: 0"},
         SpecCase{"--damping", "relative_trace:0.01", "damping { relative_trace: 0.01 }"},
         SpecCase{"--damping", "relative_trace:-1", "damping { relative_trace: -1 }"},
+        SpecCase{"--damp_percent", "0.01", "damping { relative_trace: 0.01 }"},
+        SpecCase{"--damp_percent", "-1", "damping { relative_trace: -1 }"},
         SpecCase{"--damping", "absolute:1", "damping { absolute: 1 }"},
         SpecCase{"--damping", "absolute:0", "damping { absolute: 0 }"},
         SpecCase{"--damping", "relative_sigma_max:1e-6", "damping { relative_sigma_max: 1e-6 }"},
@@ -202,7 +211,7 @@ TEST(QuantizeFlagsTest, UsageErrorsNameTheFlagAndWhatIsExpected) {
                           "--held_out_fraction=inf",
                           "--symmetric=yes",
                           "--symmetric=1",
-                          "--method=gptq",
+                          "--method=GPTQ",
                           "--method=OPTQ",
                           "--method=unspecified",
                           "--scale_dtype=f64",
@@ -215,6 +224,11 @@ TEST(QuantizeFlagsTest, UsageErrorsNameTheFlagAndWhatIsExpected) {
                           "--damping=absolute:inf",
                           "--damping=held_out:",
                           "--damping=held_out:1,,2",
+                          "--damp_percent=auto",
+                          "--damp_percent=inf",
+                          "--damp_percent=relative_trace:0.01",
+                          "--desc_act=yes",
+                          "--act_order=decreasing_norm",
                           "--max_attempts=2.5",
                           "--damping_factor=ten",
                           "--failure_probability=p",
@@ -238,6 +252,39 @@ TEST(QuantizeFlagsTest, UsageErrorsNameTheFlagAndWhatIsExpected) {
   EXPECT_TRUE(Contains(UsageError({"--bits", "3", "--bits", "4"}), "--bits"));
   EXPECT_TRUE(Contains(UsageError({"--bits"}), "--bits"));
   EXPECT_TRUE(Contains(UsageError({"--output=o", "--report=o"}), "two different files"));
+}
+
+TEST(QuantizeFlagsTest, TwoFlagsForOneFieldAreAnErrorThatNamesBoth) {
+  const std::vector<std::pair<std::string, std::string>> conflicts = {
+      {"--order=natural", "--desc_act=false"},
+      {"--order=decreasing_norm", "--act_order=true"},
+      {"--desc_act=true", "--act_order=true"},
+      {"--damping=relative_trace:0.01", "--damp_percent=0.01"},
+      {"--damping=held_out", "--damp_percent=0.01"}};
+  for (const auto& [one, other] : conflicts) {
+    const std::string expected = absl::StrCat(one.substr(0, one.find('=')), " and ",
+                                              other.substr(0, other.find('=')), ": expected one");
+    EXPECT_TRUE(Contains(UsageError({one, other}), expected));
+    EXPECT_TRUE(Contains(UsageError({other, one}), expected));
+  }
+}
+
+TEST(QuantizeFlagsTest, AliasesGoWithTheFlagsOfOtherFields) {
+  const v1::QuantizationSpec spec =
+      Parse({"--damp_percent=0.05", "--max_attempts=3", "--desc_act=true", "--method=gptq"}).spec;
+  EXPECT_EQ(spec.damping().relative_trace(), 0.05);
+  EXPECT_EQ(spec.damping().max_attempts(), 3);
+  EXPECT_EQ(spec.order(), v1::ORDER_DECREASING_NORM);
+  EXPECT_EQ(spec.method(), v1::METHOD_OPTQ);
+}
+
+TEST(QuantizeFlagsTest, HelpNamesTheAliases) {
+  CLI::App app;
+  QuantizeFlags flags;
+  const std::string help = AddQuantizeVerb(&app, &flags)->help();
+  for (const char* const alias : {"--desc_act", "--act_order", "--damp_percent", "rtn", "gptq"}) {
+    EXPECT_TRUE(Contains(help, alias));
+  }
 }
 
 TEST(QuantizeFlagsTest, RequiredFlags) {

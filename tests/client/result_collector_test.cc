@@ -35,8 +35,8 @@ absl::StatusOr<QuantizeResult> Collect(const Frames& frames) {
   return std::move(collector).Finish();
 }
 
-// What the change of a correct answer is refused with.
-std::string Refusal(const std::function<void(Frames&)>& change) {
+// What the change of a correct answer is rejected with.
+std::string Rejection(const std::function<void(Frames&)>& change) {
   Frames frames = Good();
   change(frames);
   const absl::Status status = Collect(frames).status();
@@ -60,7 +60,7 @@ TEST(ResultCollectorTest, TensorsMayInterleaveAndProgressComeLate) {
   EXPECT_TRUE(Collect(frames).ok());
 }
 
-TEST(ResultCollectorTest, FramesOfANewerContractAreSkippedAndEmptyOnesRefused) {
+TEST(ResultCollectorTest, FramesOfANewerContractAreSkippedAndEmptyOnesRejected) {
   Frames frames = Good();
   frames.insert(frames.begin(), v1::QuantizeResponse());
   EXPECT_FALSE(Collect(frames).ok());
@@ -68,70 +68,74 @@ TEST(ResultCollectorTest, FramesOfANewerContractAreSkippedAndEmptyOnesRefused) {
   EXPECT_TRUE(Collect(frames).ok());
 }
 
-TEST(ResultCollectorTest, RefusesHeaders) {
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { f.insert(f.begin(), f[2]); }), "a second one"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { Header(f).clear_tensors(); }), "1 to 64, got 0"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) {
+TEST(ResultCollectorTest, RejectsHeaders) {
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { f.insert(f.begin(), f[2]); }), "a second one"));
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { Header(f).clear_tensors(); }), "1 to 64, got 0"));
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) {
                          for (int i = 0; i < 64; ++i)
                            *Header(f).add_tensors() = Header(f).tensors(0);
                        }),
                        "1 to 64, got 66"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { Header(f).set_total_bytes(143); }),
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { Header(f).set_total_bytes(143); }),
                        "total_bytes: expected 144"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { Header(f).mutable_tensors(1)->set_name("weight"); }),
-                       "once"));
-  EXPECT_TRUE(
-      Contains(Refusal([](Frames& f) { Header(f).mutable_tensors(1)->set_name(""); }), "name"));
   EXPECT_TRUE(Contains(
-      Refusal([](Frames& f) { Header(f).mutable_tensors(1)->set_name(std::string(257, 'n')); }),
+      Rejection([](Frames& f) { Header(f).mutable_tensors(1)->set_name("weight"); }), "once"));
+  EXPECT_TRUE(
+      Contains(Rejection([](Frames& f) { Header(f).mutable_tensors(1)->set_name(""); }), "name"));
+  EXPECT_TRUE(Contains(
+      Rejection([](Frames& f) { Header(f).mutable_tensors(1)->set_name(std::string(257, 'n')); }),
       "name"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) {
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) {
                          Header(f).mutable_tensors(1)->set_dtype(v1::DATA_TYPE_UNSPECIFIED);
                        }),
                        "dtype"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) {
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) {
                          Header(f).mutable_tensors(1)->set_dtype(static_cast<v1::DataType>(77));
                        }),
                        "dtype"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { Header(f).mutable_tensors(1)->clear_shape(); }),
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { Header(f).mutable_tensors(1)->clear_shape(); }),
                        "dimensions"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { Header(f).mutable_tensors(1)->set_shape(0, 0); }),
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { Header(f).mutable_tensors(1)->set_shape(0, 0); }),
                        "dimensions of at least 1"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { Header(f).mutable_tensors(1)->set_shape(0, -1); }),
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { Header(f).mutable_tensors(1)->set_shape(0, -1); }),
                        "dimensions of at least 1"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) {
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) {
                          for (int i = 0; i < 7; ++i) Header(f).mutable_tensors(1)->add_shape(1);
                        }),
                        "1 to 8 dimensions"));
+  EXPECT_TRUE(
+      Contains(Rejection([](Frames& f) { Header(f).mutable_tensors(1)->set_shape(0, INT64_MAX); }),
+               "64-bit"));
   EXPECT_TRUE(Contains(
-      Refusal([](Frames& f) { Header(f).mutable_tensors(1)->set_shape(0, INT64_MAX); }), "64-bit"));
-  EXPECT_TRUE(Contains(
-      Refusal([](Frames& f) { Header(f).mutable_tensors(1)->set_shape(0, INT64_MAX / 8); }),
+      Rejection([](Frames& f) { Header(f).mutable_tensors(1)->set_shape(0, INT64_MAX / 8); }),
       "at most"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { Header(f).mutable_tensors(0)->set_shape(1, 7); }),
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { Header(f).mutable_tensors(0)->set_shape(1, 7); }),
                        "[4, 8]"));
   EXPECT_TRUE(Contains(
-      Refusal([](Frames& f) { Header(f).mutable_tensors(0)->set_dtype(v1::DATA_TYPE_I32); }),
+      Rejection([](Frames& f) { Header(f).mutable_tensors(0)->set_dtype(v1::DATA_TYPE_I32); }),
       "floating"));
 }
 
-TEST(ResultCollectorTest, RefusesChunks) {
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { f.erase(f.begin() + 2); }), "header first"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { f[3].mutable_chunk()->set_tensor(2); }), "below 2"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { f[3].mutable_chunk()->set_tensor(-1); }), "got -1"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { f[3].mutable_chunk()->set_row_offset(1); }),
+TEST(ResultCollectorTest, RejectsChunks) {
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { f.erase(f.begin() + 2); }), "header first"));
+  EXPECT_TRUE(
+      Contains(Rejection([](Frames& f) { f[3].mutable_chunk()->set_tensor(2); }), "below 2"));
+  EXPECT_TRUE(
+      Contains(Rejection([](Frames& f) { f[3].mutable_chunk()->set_tensor(-1); }), "got -1"));
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { f[3].mutable_chunk()->set_row_offset(1); }),
                        "row_offset: expected 0, got 1"));
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { f[3].mutable_chunk()->set_row_offset(-1); }),
+                       "row_offset"));
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { std::swap(f[3], f[4]); }), "row_offset"));
   EXPECT_TRUE(
-      Contains(Refusal([](Frames& f) { f[3].mutable_chunk()->set_row_offset(-1); }), "row_offset"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { std::swap(f[3], f[4]); }), "row_offset"));
+      Contains(Rejection([](Frames& f) { f[3].mutable_chunk()->clear_data(); }), "whole rows"));
   EXPECT_TRUE(
-      Contains(Refusal([](Frames& f) { f[3].mutable_chunk()->clear_data(); }), "whole rows"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { f[3].mutable_chunk()->mutable_data()->pop_back(); }),
-                       "whole rows of 32 bytes, got 63"));
+      Contains(Rejection([](Frames& f) { f[3].mutable_chunk()->mutable_data()->pop_back(); }),
+               "whole rows of 32 bytes, got 63"));
   EXPECT_TRUE(
-      Contains(Refusal([](Frames& f) { f[4].mutable_chunk()->mutable_data()->append(32, 'x'); }),
+      Contains(Rejection([](Frames& f) { f[4].mutable_chunk()->mutable_data()->append(32, 'x'); }),
                "at most the 64 bytes"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) {
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) {
                          auto chunk = f[5];
                          chunk.mutable_chunk()->set_row_offset(4);
                          f.push_back(chunk);
@@ -139,11 +143,11 @@ TEST(ResultCollectorTest, RefusesChunks) {
                        "none after the certificate"));
 }
 
-TEST(ResultCollectorTest, RefusesCertificates) {
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { f = {f[6]}; }), "header first"));
-  EXPECT_TRUE(
-      Contains(Refusal([](Frames& f) { std::swap(f[5], f[6]); }), "every row of \"scales\" first"));
-  EXPECT_TRUE(Contains(Refusal([](Frames& f) { f[6].mutable_certificate()->set_rows(5); }),
+TEST(ResultCollectorTest, RejectsCertificates) {
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { f = {f[6]}; }), "header first"));
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { std::swap(f[5], f[6]); }),
+                       "every row of \"scales\" first"));
+  EXPECT_TRUE(Contains(Rejection([](Frames& f) { f[6].mutable_certificate()->set_rows(5); }),
                        "rows 4 and features 8, got 5 and 8"));
 }
 

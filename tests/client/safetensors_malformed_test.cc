@@ -1,4 +1,4 @@
-// Every way a file can lie, and the words it is refused with.
+// Malformed safetensors files, and the errors that they give.
 #include <ostream>
 #include <string>
 #include <vector>
@@ -25,7 +25,7 @@ void PrintTo(const Malformed& malformed, std::ostream* out) { *out << malformed.
 
 class MalformedTest : public ::testing::TestWithParam<Malformed> {};
 
-TEST_P(MalformedTest, IsRefusedWithFileFieldAndReason) {
+TEST_P(MalformedTest, IsRejectedWithFileFieldAndReason) {
   const std::string bytes = SafetensorsBytes(GetParam().json, GetParam().data_bytes);
   const auto header = ParseSafetensorsHeader(bytes, bytes.size(), "file.safetensors");
   ASSERT_EQ(header.status().code(), absl::StatusCode::kInvalidArgument);
@@ -180,7 +180,7 @@ absl::Status LengthStatus(uint64_t length, uint64_t file_bytes) {
   return ParseSafetensorsHeader(bytes, file_bytes, "f").status();
 }
 
-TEST(MalformedLengthTest, IsRefused) {
+TEST(MalformedLengthTest, IsRejected) {
   for (const uint64_t length : {uint64_t{0}, uint64_t{3}, uint64_t{100'000'001}, ~uint64_t{0},
                                 ~uint64_t{0} - 7, uint64_t{1} << 63}) {
     const absl::Status status = LengthStatus(length, 10);
@@ -194,7 +194,7 @@ TEST(MalformedLengthTest, CapHoldsEvenInAFileThatIsLarge) {
                        "expected 1 to 100000000 bytes, got 100000001"));
 }
 
-TEST(MalformedLengthTest, EveryTruncationOfAFileIsRefused) {
+TEST(MalformedLengthTest, EveryTruncationOfAFileIsRejected) {
   const std::string whole = SafetensorsBytes(Shape("[2]"), 8);
   ASSERT_TRUE(ParseSafetensorsHeader(whole, whole.size(), "f").ok());
   for (size_t size = 0; size < whole.size(); ++size) {

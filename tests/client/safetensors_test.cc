@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "temporary_folder.h"
 #include "test_util.h"
 
 namespace certiq {
@@ -136,31 +137,31 @@ TEST(SafetensorsTest, PathsThatAreNoFiles) {
                        "header length: expected 8 bytes"));
 }
 
-TEST(SafetensorsTest, WriterRefusesWhatReadersWould) {
+TEST(SafetensorsTest, WriterRejectsWhatReadersWould) {
   const TemporaryFolder folder;
   const std::string path = folder.Path("f");
   const OwnedTensor good = MakeTensor("t", v1::DATA_TYPE_U8, {2});
-  const auto refused = [&path](const std::vector<TensorView>& tensors,
-                               const std::map<std::string, std::string>& metadata = {}) {
+  const auto rejected = [&path](const std::vector<TensorView>& tensors,
+                                const std::map<std::string, std::string>& metadata = {}) {
     return absl::IsInvalidArgument(WriteSafetensors(path, tensors, metadata));
   };
-  EXPECT_TRUE(refused({good.View(), good.View()}));
+  EXPECT_TRUE(rejected({good.View(), good.View()}));
   TensorView view = good.View();
   view.name = "";
-  EXPECT_TRUE(refused({view}));
+  EXPECT_TRUE(rejected({view}));
   view.name = "__metadata__";
-  EXPECT_TRUE(refused({view}));
+  EXPECT_TRUE(rejected({view}));
   view.name = "\xff";
-  EXPECT_TRUE(refused({view}));
+  EXPECT_TRUE(rejected({view}));
   view = good.View();
   view.shape = {3};
-  EXPECT_TRUE(refused({view}));
+  EXPECT_TRUE(rejected({view}));
   view.shape = {-2, -1};
-  EXPECT_TRUE(refused({view}));
+  EXPECT_TRUE(rejected({view}));
   view = good.View();
   view.dtype = v1::DATA_TYPE_UNSPECIFIED;
-  EXPECT_TRUE(refused({view}));
-  EXPECT_TRUE(refused({good.View()}, {{"k", "\xff"}}));
+  EXPECT_TRUE(rejected({view}));
+  EXPECT_TRUE(rejected({good.View()}, {{"k", "\xff"}}));
   EXPECT_TRUE(folder.Names().empty());
 }
 

@@ -1,4 +1,4 @@
-// Tokens and files of TLS: what is sent, and what is refused before anything is.
+// Tokens and TLS files: what is sent, and what is rejected before anything is.
 #include <string>
 #include <utility>
 #include <vector>
@@ -6,6 +6,7 @@
 #include "certiq/client.h"
 #include "fake_server.h"
 #include "gtest/gtest.h"
+#include "temporary_folder.h"
 #include "test_client.h"
 #include "test_util.h"
 
@@ -45,7 +46,7 @@ TEST(SecurityTest, EveryTryCarriesTheToken) {
   EXPECT_TRUE(Sent("").empty());
 }
 
-TEST(SecurityTest, TokensThatNoHeaderHoldsAreRefused) {
+TEST(SecurityTest, TokensThatNoHeaderHoldsAreRejected) {
   for (const std::string& token : std::vector<std::string>{
            "a secret", "secret\n", "secret\r\nx: y", std::string("secret\0", 7), "secret\xc3\xa4",
            std::string(4097, 'x')}) {

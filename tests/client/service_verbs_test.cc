@@ -11,6 +11,7 @@
 #include "fake_server.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "temporary_folder.h"
 #include "test_util.h"
 
 namespace certiq::cli {
@@ -280,7 +281,9 @@ TEST_F(ServiceVerbsTest, UsageErrorsAreTwo) {
         {"export", "c1", "--output=o", "--layout=lower"},
         {"submit", "--weights=w", "--weight=l"},
         {"submit", "--weights=w", "--weight=l", "--calibration=c", "--held_out_fraction=0.1"},
-        {"submit", "--weights=w", "--weight=l", "--calibration=c", "--deadline=soon"}}) {
+        {"submit", "--weights=w", "--weight=l", "--calibration=c", "--deadline=soon"},
+        {"submit", "--weights=w", "--weight=l", "--calibration=c", "--order=natural",
+         "--desc_act=true"}}) {
     EXPECT_EQ(Run(bad), kExitUsage) << ::testing::PrintToString(bad) << err_.str();
     EXPECT_TRUE(out_.str().empty());
     EXPECT_FALSE(err_.str().empty());

@@ -1,8 +1,7 @@
-#include "base/status.h"
+#include "certiq/status.h"
 
 #include <string>
 
-#include "certiq/status.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "grpcpp/support/status.h"
@@ -88,8 +87,7 @@ TEST(StatusTest, ANegativeRetryDelayIsNone) {
 }
 
 TEST(StatusTest, FieldErrorsOfThisSideReadLikeAServers) {
-  const absl::Status status =
-      base::FieldError(absl::StatusCode::kInvalidArgument, "x", "expected y");
+  const absl::Status status = FieldError(absl::StatusCode::kInvalidArgument, "x", "expected y");
   EXPECT_EQ(status.message(), "x: expected y");
   ASSERT_EQ(DetailsOf(status).fields.size(), 1);
   EXPECT_EQ(DetailsOf(status).fields[0].field, "x");

@@ -1,4 +1,4 @@
-// A client for tests of retries.
+// Client for tests of retries, whose waits take no time.
 #ifndef CERTIQ_TESTS_CLIENT_TEST_CLIENT_H_
 #define CERTIQ_TESTS_CLIENT_TEST_CLIENT_H_
 

@@ -9,6 +9,7 @@
 #include "certiq/safetensors.h"
 #include "command.h"
 #include "files.h"
+#include "temporary_folder.h"
 #include "test_util.h"
 #include "verify_layers.h"
 
@@ -23,7 +24,7 @@ class VerifyFilesTest : public ::testing::Test {
   void SetUp() override {
     testing::LayerOptions options;
     options.mismatched = true;
-    engine::QuantizationSpec spec;
+    engine::ResolvedSpec spec;
     spec.group_size = 16;
     auto layer = testing::QuantizeRandom(options, spec);
     ASSERT_TRUE(layer.ok()) << layer.status();

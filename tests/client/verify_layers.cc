@@ -8,6 +8,7 @@
 
 #include "engine/gram/held_out_split.h"
 #include "tensors.h"
+#include "tests/engine/specs.h"
 
 namespace certiq::testing {
 namespace {
@@ -81,7 +82,8 @@ void FillSpec(const engine::ResolvedSpec& spec, v1::QuantizationSpec* to) {
       damping->set_relative_sigma_max(spec.damping_value);
       break;
     case engine::DampingRule::kHeldOut:
-      for (const double step : spec.damping_ladder) damping->mutable_held_out()->add_ladder(step);
+      for (const double step : spec.damping_candidates)
+        damping->mutable_held_out()->add_ladder(step);
       damping->mutable_held_out()->set_climb(spec.damping_climb);
       break;
   }
@@ -143,12 +145,12 @@ v1::Certificate ToProto(const engine::LayerCertificate& from) {
   to.set_held_out_tokens(from.held_out_tokens);
   to.set_held_out_rows(from.held_out_rows);
   set(from.held_out_relative_error, [&](double v) { to.set_held_out_relative_error(v); });
-  for (const engine::LadderStep& step : from.ladder) {
+  for (const engine::DampingCandidate& candidate : from.damping_candidates) {
     v1::LadderStep* const added = to.add_ladder();
-    added->set_lambda(step.lambda);
-    added->set_held_out_relative_error(step.held_out_relative_error);
-    added->set_scale_trials(step.scale_trials);
-    added->set_polish(step.polish);
+    added->set_lambda(candidate.lambda);
+    added->set_held_out_relative_error(candidate.held_out_relative_error);
+    added->set_scale_trials(candidate.scale_trials);
+    added->set_polish(candidate.polish);
   }
   set(from.predicted_squared_error, [&](double v) { to.set_predicted_squared_error(v); });
   set(from.rate_gap_bits, [&](double v) { to.set_rate_gap_bits(v); });
@@ -205,7 +207,7 @@ verify::Sources VerifiedLayer::Sources() const {
 }
 
 absl::StatusOr<VerifiedLayer> QuantizeRandom(const LayerOptions& options,
-                                             const engine::QuantizationSpec& spec) {
+                                             const engine::ResolvedSpec& spec) {
   std::mt19937_64 random(options.seed);
   std::normal_distribution<double> gauss;
   const int64_t n = options.features;
@@ -231,8 +233,7 @@ absl::StatusOr<VerifiedLayer> QuantizeRandom(const LayerOptions& options,
   layer.x = Encode("l.x", options.x_dtype, options.tokens, n, x);
   if (options.mismatched) layer.x_quantized = Encode("l.xq", options.x_dtype, options.tokens, n, y);
 
-  const auto resolved = engine::ResolveSpec(spec);
-  if (!resolved.ok()) return resolved.status();
+  const engine::ResolvedSpec resolved = Completed(spec);
   const int64_t block =
       engine::HeldOutBlockRows(options.tokens, options.held_out_fraction, options.sequence_rows);
   const engine::HeldOutSplit split(options.held_out_fraction, block, options.stream_id);
@@ -242,7 +243,7 @@ absl::StatusOr<VerifiedLayer> QuantizeRandom(const LayerOptions& options,
   engine::StripMatrix strips(options.rows, n);
   const std::vector<float> weights = Floats(layer.weight);
   for (int64_t r = 0; r < options.rows; ++r) strips.SetRow(r, weights.data() + r * n);
-  engine::LayerProblem problem{*resolved, std::move(strips),
+  engine::LayerProblem problem{resolved, std::move(strips),
                                std::make_shared<engine::Statistics>(Sums(layer, split, false))};
   if (options.held_out_fraction > 0) {
     problem.held_out = std::make_shared<engine::Statistics>(Sums(layer, split, true));

@@ -1,4 +1,4 @@
-// Quantized layers with their certificates, made by the engine itself.
+// Quantized layers with certificates of the engine itself.
 #ifndef CERTIQ_TESTS_CLIENT_VERIFY_LAYERS_H_
 #define CERTIQ_TESTS_CLIENT_VERIFY_LAYERS_H_
 
@@ -23,7 +23,7 @@ struct LayerOptions {
   std::vector<int64_t> dead = {};
   double held_out_fraction = 0;
   int64_t sequence_rows = 0;
-  // Of the split; empty for a call that brings its activations.
+  // The stream that the split is for; empty for a call that brings its activations.
   std::string stream_id = "";
   v1::DataType weight_dtype = v1::DATA_TYPE_F32;
   v1::DataType x_dtype = v1::DATA_TYPE_F32;
@@ -46,7 +46,7 @@ struct VerifiedLayer {
 
 // Random weights and correlated activations, quantized.
 absl::StatusOr<VerifiedLayer> QuantizeRandom(const LayerOptions& options,
-                                             const engine::QuantizationSpec& spec);
+                                             const engine::ResolvedSpec& spec);
 
 }  // namespace certiq::testing
 

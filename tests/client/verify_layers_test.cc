@@ -12,19 +12,19 @@
 namespace certiq::verify {
 namespace {
 
-using engine::QuantizationSpec;
+using engine::ResolvedSpec;
 using testing::LayerOptions;
 using testing::QuantizeRandom;
 
-void ExpectHolds(const LayerOptions& options, const QuantizationSpec& spec) {
+void ExpectHolds(const LayerOptions& options, const ResolvedSpec& spec) {
   const auto layer = QuantizeRandom(options, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
-  const auto ledger = Verify(layer->Sources(), layer->certificate);
-  ASSERT_TRUE(ledger.ok()) << ledger.status();
-  for (const Finding& finding : ledger->findings()) {
+  const auto report = Verify(layer->Sources(), layer->certificate);
+  ASSERT_TRUE(report.ok()) << report.status();
+  for (const Finding& finding : report->findings()) {
     EXPECT_FALSE(finding.verdict == Verdict::kWrong) << finding.name << "  " << finding.text;
   }
-  EXPECT_GT(ledger->count(Verdict::kHolds), 30);
+  EXPECT_GT(report->count(Verdict::kHolds), 30);
 }
 
 TEST(VerifyLayersTest, EveryMethodGridAndOrder) {
@@ -38,7 +38,7 @@ TEST(VerifyLayersTest, EveryMethodGridAndOrder) {
             for (const auto scales :
                  {engine::GroupScales::kStatic, engine::GroupScales::kDynamic}) {
               for (const bool mismatched : {false, true}) {
-                QuantizationSpec spec;
+                ResolvedSpec spec;
                 spec.method = method;
                 spec.rounding = rounding;
                 spec.seed = seed;
@@ -51,7 +51,7 @@ TEST(VerifyLayersTest, EveryMethodGridAndOrder) {
                 spec.compare_nearest = seed % 2 == 0;
                 // A search that may turn grids over, every now and then.
                 spec.signed_scales = symmetric && seed % 3 == 0;
-                if (*spec.signed_scales) spec.scale = engine::ScaleRule::kMse;
+                if (spec.signed_scales) spec.scale = engine::ScaleRule::kMse;
                 LayerOptions options;
                 options.mismatched = mismatched;
                 options.seed = ++seed;
@@ -59,7 +59,7 @@ TEST(VerifyLayersTest, EveryMethodGridAndOrder) {
                     "seed ", seed, " method ", static_cast<int>(method), " rounding ",
                     static_cast<int>(rounding), " group ", group, " symmetric ", symmetric,
                     " order ", static_cast<int>(order), " dynamic ", static_cast<int>(scales),
-                    " mismatched ", mismatched, " bits ", *spec.bits));
+                    " mismatched ", mismatched, " bits ", spec.bits));
                 ExpectHolds(options, spec);
               }
             }
@@ -79,7 +79,7 @@ TEST(VerifyLayersTest, EveryFormat) {
         for (const bool dynamic : {false, true}) {
           if (format == engine::Format::kCompressedTensors && bits == 3) continue;
           if (format == engine::Format::kGptq && !symmetric) continue;
-          QuantizationSpec spec;
+          ResolvedSpec spec;
           spec.format = format;
           spec.bits = bits;
           spec.symmetric = symmetric;
@@ -109,7 +109,7 @@ TEST(VerifyLayersTest, HeldOutRowsAndTheLadder) {
     for (const bool ladder : {false, true}) {
       for (const bool mismatched : {false, true}) {
         for (const int64_t sequence_rows : {0, 7}) {
-          QuantizationSpec spec;
+          ResolvedSpec spec;
           spec.method = method;
           spec.damping_rule =
               ladder ? engine::DampingRule::kHeldOut : engine::DampingRule::kRelativeTrace;
@@ -143,10 +143,10 @@ TEST(VerifyLayersTest, HeldOutRowsOfAStream) {
   Sources sources = layer->Sources();
   EXPECT_TRUE(absl::IsUnimplemented(Verify(sources, certificate).status()));
   sources.stream_id = "rank-0";
-  const auto ledger = Verify(sources, certificate);
-  ASSERT_TRUE(ledger.ok()) << ledger.status();
-  EXPECT_EQ(ledger->count(Verdict::kWrong), 0) << FindingsText(*ledger);
-  EXPECT_GT(ledger->count(Verdict::kHolds), 30);
+  const auto report = Verify(sources, certificate);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(report->count(Verdict::kWrong), 0) << FindingsText(*report);
+  EXPECT_GT(report->count(Verdict::kHolds), 30);
   // Another stream's rows were others.
   sources.stream_id = "rank-1";
   const auto other = Verify(sources, certificate);
@@ -160,7 +160,7 @@ TEST(VerifyLayersTest, DampingRules) {
   for (const auto rule : {engine::DampingRule::kAbsolute, engine::DampingRule::kRelativeSigmaMax}) {
     for (const double value : {1e-6, 1e-2, 10.0}) {
       for (const bool mismatched : {false, true}) {
-        QuantizationSpec spec;
+        ResolvedSpec spec;
         spec.method = engine::Method::kQronos;
         spec.damping_rule = rule;
         spec.damping_value = value;
@@ -177,7 +177,7 @@ TEST(VerifyLayersTest, DampingRules) {
 TEST(VerifyLayersTest, FailedAttemptsAndTheFallBack) {
   for (const int attempts : {1, 8}) {
     for (const bool mismatched : {false, true}) {
-      QuantizationSpec spec;
+      ResolvedSpec spec;
       spec.damping_rule = engine::DampingRule::kAbsolute;
       spec.damping_value = 0;
       spec.max_attempts = attempts;
@@ -197,7 +197,7 @@ TEST(VerifyLayersTest, DeadFeaturesAndClipping) {
     for (const auto rounding : {engine::Rounding::kNearest, engine::Rounding::kStochastic}) {
       for (const bool mismatched : {false, true}) {
         for (const auto order : {engine::Order::kNatural, engine::Order::kDecreasingNorm}) {
-          QuantizationSpec spec;
+          ResolvedSpec spec;
           spec.method = method;
           spec.rounding = rounding;
           spec.order = order;
@@ -223,7 +223,7 @@ TEST(VerifyLayersTest, SmallestLayers) {
     for (const auto method :
          {engine::Method::kNearest, engine::Method::kOptq, engine::Method::kQronos}) {
       for (const bool mismatched : {false, true}) {
-        QuantizationSpec spec;
+        ResolvedSpec spec;
         spec.method = method;
         spec.damping_rule = engine::DampingRule::kRelativeTrace;
         spec.per_row = features == 1;

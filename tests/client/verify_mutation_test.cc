@@ -124,17 +124,17 @@ void ForEachChange(
 }
 
 bool Holds(const VerifiedLayer& layer, const v1::Certificate& certificate) {
-  const auto ledger = Verify(layer.Sources(), certificate);
-  return ledger.ok() && ledger->count(Verdict::kWrong) == 0;
+  const auto report = Verify(layer.Sources(), certificate);
+  return report.ok() && report->count(Verdict::kWrong) == 0;
 }
 
-void ExpectEveryChangeCaught(const LayerOptions& options, const engine::QuantizationSpec& spec,
+void ExpectEveryChangeCaught(const LayerOptions& options, const engine::ResolvedSpec& spec,
                              const std::set<std::string>& without_trace = {}) {
   const auto layer = QuantizeRandom(options, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
-  const auto ledger = Verify(layer->Sources(), layer->certificate);
-  ASSERT_TRUE(ledger.ok()) << ledger.status();
-  ASSERT_EQ(ledger->count(Verdict::kWrong), 0) << FindingsText(*ledger);
+  const auto report = Verify(layer->Sources(), layer->certificate);
+  ASSERT_TRUE(report.ok()) << report.status();
+  ASSERT_EQ(report->count(Verdict::kWrong), 0) << FindingsText(*report);
   int64_t changed = 0;
   ForEachChange(layer->certificate, "", [&](const std::string& name, const auto& change) {
     if (Uncheckable().contains(name) || without_trace.contains(name)) return;
@@ -147,7 +147,7 @@ void ExpectEveryChangeCaught(const LayerOptions& options, const engine::Quantiza
 }
 
 TEST(VerifyMutationTest, Optq) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.group_size = 16;
   spec.order = engine::Order::kDecreasingNorm;
   spec.compare_nearest = true;
@@ -158,7 +158,7 @@ TEST(VerifyMutationTest, Optq) {
 }
 
 TEST(VerifyMutationTest, QronosWithALadder) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.method = engine::Method::kQronos;
   spec.group_size = 16;
   spec.order = engine::Order::kDecreasingNorm;
@@ -170,13 +170,13 @@ TEST(VerifyMutationTest, QronosWithALadder) {
 }
 
 TEST(VerifyMutationTest, TrialsAndPolishWithALadder) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.group_size = 16;
   spec.order = engine::Order::kDecreasingNorm;
   spec.scale_trials = 3;
   spec.polish = 1;
   spec.damping_rule = engine::DampingRule::kHeldOut;
-  spec.damping_ladder = {0.01, 0.03, 0.1, 0.3, 1};
+  spec.damping_candidates = {0.01, 0.03, 0.1, 0.3, 1};
   spec.damping_climb = true;
   LayerOptions options;
   options.mismatched = true;
@@ -186,7 +186,7 @@ TEST(VerifyMutationTest, TrialsAndPolishWithALadder) {
 }
 
 TEST(VerifyMutationTest, PolishedNearest) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.method = engine::Method::kNearest;
   spec.group_size = 16;
   spec.symmetric = false;
@@ -196,7 +196,7 @@ TEST(VerifyMutationTest, PolishedNearest) {
 
 // A polished result that got worse, or polish that is not told.
 TEST(VerifyMutationTest, PolishThatDidNotHelp) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.polish = 2;
   const auto layer = QuantizeRandom({}, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
@@ -213,7 +213,7 @@ TEST(VerifyMutationTest, PolishThatDidNotHelp) {
 }
 
 TEST(VerifyMutationTest, Stochastic) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.rounding = engine::Rounding::kStochastic;
   spec.seed = 9;
   spec.scale_trials = 4;
@@ -225,7 +225,7 @@ TEST(VerifyMutationTest, Stochastic) {
 }
 
 TEST(VerifyMutationTest, Nearest) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.method = engine::Method::kNearest;
   spec.group_size = 16;
   LayerOptions options;
@@ -238,7 +238,7 @@ TEST(VerifyMutationTest, Nearest) {
 TEST(VerifyMutationTest, LooserBounds) {
   for (const int bits : {3, 8}) {
     for (const auto rounding : {engine::Rounding::kNearest, engine::Rounding::kStochastic}) {
-      engine::QuantizationSpec spec;
+      engine::ResolvedSpec spec;
       spec.bits = bits;
       spec.rounding = rounding;
       spec.seed = 9;
@@ -260,7 +260,7 @@ TEST(VerifyMutationTest, LooserBounds) {
 
 // Tokens that were summed beforehand: the sums alone have a digest, which nobody can check here.
 TEST(VerifyMutationTest, Calibration) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.group_size = 16;
   const auto layer = QuantizeRandom({}, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
@@ -268,11 +268,11 @@ TEST(VerifyMutationTest, Calibration) {
   summed.certificate.clear_x_sha256();
   summed.certificate.set_calibration_id("c1");
   summed.certificate.set_sums_sha256("5a5a");
-  const auto ledger = Verify(summed.Sources(), summed.certificate);
-  ASSERT_TRUE(ledger.ok()) << ledger.status();
-  EXPECT_EQ(ledger->count(Verdict::kWrong), 0);
+  const auto report = Verify(summed.Sources(), summed.certificate);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(report->count(Verdict::kWrong), 0);
   bool said = false;
-  for (const Finding& finding : ledger->findings()) {
+  for (const Finding& finding : report->findings()) {
     said = said || (finding.verdict == Verdict::kNotChecked &&
                     finding.name == "calibration_id, sums_sha256");
   }
@@ -296,7 +296,7 @@ TEST(VerifyMutationTest, Calibration) {
 
 // A code, a scale or a weight that is not what was certified.
 TEST(VerifyMutationTest, ChangedTensors) {
-  engine::QuantizationSpec spec;
+  engine::ResolvedSpec spec;
   spec.format = engine::Format::kGptqV2;
   spec.symmetric = true;
   LayerOptions options;

@@ -379,7 +379,7 @@ h uninstall release --wait --timeout "${patience}s" >"$logs/helm.log" 2>&1 || fa
 [[ -n "$(k -n certiq get pvc -o name)" ]] || fail "the store's volume went with the release"
 step "helm uninstall --wait: the store's volume stays"
 
-# --- the guide's way, with TLS and tokens (deploy/README.md)
+# --- the guide's way, with TLS and tokens (deploy/kubernetes.md)
 
 k -n certiq create secret tls certificate --cert "$work/metrics.crt" --key "$work/metrics.key" >/dev/null
 echo "$token reader read" >"$work/tokens"

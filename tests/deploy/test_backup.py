@@ -1,4 +1,4 @@
-"""The two ways of deploy/README.md to keep a data directory, and what comes back from them."""
+"""The two ways of deploy/backup.md to keep a data directory, and what comes back from them."""
 
 import os
 import re
@@ -8,20 +8,18 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import certiq
 import numpy as np
 import pytest
-from cluster import Client, JobRequest
 from programs import ROOT, Server
 from sums import made_up
-from work import SUCCEEDED, big_job, calibrated, small
+from work import big_job, calibrated, client_of, small
 
-GUIDE = ROOT / "deploy" / "README.md"
+GUIDE = ROOT / "deploy" / "backup.md"
 
 
 def commands() -> str:
-    _, _, section = GUIDE.read_text().partition("\n## Backup\n")
-    section, _, _ = section.partition("\n## ")
-    (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    (block,) = re.findall(r"```sh\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     return block
 
 
@@ -36,26 +34,30 @@ class Kept:
     waiting: list[str]
 
 
-def fill(client: Client) -> Kept:
+def weight_of(job: certiq.Job) -> bytes:
+    return job.result().tensors["weight"].tobytes()
+
+
+def fill(client: certiq.Client) -> Kept:
     random = np.random.default_rng(1)
-    calibration = calibrated(client, made_up(random, "rank-0", 256, 64), fraction=0.25)
+    source = made_up(random, "rank-0", 256, 64)
+    calibration = calibrated(client, source, held_out_fraction=0.25)
     W = random.standard_normal((32, 64)).astype("<f4")
-    job = client.create_job(JobRequest(calibration, W)).id
-    assert client.wait_job(job).state == SUCCEEDED
-    result = bytes(client.read(job).data)
+    job = client.submit(W, calibration=calibration)
+    result = weight_of(job)
     # One that runs, and one that waits for it.
-    client.create_job(big_job(client))
-    waiting = [client.create_job(small(client)).id]
-    return Kept(calibration, client.get(calibration).sums_sha256, job, result, waiting)
+    client.submit(**big_job(client))
+    waiting = [client.submit(**small(client)).id]
+    return Kept(calibration.id, calibration.info.sums_sha256, job.id, result, waiting)
 
 
-def check(client: Client, kept: Kept) -> None:
-    assert client.get(kept.calibration).sums_sha256 == kept.sums
-    assert bytes(client.read(kept.job).data) == kept.result
-    (running,) = (job.id for job in client.list_jobs() if job.id not in {kept.job, *kept.waiting})
-    client.cancel_job(running)
+def check(client: certiq.Client, kept: Kept) -> None:
+    assert client.get_calibration(kept.calibration).info.sums_sha256 == kept.sums
+    assert weight_of(client.get_job(kept.job)) == kept.result
+    (running,) = (job for job in client.jobs() if job.id not in {kept.job, *kept.waiting})
+    running.cancel()
     for job in kept.waiting:
-        assert client.wait_job(job).state == SUCCEEDED
+        assert client.get_job(job).wait().state == "succeeded"
 
 
 @pytest.mark.parametrize("how", ["stopped", "snapshot"])
@@ -66,7 +68,7 @@ def test_a_copy_has_everything_that_was_durable(tmp_path: Path, how: str) -> Non
     flags = ["--workers", "1", "--drain_seconds", "0"]
     server = Server(tmp_path / "server", [*flags, "--data_dir", str(data)])
     try:
-        kept = fill(Client.of(server))
+        kept = fill(client_of(server))
         if how == "stopped":
             assert server.stop() == 0
             env = os.environ | {"DATA_DIR": str(data), "ELSEWHERE": str(elsewhere)}
@@ -80,6 +82,6 @@ def test_a_copy_has_everything_that_was_durable(tmp_path: Path, how: str) -> Non
         server.stop()
     restored = Server(tmp_path / "restored", [*flags, "--data_dir", str(elsewhere / "data")])
     try:
-        check(Client.of(restored), kept)
+        check(client_of(restored), kept)
     finally:
         assert restored.stop() == 0, restored.log()

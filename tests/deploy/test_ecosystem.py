@@ -1,4 +1,4 @@
-"""Programs that others wrote, used as deploy/README.md says: Envoy, grpcurl, ghz."""
+"""Programs that others wrote, used as deploy/clients.md says: Envoy, grpcurl, ghz."""
 
 import os
 import re
@@ -12,18 +12,17 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from cluster import Client, JobRequest, Pipe
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from programs import PATIENCE_SECONDS, ROOT, Server, wait_until
 from proxy import Envoy
-from raw import OPTIONS, Layer, Result, collect
+from raw import OPTIONS, Layer, Pipe, Result, collect, connect
 from scripts import script
-from stubs import calibration_pb2, job_pb2, service_pb2, service_pb2_grpc
+from stubs import QUANTIZATION, calibration_pb2, job_pb2, service_pb2, stub
 from sums import made_up
-from work import SUCCEEDED, calibrated
+from work import calibrated, client_of
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
-GUIDE = ROOT / "deploy" / "README.md"
+GUIDE = ROOT / "deploy" / "clients.md"
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Site:
     envoy: Envoy
 
     def channel(self) -> grpc.Channel:
-        return grpc.insecure_channel(self.envoy.address, OPTIONS)
+        return connect(self.envoy)
 
 
 @pytest.fixture
@@ -51,9 +50,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def quantize(channel: grpc.Channel, layer: Layer, **metadata: str) -> Result:
-    stub = service_pb2_grpc.QuantizationServiceStub(channel)
     return collect(
-        stub.Quantize(
+        stub(channel, QUANTIZATION).Quantize(
             layer.frames(),
             timeout=PATIENCE_SECONDS,
             metadata=[(key.replace("_", "-"), value) for key, value in metadata.items()],
@@ -76,18 +74,16 @@ def test_envoy_spreads_quantize_and_keeps_the_rest_together(site: Site) -> None:
         assert min(ended(server) for server in site.stateless) > 0
         assert ended(site.stateful) == 0
 
-        client = Client(site.envoy.address)
+        client = client_of(site.envoy)
         random = np.random.default_rng(1)
         calibration = calibrated(client, made_up(random, "rank-0", 128, 32))
-        request = JobRequest(calibration, layer.W)
-        job = client.create_job(request).id
-        assert client.wait_job(job).state == SUCCEEDED
-        assert client.read(job).tensors["weight"].shape == layer.W.shape
+        job = client.submit(layer.W, calibration=calibration)
+        assert job.result().tensors["weight"].shape == layer.W.shape
         assert ended(site.stateful) == 1
 
         # A layer that names the calibration: who says so reaches the server that has it.
         layer.header.ClearField("x")
-        layer.header.calibration_id = calibration
+        layer.header.calibration_id = calibration.id
         layer.X = layer.X[:0]
         quantize(channel, layer, x_certiq_calibration="yes")
         assert ended(site.stateful) == 2
@@ -102,8 +98,7 @@ def test_envoy_sends_no_new_calls_to_a_server_that_drains(site: Site) -> None:
     with site.channel() as channel:
         # An upload in two parts keeps the server from ending. Whichever has it is to go.
         pipe = Pipe()
-        stub = service_pb2_grpc.QuantizationServiceStub(channel)
-        upload = stub.Quantize(iter(pipe), timeout=PATIENCE_SECONDS)
+        upload = stub(channel, QUANTIZATION).Quantize(iter(pipe), timeout=PATIENCE_SECONDS)
         frames = list(layer.frames())
         pipe.send(frames[0])
         next(upload)
@@ -264,12 +259,10 @@ def test_the_walk_with_grpcurl(site: Site, with_clients: dict[str, str]) -> None
 
 
 def blocks_with(program: str) -> list[str]:
-    """Commands of the guide's section Clients."""
-    _, _, section = GUIDE.read_text().partition("\n## Clients\n")
-    section, _, _ = section.partition("\n## ")
+    """Commands of the guide."""
     return [
         block
-        for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+        for block in re.findall(r"```sh\n(.*?)```", GUIDE.read_text(), re.DOTALL)
         if re.search(rf"^ *{program} ", block, re.MULTILINE)
     ]
 

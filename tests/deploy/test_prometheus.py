@@ -5,20 +5,19 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import certiq
 import grpc
 import numpy as np
 import pytest
 import yaml
-from cluster import Client, JobRequest, refusal
 from programs import SERVER, Server, environment, http_get, wait_until
-from raw import Layer, collect, connect, quantize
-from stubs import spec_pb2
+from raw import refusal
 from sums import made_up
 from watching import FOLDER, RULES, Document, Prometheus, load, name_of, rules_of, tool
-from work import EXPIRED, RUNNING, big_job, calibrated, small, wait_state
+from work import big_job, calibrated, client_of, create, small, wait_state
 
 UNIT_TESTS = FOLDER / "certiq.rules_test.yml"
 ALERTS = [name_of(rule) for rule in rules_of(load(RULES)) if "alert" in rule]
@@ -95,12 +94,12 @@ def test_unit_tests_notice_every_rule_that_is_broken(tmp_path: Path) -> None:
 
 
 def test_every_alert_says_what_it_means() -> None:
-    guide = (FOLDER.parent / "README.md").read_text()
+    guide = (FOLDER.parent / "monitoring.md").read_text()
     for rule in rules_of(load(RULES)):
         if "alert" in rule:
             assert rule["labels"]["severity"] in {"warning", "critical"}
             assert rule["annotations"].keys() == {"summary", "description"}
-            assert f"`{name_of(rule)}`" in guide, "what to do is missing in deploy/README.md"
+            assert f"`{name_of(rule)}`" in guide, "what to do is missing in deploy/monitoring.md"
 
 
 def test_the_metrics_page_pleases_promtool(tmp_path: Path) -> None:
@@ -211,32 +210,43 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             server.stop()
 
 
+@dataclass
+class Layer:
+    """A made-up layer, and what is done with it."""
+
+    spec: certiq.Spec = field(default_factory=lambda: certiq.Spec(bits=4))
+    W: np.ndarray = field(init=False)
+    X: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        random = np.random.default_rng(1)
+        self.W = random.standard_normal((16, 32), dtype="<f4")
+        self.X = random.standard_normal((128, 32), dtype="<f4")
+
+
 def quantize_all(server: Server, layers: list[Layer]) -> list[grpc.StatusCode | None]:
     """How each call ended; None where well."""
     ended: list[grpc.StatusCode | None] = []
-    with connect(server) as channel:
+    with client_of(server) as client:
         for layer in layers:
             try:
-                collect(quantize(channel, layer.frames()))
+                client.quantize(layer.W, layer.X, layer.spec)
                 ended.append(None)
-            except grpc.RpcError as error:
-                ended.append(error.code())
+            except certiq.Error as error:
+                ended.append(error.code)
     return ended
 
 
-def twins(on_failure: int) -> Layer:
+def twins(on_failure: str) -> Layer:
     """Two equal columns and no damping: a pivot of zero, in every attempt."""
-    layer = Layer.made_up(16, 32, 128)
+    layer = Layer(certiq.Spec(bits=4, damping="absolute:0", max_attempts=1, on_failure=on_failure))
     layer.X[:, 1] = layer.X[:, 0]
-    layer.header.spec.damping.absolute = 0
-    layer.header.spec.damping.max_attempts = 1
-    layer.header.spec.damping.on_failure = on_failure
     return layer
 
 
 def outliers() -> Layer:
     """One weight of each row is a thousand times the others, on a feature that hardly fires."""
-    layer = Layer.made_up(16, 32, 128)
+    layer = Layer()
     layer.W[:, 0] *= 1e3
     layer.X[:, 0] *= 1e-4
     return layer
@@ -252,41 +262,39 @@ def cause_instance_down(scene: Scene) -> None:
 
 
 def cause_full_queue(scene: Scene) -> None:
-    client = Client.of(scene.servers["busy"])
-    request, blocker = small(client), big_job(client)
-    running = client.create_job(blocker).id
-    wait_state(client, running, RUNNING)
-    request.deadline = 1
-    waiting = [client.create_job(request).id for _ in range(2)]
-    assert refusal(lambda: client.create_job(request)).code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    client = client_of(scene.servers["busy"])
+    request = small(client) | {"deadline": 1}
+    running = client.submit(**big_job(client))
+    wait_state(running, "running")
+    waiting = [client.submit(**request) for _ in range(2)]
+    failed = refusal(lambda: client.submit(**request))
+    assert failed.code == grpc.StatusCode.RESOURCE_EXHAUSTED
     # They wait until their deadline, which is what jobs that take long look like.
     for job in waiting:
-        assert client.wait_job(job).state == EXPIRED
-    client.cancel_job(running)
+        assert job.wait().state == "expired"
+    running.cancel()
 
 
 def cause_no_memory(scene: Scene) -> None:
-    client = Client.of(scene.servers["poor"])
+    client = client_of(scene.servers["poor"])
     # 32 MiB of sums do not fit 16.
-    assert refusal(lambda: client.create(2048)).code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert refusal(lambda: create(client, 2048)).code == grpc.StatusCode.RESOURCE_EXHAUSTED
     # A job that fits an empty server finds calibrations in its way.
     request = small(client, features=256, rows=2048)
     wait_until(lambda: not fits(client), "calibrations fill the budget")
-    client.create_job(request)
+    client.submit(**request)
 
 
-def fits(client: Client) -> bool:
+def fits(client: certiq.Client) -> bool:
     try:
-        client.create(256)
-    except grpc.RpcError as error:
-        if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
-            raise
+        create(client, 256)
+    except certiq.ResourceExhausted:
         return False
     return True
 
 
 def cause_lambda_failures(scene: Scene) -> None:
-    layers = [twins(spec_pb2.ON_FAILURE_FAIL), twins(spec_pb2.ON_FAILURE_NEAREST), outliers()]
+    layers = [twins("fail"), twins("nearest"), outliers()]
     assert quantize_all(scene.servers["lambda"], layers) == [
         grpc.StatusCode.FAILED_PRECONDITION,
         None,
@@ -295,17 +303,17 @@ def cause_lambda_failures(scene: Scene) -> None:
 
 
 def cause_damage(scene: Scene) -> None:
-    client = Client.of(scene.servers["damaged"])
+    client = client_of(scene.servers["damaged"])
     random = np.random.default_rng(1)
     calibration = calibrated(client, made_up(random, "rank-0", 64, 32))
     before = set((scene.folder / "data" / "tensors").iterdir())
     W = random.standard_normal((16, 32)).astype("<f4")
-    job = client.wait_job(client.create_job(JobRequest(calibration, W)).id).id
+    job = client.submit(W, calibration=calibration).wait()
     (result,) = set((scene.folder / "data" / "tensors").iterdir()) - before
     content = bytearray(result.read_bytes())
     content[len(content) // 2] ^= 4
     result.write_bytes(content)
-    assert refusal(lambda: client.read(job)).code == grpc.StatusCode.DATA_LOSS
+    assert refusal(job.result).code == grpc.StatusCode.DATA_LOSS
 
 
 CAUSES: dict[str, tuple[Callable[[Scene], None], str]] = {
@@ -348,7 +356,7 @@ def test_alert_fires(scene: Scene, caused: set[Callable[[Scene], None]], alert: 
 
 def test_nothing_fires_for_a_server_that_works(scene: Scene) -> None:
     well = scene.servers["well"]
-    assert quantize_all(well, [Layer.made_up(16, 32, 128)] * 3) == [None] * 3
+    assert quantize_all(well, [Layer()] * 3) == [None] * 3
     scene.prometheus.scraped(well)
     instance = scene.instance("well")
     assert [

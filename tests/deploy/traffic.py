@@ -5,29 +5,24 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
-import grpc
+import certiq
 import numpy as np
-from cluster import Client, JobRequest
 from programs import Server
-from raw import Layer, collect, connect, quantize
-from stubs import spec_pb2
 from sums import made_up
-from work import calibrated
-
-OPTQ, QRONOS, NEAREST = spec_pb2.METHOD_OPTQ, spec_pb2.METHOD_QRONOS, spec_pb2.METHOD_NEAREST
+from work import calibrated, client_of
 
 
-def layer(method: int, bits: int, seed: int, rows: int = 384, features: int = 512) -> Layer:
-    """Features resemble each other, as those of real layers do; one is dead, two are twins."""
+def layer(seed: int, rows: int = 384, features: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, and activations whose features resemble each other, as those of real layers do; one
+    is dead, two are twins."""
     random = np.random.default_rng(seed)
-    made = Layer.made_up(rows, features, 2 * features, seed)
-    made.X = (made.X @ np.diag(random.lognormal(0, 1, features))).astype("<f4")
-    made.X += made.X.mean(axis=1, keepdims=True)
-    made.X[:, 0] = 0
-    made.X[:, 2] = made.X[:, 1]
-    made.header.spec.method = method
-    made.header.spec.bits = bits
-    return made
+    W = random.standard_normal((rows, features), dtype="<f4")
+    X = random.standard_normal((2 * features, features), dtype="<f4")
+    X = (X @ np.diag(random.lognormal(0, 1, features))).astype("<f4")
+    X += X.mean(axis=1, keepdims=True)
+    X[:, 0] = 0
+    X[:, 2] = X[:, 1]
+    return W, X
 
 
 class Traffic:
@@ -69,41 +64,41 @@ class Traffic:
         except BaseException as error:
             self._failures.append(error)
 
-    def _quantize(self, made: Layer) -> None:
-        with connect(self._server) as channel:
-            collect(quantize(channel, made.frames()))
-
     def _layers(self, number: int, turn: int) -> None:
-        method = (OPTQ, OPTQ, QRONOS, NEAREST)[turn % 4]
+        method = ("optq", "optq", "qronos", "nearest")[turn % 4]
         bits = (4, 3, 4, 8)[turn % 4]
-        self._quantize(layer(method, bits, seed=number))
+        with client_of(self._server) as client:
+            client.quantize(*layer(number), certiq.Spec(method=method, bits=bits))
 
     def _jobs(self, number: int, turn: int) -> None:
         """Jobs that share a calibration, and so its factor."""
-        client = Client.of(self._server)
+        client = client_of(self._server)
         random = np.random.default_rng(turn)
         calibration = calibrated(client, made_up(random, f"rank-{number}", 1024, 256))
         jobs = [
-            client.create_job(
-                JobRequest(calibration, random.standard_normal((256, 256)).astype("<f4"), ttl=5)
-            ).id
+            client.submit(
+                random.standard_normal((256, 256)).astype("<f4"), calibration=calibration, ttl=5
+            )
             for _ in range(4)
         ]
         for job in jobs:
-            client.wait_job(job)
-        client.delete(calibration)
+            job.wait()
+        calibration.delete()
 
     def _troubles(self, number: int, _turn: int) -> None:
         """What is refused, and what λ fails on."""
-        refused = layer(OPTQ, 9, number, rows=8, features=32)
-        with suppress(grpc.RpcError):
-            self._quantize(refused)
-        # λ has to be raised several times, or cannot be raised at all.
-        for attempts in (5, 1):
-            made = layer(OPTQ, 4, number, rows=64, features=64)
-            made.header.spec.damping.relative_trace = 1e-18
-            made.header.spec.damping.factor = 1000
-            made.header.spec.damping.max_attempts = attempts
-            made.header.spec.damping.on_failure = spec_pb2.ON_FAILURE_NEAREST
-            self._quantize(made)
+        with client_of(self._server) as client:
+            with suppress(certiq.Error):
+                client.quantize(*layer(number, rows=8, features=32), certiq.Spec(bits=9))
+            # λ has to be raised several times, or cannot be raised at all.
+            for attempts in (5, 1):
+                spec = certiq.Spec(
+                    method="optq",
+                    bits=4,
+                    damping="relative_trace:1e-18",
+                    damping_factor=1000,
+                    max_attempts=attempts,
+                    on_failure="nearest",
+                )
+                client.quantize(*layer(number, rows=64, features=64), spec)
         self._stop.wait(0.2)

@@ -1,28 +1,26 @@
-"""What people get wrong on the command line: an exit code, and words that help."""
+"""Mistakes on the command line: an exit code, and words that help."""
 
+import json
 import re
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors_file
-from conftest import Layer
+from conftest import MakeLayer
 from programs import Server, certiq
-from safetensors_file import Tensor, assemble, header_of, tensor
+from safetensors.numpy import save
+from verification import DTYPES, Layer
 
 REFUSED = 1
 USAGE = 2
-
-MakeLayer = Callable[[Tensor, Tensor], Layer]
 
 
 @pytest.fixture
 def layer(make_layer: MakeLayer, random: np.random.Generator) -> Layer:
     return make_layer(
-        tensor(random.standard_normal((12, 24)), "F32"),
-        tensor(random.standard_normal((64, 24)), "F32"),
+        random.standard_normal((12, 24)).astype("<f4"),
+        random.standard_normal((64, 24)).astype("<f4"),
     )
 
 
@@ -114,8 +112,8 @@ def test_values_that_are_not_finite_are_refused_with_their_place(
     row, column = (7, 19) if which == "weight" else (611, 5)
     (weight if which == "weight" else x)[row, column] = value
     layer = make_layer(
-        tensor(weight, dtype if which == "weight" else "F32"),
-        tensor(x, dtype if which == "x" else "F32"),
+        weight.astype(DTYPES[dtype if which == "weight" else "F32"]),
+        x.astype(DTYPES[dtype if which == "x" else "F32"]),
     )
     status, errors = quantize(server, layer, tmp_path)
     assert status == REFUSED
@@ -128,10 +126,8 @@ def test_values_that_are_not_finite_are_refused_with_their_place(
 def test_activations_that_are_all_zero(
     server: Server, make_layer: MakeLayer, random: np.random.Generator, tmp_path: Path
 ) -> None:
-    weight = tensor(random.standard_normal((12, 24)), "F32")
-    status, errors = quantize(
-        server, make_layer(weight, tensor(np.zeros((64, 24)), "F32")), tmp_path
-    )
+    weight = random.standard_normal((12, 24)).astype("<f4")
+    status, errors = quantize(server, make_layer(weight, np.zeros((64, 24), "<f4")), tmp_path)
     assert status == REFUSED
     assert "FAILED_PRECONDITION" in errors
     assert "zero" in errors
@@ -157,7 +153,7 @@ def test_shapes_that_do_not_fit(
     x_shape: tuple[int, ...],
     words: list[str],
 ) -> None:
-    layer = make_layer(tensor(np.ones(weight_shape), "F32"), tensor(np.ones(x_shape), "F32"))
+    layer = make_layer(np.ones(weight_shape, "<f4"), np.ones(x_shape, "<f4"))
     status, errors = quantize(server, layer, tmp_path)
     assert status == REFUSED
     assert "INVALID_ARGUMENT" in errors
@@ -165,7 +161,7 @@ def test_shapes_that_do_not_fit(
 
 
 def test_weights_of_integers(server: Server, make_layer: MakeLayer, tmp_path: Path) -> None:
-    layer = make_layer(tensor(np.ones((12, 24)), "I32"), tensor(np.ones((64, 24)), "F32"))
+    layer = make_layer(np.ones((12, 24), "<i4"), np.ones((64, 24), "<f4"))
     status, errors = quantize(server, layer, tmp_path)
     assert status == REFUSED
     assert "INVALID_ARGUMENT" in errors
@@ -199,19 +195,27 @@ def test_an_output_that_cannot_be_written(server: Server, layer: Layer, tmp_path
     assert str(missing) in done.stderr
 
 
-GOOD = {
-    "w.weight": tensor(np.ones((12, 24)), "F32"),
-    "x": tensor(np.ones((64, 24)), "F32"),
-}
-DATA = b"".join(value.data for value in GOOD.values())
-WHOLE = assemble(header_of(GOOD), DATA)
+def parts(file: bytes) -> tuple[dict, bytes]:
+    """The header and the data of a safetensors file."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    return json.loads(file[8:start]), file[start:]
+
+
+def assemble(header: dict | str, data: bytes, header_bytes: int | None = None) -> bytes:
+    """A file of these parts, however little they fit together."""
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    length = len(text) if header_bytes is None else header_bytes
+    return length.to_bytes(8, "little") + text + data
+
+
+WHOLE = save({"w.weight": np.ones((12, 24), "<f4"), "x": np.ones((64, 24), "<f4")})
+HEADER, DATA = parts(WHOLE)
+assert HEADER["w.weight"]["data_offsets"] == [0, 1152]
 
 
 def changed(**entry: object) -> bytes:
     """The good file, with a lie about the weight."""
-    header = header_of(GOOD)
-    header["w.weight"] |= entry
-    return assemble(header, DATA)
+    return assemble(HEADER | {"w.weight": HEADER["w.weight"] | entry}, DATA)
 
 
 MALFORMED = {
@@ -222,9 +226,9 @@ MALFORMED = {
     "data_cut": WHOLE[:-1],
     "data_cut_in_half": WHOLE[: len(WHOLE) // 2],
     "bytes_left_over": WHOLE + b"\0",
-    "header_longer_than_file": assemble(header_of(GOOD), DATA, header_bytes=1 << 20),
-    "header_of_2_to_63_bytes": assemble(header_of(GOOD), DATA, header_bytes=1 << 63),
-    "header_of_all_ones": assemble(header_of(GOOD), DATA, header_bytes=(1 << 64) - 1),
+    "header_longer_than_file": assemble(HEADER, DATA, header_bytes=1 << 20),
+    "header_of_2_to_63_bytes": assemble(HEADER, DATA, header_bytes=1 << 63),
+    "header_of_all_ones": assemble(HEADER, DATA, header_bytes=(1 << 64) - 1),
     "header_empty": assemble("", DATA),
     "not_json": assemble("{" * 40, DATA),
     "not_an_object": assemble("[1, 2]", DATA),
@@ -285,9 +289,8 @@ def test_random_damage_never_ends_a_client_badly(
 
 def test_a_file_of_another_program_is_read(server: Server, tmp_path: Path, layer: Layer) -> None:
     """Metadata, spaces after the header, tensors certiq has no use for."""
-    tensors = safetensors_file.read(layer.weights_file)
-    header: dict = {"__metadata__": {"format": "pt", "empty": ""}} | header_of(tensors)
-    data = b"".join(value.data for value in tensors.values())
+    header, data = parts(layer.weights_file.read_bytes())
+    header = {"__metadata__": {"format": "pt", "empty": ""}} | header
     header["other"] = {"dtype": "BOOL", "shape": [3], "data_offsets": [len(data), len(data) + 3]}
     text = assemble(header, b"")[8:].decode() + " " * 13
     path = tmp_path / "other.safetensors"

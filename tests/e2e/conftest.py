@@ -1,23 +1,26 @@
-"""Servers, the carried layer, and one way to send a layer through the command line."""
+"""Servers, the layer of tests/data, and one way to send a layer through the command line."""
 
+import faulthandler
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+# Matrices are small, and threads that spin while they wait take cores from the servers.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-import safetensors_file
-from google.protobuf import json_format
-from oracle import Calibration, Run
 from programs import CERTIQ, ROOT, SERVER, Server, certiq
-from safetensors_file import Tensor
-from stubs import certificate_pb2
+from safetensors.numpy import save_file
+from stubs import spec_pb2
+from verification import Layer, Run
 
 WEIGHT = "encoder.layer.3.attention.output.dense.weight"
 ACTIVATIONS = "layer.3.attn_out.x"
 
 StartServer = Callable[..., Server]
+MakeLayer = Callable[[np.ndarray, np.ndarray], Layer]
 
 
 def pytest_sessionstart() -> None:
@@ -26,20 +29,12 @@ def pytest_sessionstart() -> None:
             pytest.exit(f"{program} is not built; see tests/README.md", returncode=3)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer in safetensors files, and the same in memory."""
-
-    weights_file: Path
-    weight: str
-    activations_file: Path
-    x: str
-
-    def flags(self) -> list[str]:
-        return [
-            *("--weights", str(self.weights_file), "--weight", self.weight),
-            *("--activations", str(self.activations_file), "--x", self.x),
-        ]
+@pytest.fixture(autouse=True)
+def _no_test_hangs() -> Iterator[None]:
+    """One that does ends the run, and shows where it was."""
+    faulthandler.dump_traceback_later(900, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass
@@ -65,21 +60,12 @@ class Settings:
 
 @dataclass
 class Quantizer:
-    """Sends layers through the command line and reads back what was written."""
+    """Sends layers through the command line and finds again what was written."""
 
     folder: Path
-    _calibrations: dict[tuple[Path, str], Calibration] = field(default_factory=dict)
     _count: int = 0
 
-    def calibration(self, layer: Layer) -> Calibration:
-        """Shared by runs of one layer, for its factors."""
-        key = (layer.activations_file, layer.x)
-        if key not in self._calibrations:
-            tensors = safetensors_file.read(layer.activations_file)
-            self._calibrations[key] = Calibration(tensors[layer.x])
-        return self._calibrations[key]
-
-    def files(self, server: Server, layer: Layer, settings: Settings) -> tuple[Path, Path]:
+    def run(self, server: Server, layer: Layer, settings: Settings) -> Run:
         self._count += 1
         output = self.folder / f"{self._count}.safetensors"
         report = self.folder / f"{self._count}.json"
@@ -90,33 +76,13 @@ class Quantizer:
             *("--output", str(output), "--report", str(report)),
         )
         assert done.returncode == 0, f"{done.stderr}\n{server.log()}"
-        return output, report
-
-    def run(self, server: Server, layer: Layer, settings: Settings) -> Run:
-        output, report = self.files(server, layer, settings)
-        return read_run(layer, settings, self.calibration(layer), output, report)
-
-
-def read_run(
-    layer: Layer, settings: Settings, calibration: Calibration, output: Path, report: Path
-) -> Run:
-    tensors = safetensors_file.read(output)
-    prefix = layer.weight.removesuffix(".weight")
-    assert set(tensors) <= {layer.weight, *(f"{prefix}.{n}" for n in ("scales", "zeros", "g_idx"))}
-    certificate = certificate_pb2.Certificate()
-    json_format.Parse(report.read_text(), certificate)
-    return Run(
-        weight=safetensors_file.read(layer.weights_file)[layer.weight],
-        calibration=calibration,
-        bits=settings.bits,
-        symmetric=settings.symmetric,
-        group_size=settings.group_size,
-        quantized=tensors[layer.weight],
-        scales=tensors[f"{prefix}.scales"],
-        zeros=tensors.get(f"{prefix}.zeros"),
-        g_idx=tensors.get(f"{prefix}.g_idx"),
-        certificate=certificate,
-    )
+        run = Run(layer, output, report)
+        # It is the layer that was asked for.
+        found = run.certificate
+        asked = (settings.bits, settings.symmetric, settings.group_size)
+        assert (found.bits, found.symmetric, found.group_size) == asked
+        assert found.method == spec_pb2.METHOD_OPTQ
+        return run
 
 
 @pytest.fixture(scope="session")
@@ -155,12 +121,12 @@ def quantizer(tmp_path_factory: pytest.TempPathFactory) -> Quantizer:
 
 
 @pytest.fixture
-def make_layer(tmp_path: Path) -> Callable[[Tensor, Tensor], Layer]:
+def make_layer(tmp_path: Path) -> MakeLayer:
     """Writes a layer of the test's own into one file."""
 
-    def make(weight: Tensor, x: Tensor) -> Layer:
+    def make(weight: np.ndarray, x: np.ndarray) -> Layer:
         path = tmp_path / "layer.safetensors"
-        safetensors_file.write(path, {"w.weight": weight, "x": x})
+        save_file({"w.weight": weight, "x": x}, path)
         return Layer(path, "w.weight", path, "x")
 
     return make

@@ -9,10 +9,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from cluster import Client, JobRequest, refusal
 from programs import SERVER, Server
+from raw import refusal
 from sums import made_up
-from work import SUCCEEDED, calibrated
+from work import calibrated, client_of, create
 
 MOUNT = ["unshare", "--mount", "--propagation", "private"]
 DISK_BYTES = 16 << 20
@@ -63,39 +63,39 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 
 def test_deleting_makes_room(disk: SmallDisk) -> None:
-    client = Client.of(disk.server)
+    client = client_of(disk.server)
     random = np.random.default_rng(1)
     calibrations = [calibrated(client, made_up(random, "rank-0", 128, 64)) for _ in range(3)]
     # Results of 2 MiB each.
     W = random.standard_normal((1 << 13, 64)).astype("<f4")
-    jobs = [client.create_job(JobRequest(calibration, W)).id for calibration in calibrations]
-    assert {client.wait_job(job).state for job in jobs} == {SUCCEEDED}
+    jobs = [client.submit(W, calibration=calibration) for calibration in calibrations]
+    assert {job.wait().state for job in jobs} == {"succeeded"}
     reserve = disk.inside() / "store" / "reserve"
     assert reserve.stat().st_size == 1 << 20
 
     disk.fill()
     for call in (
-        lambda: client.create(64),
-        lambda: client.create_job(JobRequest(calibrations[0], W)),
+        lambda: create(client, 64),
+        lambda: client.submit(W, calibration=calibrations[0]),
     ):
         failed = refusal(call)
         assert failed.code == grpc.StatusCode.RESOURCE_EXHAUSTED, failed
-        assert failed.retry is not None
+        assert failed.retry_delay is not None
     # What is there can be read.
-    assert client.read(jobs[0]).tensors["weight"].shape == W.shape
+    assert jobs[0].result().tensors["weight"].shape == W.shape
 
     # Every time, also where others take at once what was freed.
     for job, calibration in zip(jobs, calibrations, strict=True):
-        client.delete_job(job)
+        job.delete()
         disk.fill()
-        client.delete(calibration)
+        calibration.delete()
         disk.fill()
-    assert client.list_jobs() == []
-    assert client.list_calibrations() == []
+    assert list(client.jobs()) == []
+    assert list(client.calibrations()) == []
 
     (disk.inside() / "others").unlink()
     again = calibrated(client, made_up(random, "rank-0", 128, 64))
-    job = client.create_job(JobRequest(again, W)).id
-    assert client.wait_job(job).state == SUCCEEDED
-    client.delete_job(job)
+    job = client.submit(W, calibration=again).wait()
+    assert job.state == "succeeded"
+    job.delete()
     assert reserve.stat().st_size == 1 << 20

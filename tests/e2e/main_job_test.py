@@ -1,15 +1,14 @@
-"""The main job: a genuine layer through the command line, recomputed in float64."""
+"""The main job: a genuine layer through the command line, verified and recomputed."""
 
 import json
 from pathlib import Path
 
 import pytest
-from conftest import Layer, Quantizer, Settings
+from conftest import Quantizer, Settings
 from google.protobuf.descriptor import FieldDescriptor
-from grid_oracle import check_grid
-from oracle import Run, check_bounds, check_damping, check_errors, check_identity
 from programs import Server, certiq
 from stubs import certificate_pb2
+from verification import Layer, Run, check_codes, check_errors, check_grid, check_report, verify
 
 # 100 does not divide 384 features.
 SETTINGS = [
@@ -27,21 +26,18 @@ def run(
     return quantizer.run(server, carried_layer, request.param)
 
 
-def test_report_says_what_was_done(run: Run) -> None:
-    check_identity(run)
+def test_the_certificate_holds(run: Run) -> None:
+    check_report(run)
+    verify(run)
 
 
 def test_weights_lie_on_the_grid(run: Run) -> None:
     check_grid(run)
 
 
-def test_errors_are_true(run: Run) -> None:
+def test_the_textbook_finds_the_same(run: Run) -> None:
+    check_codes(run)
     check_errors(run)
-    check_damping(run)
-
-
-def test_bounds_hold(run: Run) -> None:
-    check_bounds(run)
 
 
 def test_it_beats_plain_rounding(run: Run) -> None:
@@ -49,8 +45,8 @@ def test_it_beats_plain_rounding(run: Run) -> None:
 
 
 def test_default_damping_is_a_hundredth_of_the_mean_diagonal(run: Run) -> None:
-    gram = run.calibration.gram
-    expected = 0.01 * gram.trace() / gram.shape[0]
+    gram = run.problem.gram
+    expected = 0.01 * gram.trace() / len(gram)
     assert run.certificate.lambda_requested == pytest.approx(expected, rel=1e-6)
     assert run.certificate.lambda_used == run.certificate.lambda_requested
 
@@ -64,18 +60,20 @@ def test_damping_is_what_was_asked_for(
 ) -> None:
     run = quantizer.run(server, carried_layer, Settings(3, more=("--damping", flag)))
     if expected is None:
-        gram = run.calibration.gram
-        expected = 0.1 * gram.trace() / gram.shape[0]
+        gram = run.problem.gram
+        expected = 0.1 * gram.trace() / len(gram)
     assert run.certificate.lambda_used == pytest.approx(expected, rel=1e-6)
+    verify(run)
     check_errors(run)
-    check_bounds(run)
 
 
 def test_rows_are_left_out_on_request(
     server: Server, quantizer: Quantizer, carried_layer: Layer
 ) -> None:
     settings = Settings(more=("--per_row=false", "--compare_nearest=false"))
-    certificate = quantizer.run(server, carried_layer, settings).certificate
+    run = quantizer.run(server, carried_layer, settings)
+    verify(run)
+    certificate = run.certificate
     assert not certificate.row_error
     assert not certificate.row_bound
     assert not certificate.HasField("nearest_relative_error")
@@ -85,8 +83,7 @@ def test_rows_are_left_out_on_request(
 def test_report_is_protobuf_json_with_every_field(
     server: Server, quantizer: Quantizer, carried_layer: Layer
 ) -> None:
-    _, report = quantizer.files(server, carried_layer, Settings())
-    found = json.loads(report.read_text())
+    found = json.loads(quantizer.run(server, carried_layer, Settings()).report.read_text())
     fields = certificate_pb2.Certificate.DESCRIPTOR.fields
     always = {field.name for field in fields if field.is_repeated or not field.has_presence}
     assert always <= set(found) <= {field.name for field in fields}

@@ -4,15 +4,16 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import certiq
 import grpc
 import numpy as np
 import pytest
-from cluster import Client
 from conftest import StartServer
 from programs import PATIENCE_SECONDS, Server
-from raw import OPTIONS, unpack
-from stubs import calibration_pb2_grpc
+from raw import OPTIONS, chunk_of, header
+from stubs import CALIBRATIONS, stub
 from sums import Source, Sums, made_up
+from work import client_of, create, fill, stream_of
 
 STREAMS = 1000
 CHANNELS = 10
@@ -31,7 +32,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     assert started.stop() == 0, started.log()
 
 
-class Crowd:
+class OpenStreams:
     """All streams of a calibration, open at once."""
 
     def __init__(self, server: Server, calibration: str, sources: list[Source]) -> None:
@@ -44,7 +45,7 @@ class Crowd:
         channels = [
             grpc.aio.insecure_channel(self._server.address, OPTIONS) for _ in range(CHANNELS)
         ]
-        stubs = [calibration_pb2_grpc.CalibrationServiceStub(channel) for channel in channels]
+        stubs = [stub(channel, CALIBRATIONS) for channel in channels]
         self._calls = [
             stubs[number % CHANNELS].Accumulate(timeout=PATIENCE_SECONDS)
             for number in range(len(self._sources))
@@ -52,7 +53,7 @@ class Crowd:
         await asyncio.gather(*map(self._open, self._calls, self._sources))
 
     async def _open(self, call: grpc.aio.StreamStreamCall, source: Source) -> None:
-        await call.write(source.header(self._calibration))
+        await call.write(header(self._calibration, source))
         answer = await call.read()
         assert answer.progress.received == 0
         assert answer.progress.live
@@ -63,7 +64,7 @@ class Crowd:
     @staticmethod
     async def _send(call: grpc.aio.StreamStreamCall, source: Source) -> None:
         for sequence in range(source.chunks):
-            await call.write(source.chunk(sequence))
+            await call.write(chunk_of(source, sequence))
         await call.done_writing()
         last = None
         while (answer := await call.read()) is not grpc.aio.EOF:
@@ -79,19 +80,19 @@ def test_a_thousand_streams(server: Server) -> None:
     sources = [
         made_up(random, f"rank-{rank}", 20 + rank % 13, N, chunk_rows=7) for rank in range(STREAMS)
     ]
-    client = Client.of(server)
+    client = client_of(server)
     # So that what the first call alone costs is no part of the growth.
-    client.accumulate(client.create(N).id, sources[0])
-    calibration = client.create(N).id
+    fill(create(client, N), sources[0])
+    calibration = create(client, N)
     before = server.memory_bytes()
 
     async def all_of_them() -> int:
-        crowd = Crowd(server, calibration, sources)
-        await crowd.open()
+        streams = OpenStreams(server, calibration.id, sources)
+        await streams.open()
         idle = server.memory_bytes()
-        now = await asyncio.to_thread(client.get, calibration)
-        assert sum(stream.live for stream in now.streams) == STREAMS
-        await crowd.send()
+        now = await asyncio.to_thread(calibration.refresh)
+        assert sum(stream.live for stream in now.info.streams) == STREAMS
+        await streams.send()
         return idle
 
     idle = asyncio.run(all_of_them())
@@ -102,35 +103,35 @@ def test_a_thousand_streams(server: Server) -> None:
     assert idle - before < 200 << 20
     assert server.memory_bytes() < BUDGET
     X = np.concatenate([source.x for source in sources])
-    client.export(calibration).assert_equals(Sums.of(X))
-    done = client.finalize(calibration, len(X), [source.stream_id for source in sources])
+    Sums.exported(calibration).assert_equals(Sums.of(X))
+    names = [source.stream_id for source in sources]
+    done = calibration.finalize(expected_tokens=len(X), expected_streams=names).info
     assert len(done.streams) == STREAMS
     assert not any(stream.live for stream in done.streams)
 
 
 def test_streams_beyond_the_budget_are_told(start_server: StartServer) -> None:
     """What does not fit is refused, and the rest is none the worse for it."""
-    client = Client.of(start_server("--memory_budget_bytes", str(2 << 20)))
+    client = client_of(start_server("--memory_budget_bytes", str(2 << 20)))
     random = np.random.default_rng(1)
     sources = [made_up(random, f"rank-{rank}", 32, N) for rank in range(64)]
-    calibration = client.create(N).id
+    calibration = create(client, N)
     live = []
     refused = None
     for source in sources:
-        call = client.open(calibration, source)
         try:
-            call.next()
-        except grpc.RpcError as error:
-            refused = unpack(error)
+            live.append(stream_of(calibration, source))
+        except certiq.Error as error:
+            refused = error
             break
-        live.append(call)
     assert 4 <= len(live) < len(sources)
     assert refused is not None
     assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert refused.retry is not None
-    for call, source in zip(live, sources, strict=False):
-        call.send(source.chunk(0))
-        call.finish()
+    assert refused.retry_delay is not None
+    for stream, source in zip(live, sources, strict=False):
+        stream.send(source.x)
+        stream.close()
     for source in sources[len(live) :]:
-        client.accumulate(calibration, source)
-    client.export(calibration).assert_equals(Sums.of(np.concatenate([s.x for s in sources])))
+        fill(calibration, source)
+    X = np.concatenate([source.x for source in sources])
+    Sums.exported(calibration).assert_equals(Sums.of(X))

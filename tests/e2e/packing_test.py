@@ -2,32 +2,21 @@
 
 `tests/data/packing_vectors.safetensors` holds what they made of known codes and grids (its maker
 says how). Here the codes' levels go in as weights with the same grid, and rounding them to the
-nearest gives the codes back; explicit grids have no flag, so the calls are made frame by frame.
+nearest gives the codes back.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
-from itertools import groupby
 
-import grpc
+import certiq
 import numpy as np
 import pytest
-import raw
-import safetensors_file
 from programs import ROOT, Server
-from safetensors_file import Tensor
-from stubs import spec_pb2, tensor_pb2
+from safetensors.numpy import load_file
+from work import client_of
 
 VECTORS = ROOT / "tests" / "data" / "packing_vectors.safetensors"
-NUMPY = {
-    tensor_pb2.DATA_TYPE_F32: "<f4",
-    tensor_pb2.DATA_TYPE_F16: "<f2",
-    # Bit patterns.
-    tensor_pb2.DATA_TYPE_BF16: "<u2",
-    tensor_pb2.DATA_TYPE_I32: "<i4",
-    tensor_pb2.DATA_TYPE_I64: "<i8",
-}
-SCALE_TYPES = {"F16": tensor_pb2.DATA_TYPE_F16, "BF16": tensor_pb2.DATA_TYPE_BF16}
-SCALE_TYPES["F32"] = tensor_pb2.DATA_TYPE_F32
+SCALE_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +24,7 @@ class Vector:
     """One case of the file."""
 
     name: str
-    tensors: dict[str, Tensor]
-
-    def array(self, name: str) -> np.ndarray:
-        return self.tensors[name].array
+    tensors: dict[str, np.ndarray]
 
     @property
     def bits(self) -> int:
@@ -58,53 +44,49 @@ class Vector:
 
     @property
     def group_size(self) -> int:
-        groups = self.array("scales_given").shape[1]
-        return self.array("codes").shape[1] // groups if groups > 1 else 0
+        groups = self.tensors["scales_given"].shape[1]
+        return self.tensors["codes"].shape[1] // groups if groups > 1 else 0
 
     def weights(self) -> np.ndarray:
         """The codes' levels, which float32 holds exactly: 24 bits are enough for a product."""
-        index = self.array("group_index")
-        steps = self.array("codes").astype(int) - self.array("zero_points")[:, index]
-        levels = self.array("scales_given").astype(np.float64)[:, index] * steps
-        if self.tensors[self.scale_name].dtype != "F32":
+        index = self.tensors["group_index"]
+        steps = self.tensors["codes"].astype(int) - self.tensors["zero_points"][:, index]
+        levels = self.tensors["scales_given"].astype(np.float64)[:, index] * steps
+        if self.tensors[self.scale_name].dtype.name != "float32":
             assert np.array_equal(levels.astype(np.float32), levels)
         return levels
 
     def inputs(self) -> np.ndarray:
         """One token; under act-order its features decrease through group after group."""
-        index = self.array("group_index")
+        index = self.tensors["group_index"]
         x = np.ones((1, len(index)), np.float32)
         if self.act_order:
             x[0, np.argsort(index, kind="stable")] = np.arange(len(index), 0, -1)
         return x
 
-    def spec(self, format: int) -> spec_pb2.QuantizationSpec:
-        spec = spec_pb2.QuantizationSpec(
-            method=spec_pb2.METHOD_NEAREST,
+    def spec(self, format_name: str) -> certiq.Spec:
+        # Groups that follow the order exclude an explicit grid. Both ends of each group's codes
+        # occur, so the search finds this very grid.
+        zeros = None if self.symmetric else self.tensors["zero_points"]
+        given = {"grid": certiq.Grid(self.tensors["scales_given"], zeros)}
+        searched = {"order": "decreasing_norm", "group_scales": "dynamic"}
+        return certiq.Spec(
+            method="nearest",
             bits=self.bits,
             symmetric=self.symmetric,
             group_size=self.group_size,
-            scale_dtype=SCALE_TYPES[self.tensors[self.scale_name].dtype],
-            format=format,
+            scale_dtype=SCALE_TYPES[self.tensors[self.scale_name].dtype.name],
+            format=format_name,
+            **(searched if self.act_order else given),
         )
-        if self.act_order:
-            # Groups that follow the order exclude an explicit grid. Both ends of each group's
-            # codes occur, so the search finds this very grid.
-            spec.order = spec_pb2.ORDER_DECREASING_NORM
-            spec.group_scales = spec_pb2.GROUP_SCALES_DYNAMIC
-            return spec
-        spec.grid.scales.extend(self.array("scales_given").ravel().tolist())
-        if not self.symmetric:
-            spec.grid.zero_points.extend(self.array("zero_points").ravel().tolist())
-        return spec
 
 
 def read_vectors() -> list[Vector]:
-    tensors = safetensors_file.read(VECTORS)
-    return [
-        Vector(case, {name.split(".")[1]: tensors[name] for name in names})
-        for case, names in groupby(tensors, lambda name: name.split(".")[0])
-    ]
+    cases: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for name, tensor in load_file(VECTORS).items():
+        case, _, part = name.partition(".")
+        cases[case][part] = tensor
+    return [Vector(case, tensors) for case, tensors in sorted(cases.items())]
 
 
 VECTOR_LIST = read_vectors()
@@ -119,27 +101,9 @@ def select(packer: str, *, symmetric_only: bool = False) -> pytest.MarkDecorator
     return pytest.mark.parametrize("vector", chosen, ids=lambda v: v.name)
 
 
-def tensors_of(answer: grpc.Call) -> dict[str, np.ndarray]:
-    headers = []
-    parts: list[bytearray] = []
-    for frame in answer:
-        kind = frame.WhichOneof("payload")
-        if kind == "result":
-            headers = list(frame.result.tensors)
-            parts = [bytearray() for _ in headers]
-        elif kind == "chunk":
-            parts[frame.chunk.tensor] += frame.chunk.data
-    return {
-        header.name: np.frombuffer(part, NUMPY[header.dtype]).reshape(header.shape)
-        for header, part in zip(headers, parts, strict=True)
-    }
-
-
-def pack(server: Server, vector: Vector, format: int) -> dict[str, np.ndarray]:
-    layer = raw.Layer(vector.weights(), vector.inputs())
-    layer.header.spec.CopyFrom(vector.spec(format))
-    with raw.connect(server) as channel:
-        return tensors_of(raw.quantize(channel, layer.frames()))
+def pack(server: Server, vector: Vector, format_name: str) -> dict[str, np.ndarray]:
+    weights = vector.weights().astype("<f4")
+    return client_of(server).quantize(weights, vector.inputs(), vector.spec(format_name)).tensors
 
 
 def check(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
@@ -153,15 +117,15 @@ def check(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
 @select("gptq")
 def test_gptq_v2_is_gptqmodels(server: Server, vector: Vector) -> None:
     names = ("qweight", "qzeros", "scales", "g_idx")
-    ours = pack(server, vector, spec_pb2.FORMAT_GPTQ_V2)
-    check(ours, {name: vector.array(name) for name in names})
+    ours = pack(server, vector, "gptq_v2")
+    check(ours, {name: vector.tensors[name] for name in names})
 
 
 @select("gptq", symmetric_only=True)
 def test_gptq_v1_is_gptqmodels(server: Server, vector: Vector) -> None:
-    theirs = {name: vector.array(name) for name in ("qweight", "scales", "g_idx")}
-    theirs["qzeros"] = vector.array("qzeros_v1")
-    check(pack(server, vector, spec_pb2.FORMAT_GPTQ), theirs)
+    theirs = {name: vector.tensors[name] for name in ("qweight", "scales", "g_idx")}
+    theirs["qzeros"] = vector.tensors["qzeros_v1"]
+    check(pack(server, vector, "gptq"), theirs)
 
 
 @select("ct")
@@ -169,8 +133,8 @@ def test_compressed_tensors_is_theirs(server: Server, vector: Vector) -> None:
     names = ["weight_packed", "weight_scale", "weight_shape"]
     if not vector.symmetric:
         names.append("weight_zero_point")
-    ours = pack(server, vector, spec_pb2.FORMAT_COMPRESSED_TENSORS)
-    check(ours, {name: vector.array(name) for name in names})
+    ours = pack(server, vector, "compressed_tensors")
+    check(ours, {name: vector.tensors[name] for name in names})
 
 
 def test_every_layout_has_its_vectors() -> None:

@@ -71,7 +71,7 @@ class Metrics:
                 self.samples.append((name, dict(LABEL.findall(labels or "")), float(value)))
 
     def sum(self, name: str, **labels: str) -> float:
-        """Of all samples of this name whose labels include these; 0 without any."""
+        """The sum of all samples of this name whose labels include these; 0 without any."""
         return sum(
             value
             for sample, found, value in self.samples
@@ -157,7 +157,7 @@ class Server:
         return Metrics(response.text)
 
     def memory_bytes(self, line: str = "VmRSS") -> int:
-        """Of the process as the kernel counts it: VmRSS now, VmHWM at most."""
+        """Memory of the process as the kernel counts it: VmRSS now, VmHWM at most."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         (found,) = re.findall(rf"^{line}:\s+(\d+) kB$", status, re.MULTILINE)
         return int(found) << 10

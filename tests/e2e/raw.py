@@ -1,27 +1,255 @@
-"""Quantize calls frame by frame, as no client of ours would make them."""
+"""Calls frame by frame, as the package never makes them: broken, repeated, cut short, timed.
 
-from collections.abc import Iterable, Iterator
+Nothing here tries again, checks what it sends, or hides how a call ended.
+"""
+
+import queue
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import certiq
 import grpc
 import numpy as np
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
-from programs import PATIENCE_SECONDS, Server
-from stubs import certificate_pb2, service_pb2, service_pb2_grpc, spec_pb2, tensor_pb2
+from certiq.errors import from_rpc_error
+from programs import PATIENCE_SECONDS
+from stubs import (
+    CALIBRATIONS,
+    JOBS,
+    QUANTIZATION,
+    calibration_pb2,
+    certificate_pb2,
+    job_pb2,
+    service_pb2,
+    spec_pb2,
+    stub,
+    tensor_pb2,
+)
+from sums import DTYPES, Source
 
 OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_send_message_length", -1),
     # The server promises frames below 4 MiB.
     ("grpc.max_receive_message_length", 4 << 20),
-    # A connection of its own.
+    # Each channel has a connection of its own.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+# A client with this policy shows every failure as it came.
+ONCE = certiq.Retry(max_attempts=1, resume_budget=0.0)
 
 
-def connect(server: Server) -> grpc.Channel:
+class Listener(Protocol):
+    """A server, or what stands before one."""
+
+    @property
+    def address(self) -> str: ...
+
+
+def connect(server: Listener) -> grpc.Channel:
     return grpc.insecure_channel(server.address, OPTIONS)
+
+
+class Calls:
+    """The stubs of all services, on a channel of their own unless one is given."""
+
+    def __init__(self, server: Listener, channel: grpc.Channel | None = None) -> None:
+        self.channel = connect(server) if channel is None else channel
+        self.quantization = stub(self.channel, QUANTIZATION)
+        self.calibrations = stub(self.channel, CALIBRATIONS)
+        self.jobs = stub(self.channel, JOBS)
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Metadata of a call; none without a token."""
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+class Pipe:
+    """Requests of a streaming call, handed over one by one."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def send(self, message: object) -> None:
+        self._queue.put(message)
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._queue.get, None)
+
+
+# How calls fail: the package's error, whoever made the call.
+
+
+def refusal(call: Callable[[], object]) -> certiq.Error:
+    """The error of a call that must not succeed."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return from_rpc_error(error)
+    except certiq.Error as error:
+        return error
+    raise AssertionError("the call succeeded")
+
+
+def failure(answer: grpc.Call) -> certiq.Error:
+    """Reads a call to its end, which must be an error."""
+    return refusal(lambda: list(answer))
+
+
+def fields(error: certiq.Error) -> dict[str, str]:
+    """The fields at fault, and why."""
+    return {violation.field: violation.description for violation in error.violations}
+
+
+def kinds(error: certiq.Error) -> list[str]:
+    """The types of the preconditions that failed."""
+    return [violation.type for violation in error.preconditions]
+
+
+# Accumulate.
+
+
+def header(calibration_id: str, source: Source) -> calibration_pb2.AccumulateRequest:
+    header = calibration_pb2.AccumulateHeader(
+        calibration_id=calibration_id, stream_id=source.stream_id, x=DTYPES[source.x.dtype.str]
+    )
+    if source.x_quantized is not None:
+        header.x_quantized = DTYPES[source.x_quantized.dtype.str]
+    return calibration_pb2.AccumulateRequest(header=header)
+
+
+def chunk(sequence: int, x: bytes, x_quantized: bytes = b"") -> calibration_pb2.AccumulateRequest:
+    return calibration_pb2.AccumulateRequest(
+        chunk=calibration_pb2.AccumulateChunk(sequence=sequence, x=x, x_quantized=x_quantized)
+    )
+
+
+def chunk_of(source: Source, sequence: int) -> calibration_pb2.AccumulateRequest:
+    rows = slice(sequence * source.chunk_rows, (sequence + 1) * source.chunk_rows)
+    quantized = b"" if source.x_quantized is None else source.x_quantized[rows].tobytes()
+    return chunk(sequence, source.x[rows].tobytes(), quantized)
+
+
+class AccumulateCall:
+    """One open call of a stream."""
+
+    def __init__(
+        self, calls: Calls, calibration: certiq.Calibration, source: Source, token: str = ""
+    ) -> None:
+        self._source = source
+        self._pipe = Pipe()
+        self._pipe.send(header(calibration.id, source))
+        self._call = calls.calibrations.Accumulate(
+            iter(self._pipe), timeout=PATIENCE_SECONDS, metadata=bearer(token)
+        )
+        self._last = calibration_pb2.StreamProgress()
+
+    def send(self, *chunks: int | calibration_pb2.AccumulateRequest) -> None:
+        """Chunks of the source by their numbers, or others."""
+        for one in chunks:
+            self._pipe.send(chunk_of(self._source, one) if isinstance(one, int) else one)
+
+    def next(self) -> calibration_pb2.StreamProgress:
+        """The next answer; grpc.RpcError where the call failed."""
+        try:
+            self._last = next(self._call).progress
+            return self._last
+        except (grpc.RpcError, StopIteration):
+            self._pipe.close()
+            raise
+
+    def wait_received(self, position: int) -> calibration_pb2.StreamProgress:
+        while True:
+            progress = self.next()
+            if progress.received >= position:
+                return progress
+
+    def finish(self) -> calibration_pb2.StreamProgress:
+        """Half-closes and reads to the end; the last answer of all."""
+        self._pipe.close()
+        for answer in self._call:
+            self._last = answer.progress
+        return self._last
+
+    def cancel(self) -> None:
+        self._call.cancel()
+        self._pipe.close()
+
+    def failure(self) -> certiq.Error:
+        """Reads to the end, which must be an error."""
+        found = failure(self._call)
+        self._pipe.close()
+        return found
+
+
+# Results of jobs.
+
+
+@dataclass
+class StoredResult:
+    """The answer to one ReadResult, from its offset on."""
+
+    offset: int = 0
+    header: service_pb2.ResultHeader | None = None
+    data: bytearray = field(default_factory=bytearray)
+    certificate: certificate_pb2.Certificate | None = None
+
+    def take(self, answer: Iterable[job_pb2.ReadResultResponse]) -> "StoredResult":
+        """Adds what comes; keeps what came if the call breaks."""
+        for frame in answer:
+            kind = frame.WhichOneof("payload")
+            if kind == "result":
+                assert self.header is None
+                assert not self.data
+                self.header = frame.result
+            elif kind == "data":
+                assert self.certificate is None
+                assert frame.data.byte_offset == self.offset + len(self.data)
+                assert frame.data.data
+                self.data += frame.data.data
+            elif self.certificate is None:
+                self.certificate = frame.certificate
+            else:
+                self.certificate.MergeFrom(frame.certificate)
+        assert self.header is not None
+        assert self.certificate is not None
+        assert self.offset + len(self.data) == self.header.total_bytes
+        return self
+
+
+def read_result(calls: Calls, job: certiq.Job, offset: int = 0) -> StoredResult:
+    request = job_pb2.ReadResultRequest(job_id=job.id, byte_offset=offset)
+    return StoredResult(offset).take(calls.jobs.ReadResult(request, timeout=PATIENCE_SECONDS))
+
+
+def timeless(certificate: certificate_pb2.Certificate) -> bytes:
+    """The certificate without what differs between runs."""
+    copy = certificate_pb2.Certificate()
+    copy.CopyFrom(certificate)
+    copy.ClearField("phase_seconds")
+    return copy.SerializeToString(deterministic=True)
+
+
+# CreateJob.
+
+
+def job_frames(
+    header: job_pb2.CreateJobHeader, W: np.ndarray, chunk_rows: int = 256
+) -> Iterator[job_pb2.CreateJobRequest]:
+    """Announces the weights unless the header does."""
+    if not header.HasField("weight"):
+        header.weight.CopyFrom(announce("weight", W.shape, DTYPES[W.dtype.str]))
+    yield job_pb2.CreateJobRequest(header=header)
+    for row in range(0, len(W), chunk_rows):
+        data = W[row : row + chunk_rows].tobytes()
+        yield job_pb2.CreateJobRequest(weight=tensor_pb2.TensorChunk(row_offset=row, data=data))
+
+
+# Quantize.
 
 
 def quantize(
@@ -29,7 +257,7 @@ def quantize(
     frames: Iterable[service_pb2.QuantizeRequest],
     timeout: float = PATIENCE_SECONDS,
 ) -> grpc.Call:
-    return service_pb2_grpc.QuantizationServiceStub(channel).Quantize(iter(frames), timeout=timeout)
+    return stub(channel, QUANTIZATION).Quantize(iter(frames), timeout=timeout)
 
 
 @dataclass
@@ -149,44 +377,3 @@ def relative_error(layer: Layer, result: Result) -> float:
     W, X = layer.W.astype(np.float64), layer.X.astype(np.float64)
     Q = result.tensors["weight"].astype(np.float64)
     return float(np.linalg.norm(X @ (W - Q).T) / np.linalg.norm(X @ W.T))
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How a call ended, its details unpacked."""
-
-    code: grpc.StatusCode
-    message: str
-    fields: dict[str, str]
-    retry: error_details_pb2.RetryInfo | None
-    preconditions: list[str]
-
-
-def failure(answer: grpc.Call) -> Failure:
-    """Reads a call to its end, which must be an error."""
-    try:
-        for _ in answer:
-            pass
-    except grpc.RpcError as error:
-        return unpack(error)
-    raise AssertionError("the call succeeded")
-
-
-def unpack(error: grpc.RpcError) -> Failure:
-    fields: dict[str, str] = {}
-    retry = None
-    preconditions: list[str] = []
-    status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
-        if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-            bad = error_details_pb2.BadRequest()
-            assert detail.Unpack(bad)
-            fields |= {v.field: v.description for v in bad.field_violations}
-        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            retry = error_details_pb2.RetryInfo()
-            assert detail.Unpack(retry)
-        elif detail.Is(error_details_pb2.PreconditionFailure.DESCRIPTOR):
-            precondition = error_details_pb2.PreconditionFailure()
-            assert detail.Unpack(precondition)
-            preconditions += [v.type for v in precondition.violations]
-    return Failure(error.code(), error.details() or "", fields, retry, preconditions)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import certiq
 import grpc
 import numpy as np
 import pytest
@@ -11,16 +12,16 @@ from conftest import StartServer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from programs import PATIENCE_SECONDS, Server, wait_until
 from raw import (
-    Failure,
     Layer,
     activation_frame,
     announce,
     collect,
     connect,
     failure,
+    fields,
     quantize,
+    refusal,
     relative_error,
-    unpack,
     weight_frame,
 )
 from stubs import service_pb2, spec_pb2, tensor_pb2
@@ -89,7 +90,7 @@ def test_missing_header(channel: grpc.Channel, layer: Layer) -> None:
     found = failure(quantize(channel, layer.weight_frames()))
     assert found.code == INVALID
     assert "header" in found.message
-    assert any("header" in field for field in found.fields)
+    assert any("header" in field for field in fields(found))
 
 
 def test_header_twice(channel: grpc.Channel, layer: Layer) -> None:
@@ -127,7 +128,7 @@ def test_chunks_that_do_not_fit(channel: grpc.Channel, layer: Layer, case: str) 
     frames, field = invalid_chunks(layer)[case]
     found = failure(quantize(channel, [layer.header_frame(), *frames]))
     assert found.code == INVALID
-    assert any(field in name for name in found.fields), found
+    assert any(field in name for name in fields(found)), found
     assert "expected" in found.message
 
 
@@ -144,7 +145,7 @@ def test_a_stream_that_stops_half_way(
 
     found = failure(quantize(channel, partly()))
     assert found.code == INVALID
-    assert found.fields
+    assert found.violations
     missing = (12, weight_rows) if weight_rows < 12 else (64, x_rows)
     assert all(str(number) in found.message for number in missing)
 
@@ -214,7 +215,7 @@ INVALID_HEADERS: dict[str, tuple[HeaderChange, str]] = {
 }
 
 
-def refused(channel: grpc.Channel, layer: Layer) -> Failure:
+def refused(channel: grpc.Channel, layer: Layer) -> certiq.Error:
     """Refused by its header: with no byte of a tensor sent, and the stream left open."""
     answered = threading.Event()
 
@@ -236,7 +237,7 @@ def test_headers_that_make_no_sense(channel: grpc.Channel, layer: Layer, case: s
     change(layer.header)
     found = refused(channel, layer)
     assert found.code == INVALID
-    assert any(field in name for name in found.fields), found
+    assert any(field in name for name in fields(found)), found
     assert found.message
 
 
@@ -280,7 +281,7 @@ def test_a_layer_beyond_the_budget(start_server: StartServer, layer: Layer) -> N
         found = refused(channel, Layer.made_up(2048, 2048, 1))
         assert found.code == EXHAUSTED
         # Waiting would not help.
-        assert found.retry is None
+        assert found.retry_delay is None
         assert "cannot fit" in found.message
         collect(quantize(channel, layer.frames()))
     server.wait_idle()
@@ -410,8 +411,8 @@ def test_a_full_queue_says_when_to_come_back(start_server: StartServer) -> None:
         wait_until(lambda: server.metrics().sum("certiq_queue_depth") == 1, "a job waits")
         found = failure(quantize(channel, Layer.made_up(12, 24, 64).frames()))
         assert found.code == EXHAUSTED
-        assert found.retry is not None
-        assert found.retry.retry_delay.ToNanoseconds() > 0
+        assert found.retry_delay is not None
+        assert found.retry_delay > 0
         assert server.metrics().sum("certiq_rejected_total") == 1
         running.cancel()
         collect(waiting)
@@ -422,9 +423,6 @@ def test_refused_uploads_end_early(channel: grpc.Channel) -> None:
     """A value that is not finite in the first row ends the call; the rest is not read."""
     layer = large()
     layer.W[0, 5] = np.nan
-    try:
-        collect(quantize(channel, layer.frames(rows=16)))
-    except grpc.RpcError as error:
-        found = unpack(error)
+    found = refusal(lambda: collect(quantize(channel, layer.frames(rows=16))))
     assert found.code == INVALID
-    assert any("weight" in name for name in found.fields)
+    assert any("weight" in name for name in fields(found))

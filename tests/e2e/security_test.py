@@ -12,11 +12,12 @@ from pathlib import Path
 import grpc
 import pytest
 from certificates import Pair, make_authority, make_pair
-from conftest import Layer, StartServer
+from conftest import StartServer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from programs import PATIENCE_SECONDS, Server, certiq, http_get, run_server, wait_until
 from raw import OPTIONS, connect, failure, quantize
+from verification import Layer
 
 ALICE = "alice-secret-token-1"
 READER = "reader-secret-token-2"

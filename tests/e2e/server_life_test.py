@@ -7,13 +7,14 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import Layer, Quantizer, Settings, StartServer
+from conftest import Quantizer, Settings, StartServer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from programs import PATIENCE_SECONDS, Server, http_get, run_server, wait_until
 from raw import Layer as RawLayer
 from raw import collect, connect, failure, quantize, weight_frame
 from stubs import service_pb2
+from verification import Layer
 
 SERVICE = "certiq.v1.QuantizationService"
 SERVING = health_pb2.HealthCheckResponse.SERVING

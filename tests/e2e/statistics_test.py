@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import certiq
 import grpc
 import numpy as np
 import pytest
-from cluster import Client, refusal
 from conftest import StartServer
 from programs import Server
+from raw import Calls, fields, refusal
 from stubs import calibration_pb2
-from sums import F32, F64, FULL, HELD_OUT, MATCHED, MISMATCHED, UPPER, Sums, made_up
+from sums import F32, F64, FULL, MISMATCHED, UPPER, Sums, made_up
+from work import client_of, create, fill
 
 N = 20
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -26,13 +28,35 @@ def durable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(durable: Server) -> Client:
-    return Client.of(durable)
+def client(durable: Server) -> certiq.Client:
+    return client_of(durable)
+
+
+@pytest.fixture
+def calls(durable: Server) -> Calls:
+    return Calls(durable)
 
 
 def some(random: np.random.Generator, mismatched: bool = False, tokens: int = 50) -> Sums:
     source = made_up(random, "", tokens, N, mismatched=mismatched)
     return Sums.of(source.x, source.x_quantized)
+
+
+def import_message(calls: Calls, header: dict[str, object], data: bytes) -> object:
+    """An import in one piece, whatever it holds."""
+    frames = [calibration_pb2.ImportStatisticsRequest(header=header)]
+    frames += [calibration_pb2.ImportStatisticsRequest(data=data)] if data else []
+    return calls.calibrations.ImportStatistics(iter(frames), timeout=60)
+
+
+def export_message(calls: Calls, calibration: certiq.Calibration, layout: int) -> bytes:
+    """The bytes of an export; the package asks for triangles alone."""
+    request = calibration_pb2.ExportStatisticsRequest(
+        calibration_id=calibration.id, portion=calibration_pb2.PORTION_FIT, layout=layout
+    )
+    answer = calls.calibrations.ExportStatistics(request, timeout=60)
+    assert next(answer).header.layout == layout
+    return b"".join(frame.data for frame in answer)
 
 
 KINDS = pytest.mark.parametrize("mismatched", [False, True], ids=["matched", "mismatched"])
@@ -42,38 +66,38 @@ KINDS = pytest.mark.parametrize("mismatched", [False, True], ids=["matched", "mi
 @pytest.mark.parametrize("layout", [FULL, UPPER], ids=["full", "upper"])
 @pytest.mark.parametrize("dtype", ["<f4", "<f8"])
 def test_imports_add_up(
-    client: Client, random: np.random.Generator, mismatched: bool, layout: int, dtype: str
+    durable: Server, random: np.random.Generator, mismatched: bool, layout: int, dtype: str
 ) -> None:
-    calibration = client.create(N, kind=MISMATCHED if mismatched else MATCHED).id
     source = made_up(random, "rank-0", 70, N, mismatched=mismatched)
-    client.accumulate(calibration, source)
     first, second = some(random, mismatched), some(random, mismatched, 9)
-    answer = client.import_sums(calibration, "i-1", first, layout=layout, dtype=dtype)
-    assert not answer.already_committed
-    assert answer.calibration.tokens == 120
-    # In pieces of one element.
-    client.import_sums(calibration, "i-2", second, layout=layout, dtype=dtype, chunk_bytes=8)
-    whole = Sums.of(source.x, source.x_quantized) + first + second
-    client.export(calibration).assert_equals(whole)
-    streams = {s.stream_id: s for s in client.get(calibration).streams}
-    assert {name for name, stream in streams.items() if stream.imported} == {"i-1", "i-2"}
-    assert streams["i-2"].tokens == 9
-    client.finalize(calibration, 129, ["i-1", "i-2", "rank-0"])
-    client.export(calibration).assert_equals(whole)
+    # The second in pieces of one element.
+    with client_of(durable) as client, client_of(durable, chunk_bytes=8) as small_pieces:
+        calibration = create(client, N, mismatched=mismatched)
+        fill(calibration, source)
+        assert first.import_into(calibration, "i-1", layout=layout, dtype=dtype)
+        assert calibration.tokens == 120
+        again = small_pieces.get_calibration(calibration.id)
+        assert second.import_into(again, "i-2", layout=layout, dtype=dtype)
+        whole = Sums.of(source.x, source.x_quantized) + first + second
+        Sums.exported(calibration).assert_equals(whole)
+        streams = {s.stream_id: s for s in calibration.refresh().info.streams}
+        assert {name for name, stream in streams.items() if stream.imported} == {"i-1", "i-2"}
+        assert streams["i-2"].tokens == 9
+        calibration.finalize(expected_tokens=129, expected_streams=["i-1", "i-2", "rank-0"])
+        Sums.exported(calibration).assert_equals(whole)
 
 
-def test_an_import_counts_once(client: Client, random: np.random.Generator) -> None:
-    calibration = client.create(N).id
+def test_an_import_counts_once(client: certiq.Client, random: np.random.Generator) -> None:
+    calibration = create(client, N)
     sums = some(random)
-    assert not client.import_sums(calibration, "i", sums).already_committed
+    assert sums.import_into(calibration, "i")
     for again in (sums, some(random)):
-        answer = client.import_sums(calibration, "i", again)
-        assert answer.already_committed
-        assert answer.calibration.tokens == sums.tokens
-    client.export(calibration).assert_equals(sums)
-    client.finalize(calibration)
-    assert client.import_sums(calibration, "i", sums).already_committed
-    assert refusal(lambda: client.import_sums(calibration, "j", sums)).code == PRECONDITION
+        assert not again.import_into(calibration, "i")
+        assert calibration.tokens == sums.tokens
+    Sums.exported(calibration).assert_equals(sums)
+    calibration.finalize()
+    assert not sums.import_into(calibration, "i")
+    assert refusal(lambda: sums.import_into(calibration, "j")).code == PRECONDITION
 
 
 def test_an_import_is_durable(
@@ -81,73 +105,75 @@ def test_an_import_is_durable(
 ) -> None:
     flags = ["--data_dir", str(tmp_path / "data"), "--commit_seconds", "3600"]
     server = start_server(*flags)
-    client = Client.of(server)
-    calibration = client.create(N).id
+    calibration = create(client_of(server), N)
     sums = some(random)
-    client.import_sums(calibration, "i", sums)
+    assert sums.import_into(calibration, "i")
     server.process.kill()
     server.wait()
-    client = Client.of(start_server(*flags))
-    client.export(calibration).assert_equals(sums)
-    assert client.import_sums(calibration, "i", sums).already_committed
+    calibration = client_of(start_server(*flags)).get_calibration(calibration.id)
+    Sums.exported(calibration).assert_equals(sums)
+    assert not sums.import_into(calibration, "i")
 
 
-def test_streams_and_imports_share_names(client: Client, random: np.random.Generator) -> None:
-    calibration = client.create(N).id
-    source = made_up(random, "taken", 10, N)
-    client.accumulate(calibration, source)
-    failed = refusal(lambda: client.import_sums(calibration, "taken", some(random)))
+def test_streams_and_imports_share_names(
+    client: certiq.Client, random: np.random.Generator
+) -> None:
+    calibration = create(client, N)
+    fill(calibration, made_up(random, "taken", 10, N))
+    failed = refusal(lambda: some(random).import_into(calibration, "taken"))
     assert failed.code == PRECONDITION
-    client.import_sums(calibration, "other", some(random))
+    some(random).import_into(calibration, "other")
     other = made_up(random, "other", 10, N)
-    assert refusal(lambda: client.accumulate(calibration, other)).code == PRECONDITION
-    assert client.get(calibration).tokens == 60
+    assert refusal(lambda: fill(calibration, other)).code == PRECONDITION
+    assert calibration.refresh().tokens == 60
 
 
-def test_held_out_sums(client: Client, random: np.random.Generator) -> None:
-    calibration = client.create(N, fraction=0.25).id
+def test_held_out_sums(client: certiq.Client, random: np.random.Generator) -> None:
+    calibration = create(client, N, held_out_fraction=0.25)
     fit, held_out = some(random), some(random, tokens=8)
-    client.import_sums(calibration, "fit", fit)
-    client.import_sums(calibration, "held-out", held_out, portion=HELD_OUT)
-    now = client.get(calibration)
+    fit.import_into(calibration, "fit")
+    held_out.import_into(calibration, "held-out", held_out=True)
+    now = calibration.refresh()
     assert (now.tokens, now.held_out_tokens) == (50, 8)
-    client.export(calibration).assert_equals(fit)
-    client.export(calibration, HELD_OUT).assert_equals(held_out)
+    Sums.exported(calibration).assert_equals(fit)
+    Sums.exported(calibration, held_out=True).assert_equals(held_out)
     # One that holds nothing out has no place for them.
-    without = client.create(N).id
-    failed = refusal(lambda: client.import_sums(without, "s", held_out, portion=HELD_OUT))
+    without = create(client, N)
+    failed = refusal(lambda: held_out.import_into(without, "s", held_out=True))
     assert failed.code == PRECONDITION
-    nothing = client.export(without, HELD_OUT)
-    nothing.assert_equals(Sums.nothing(N, False))
+    Sums.exported(without, held_out=True).assert_equals(Sums.nothing(N, False))
 
 
 @KINDS
 @pytest.mark.parametrize("layout", [FULL, UPPER], ids=["full", "upper"])
 def test_an_export_imports_again(
-    client: Client, random: np.random.Generator, mismatched: bool, layout: int
+    client: certiq.Client, calls: Calls, random: np.random.Generator, mismatched: bool, layout: int
 ) -> None:
     """Rows that are no integers: what comes out is what goes in."""
-    kind = MISMATCHED if mismatched else MATCHED
     source = made_up(random, "rank-0", 333, N, mismatched=mismatched)
     noise = random.standard_normal(source.x.shape).astype(np.float32)
     source.x[:] += noise
-    first = client.create(N, kind=kind).id
-    client.accumulate(first, source)
-    exported = client.export(first, layout=layout)
+    first, second = (create(client, N, mismatched=mismatched) for _ in range(2))
+    fill(first, source)
+    exported = Sums.exported(first)
     exported.assert_equals(Sums.of(source.x, source.x_quantized))
-    second = client.create(N, kind=kind).id
-    client.import_sums(second, "from-first", exported, layout=layout)
-    again = client.export(second, layout=layout)
+    data = export_message(calls, first, layout)
+    assert data == exported.bytes(layout)
+    known = {"calibration_id": second.id, "stream_id": "from-first", "tokens": exported.tokens}
+    import_message(calls, known | {"dtype": F64, "layout": layout}, data)
+    again = Sums.exported(second)
     again.assert_equals(exported)
     # Without X~ nothing is recombined on the way, and nothing may be lost.
     if not mismatched:
         assert again.bytes() == exported.bytes()
-        assert client.finalize(first).sums_sha256 == client.finalize(second).sums_sha256
+        digests = {calibration.finalize().info.sums_sha256 for calibration in (first, second)}
+        assert len(digests) == 1
 
 
-def test_an_empty_calibration_exports_zeros(client: Client) -> None:
-    client.export(client.create(N).id).assert_equals(Sums.nothing(N, False))
-    client.export(client.create(N, kind=MISMATCHED).id).assert_equals(Sums.nothing(N, True))
+def test_an_empty_calibration_exports_zeros(client: certiq.Client) -> None:
+    for mismatched in (False, True):
+        calibration = create(client, N, mismatched=mismatched)
+        Sums.exported(calibration).assert_equals(Sums.nothing(N, mismatched))
 
 
 def spoil(change: Callable[[np.ndarray], object]) -> Callable[[Sums], bytes]:
@@ -186,39 +212,39 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 @KINDS
 def test_sums_that_no_rows_have(
-    client: Client, random: np.random.Generator, name: str, mismatched: bool
+    client: certiq.Client, calls: Calls, random: np.random.Generator, name: str, mismatched: bool
 ) -> None:
     make, words = BAD[name]
     if mismatched and name == "too short":
         words = f"X~^T X, row {N - 1}"
-    calibration = client.create(N, kind=MISMATCHED if mismatched else MATCHED).id
+    calibration = create(client, N, mismatched=mismatched)
     sums = some(random, mismatched)
-    failed = refusal(
-        lambda: client.import_sums(calibration, "i", sums, layout=FULL, data=make(sums))
-    )
-    assert (failed.code, list(failed.fields)) == (INVALID, ["data"])
-    assert words in failed.fields["data"]
-    assert client.get(calibration).tokens == 0
+    header = {"calibration_id": calibration.id, "stream_id": "i", "tokens": sums.tokens}
+    header |= {"dtype": F64, "layout": FULL}
+    failed = refusal(lambda: import_message(calls, header, make(sums)))
+    assert (failed.code, list(fields(failed))) == (INVALID, ["data"])
+    assert words in failed.reason
+    assert calibration.refresh().tokens == 0
     # The name is not used up.
-    assert not client.import_sums(calibration, "i", sums).already_committed
-    client.export(calibration).assert_equals(sums)
+    assert sums.import_into(calibration, "i")
+    Sums.exported(calibration).assert_equals(sums)
 
 
 @pytest.mark.parametrize("part", [1, 2])
 def test_mismatched_sums_are_checked_too(
-    client: Client, random: np.random.Generator, part: int
+    client: certiq.Client, random: np.random.Generator, part: int
 ) -> None:
     """X~^T X as well: |G_ij|^2 is at most the product of both diagonals."""
-    calibration = client.create(N, kind=MISMATCHED).id
+    calibration = create(client, N, mismatched=True)
     sums = some(random, mismatched=True)
     sums.parts[part][1, 2] = sums.parts[part][2, 1] = 1e7
-    failed = refusal(lambda: client.import_sums(calibration, "i", sums))
-    assert (failed.code, list(failed.fields)) == (INVALID, ["data"])
-    assert client.get(calibration).tokens == 0
+    failed = refusal(lambda: sums.import_into(calibration, "i"))
+    assert (failed.code, list(fields(failed))) == (INVALID, ["data"])
+    assert calibration.refresh().tokens == 0
 
 
 @pytest.mark.parametrize(
-    ("field", "fields"),
+    ("field", "changed"),
     [
         ("stream_id", {"stream_id": ""}),
         ("stream_id", {"stream_id": "s" * 129}),
@@ -233,23 +259,22 @@ def test_mismatched_sums_are_checked_too(
         ("kind", {"kind": MISMATCHED}),
     ],
 )
-def test_headers_that_make_no_sense(client: Client, field: str, fields: dict[str, object]) -> None:
-    known = {"calibration_id": client.create(N).id, "stream_id": "s", "tokens": 1, "dtype": F64}
-    header = calibration_pb2.StatisticsHeader(**known | fields)
-    frames = [calibration_pb2.ImportStatisticsRequest(header=header)]
-    failed = refusal(lambda: client.calibrations.ImportStatistics(iter(frames), timeout=60))
-    assert (failed.code, list(failed.fields)) == (INVALID, [field])
+def test_headers_that_make_no_sense(
+    client: certiq.Client, calls: Calls, field: str, changed: dict[str, object]
+) -> None:
+    known = {"calibration_id": create(client, N).id, "stream_id": "s", "tokens": 1, "dtype": F64}
+    failed = refusal(lambda: import_message(calls, known | changed, b""))
+    assert (failed.code, list(fields(failed))) == (INVALID, [field])
 
 
-def test_the_header_comes_first_and_once(client: Client) -> None:
-    calibration = client.create(N).id
+def test_the_header_comes_first_and_once(client: certiq.Client, calls: Calls) -> None:
     header = calibration_pb2.ImportStatisticsRequest(
         header=calibration_pb2.StatisticsHeader(
-            calibration_id=calibration, stream_id="s", tokens=1, dtype=F32
+            calibration_id=create(client, N).id, stream_id="s", tokens=1, dtype=F32
         )
     )
     data = calibration_pb2.ImportStatisticsRequest(data=bytes(4))
     empty = calibration_pb2.ImportStatisticsRequest()
     for frames in ([], [data], [empty], [header, header], [header, data, empty]):
-        failed = refusal(lambda f=frames: client.calibrations.ImportStatistics(iter(f), timeout=60))
-        assert (failed.code, list(failed.fields)) == (INVALID, ["header"]), frames
+        failed = refusal(lambda f=frames: calls.calibrations.ImportStatistics(iter(f), timeout=60))
+        assert (failed.code, list(fields(failed))) == (INVALID, ["header"]), frames

@@ -1,44 +1,43 @@
-"""The contract in Python, generated from proto/ when this module is imported."""
+"""The contract's messages, as the package has them, and its calls as gRPC's stubs have them.
 
-import importlib
-import sys
-import tempfile
-from types import ModuleType
+protobuf takes one file of a name in a process, so nothing is generated here. The stubs are for
+raw.py: they send whatever they are given and try nothing again.
+"""
 
-from grpc_tools import protoc
-from programs import ROOT
+from types import SimpleNamespace
 
-_folder = tempfile.TemporaryDirectory(prefix="certiq_stubs_")
+import grpc
+from certiq._proto import calibration_service_pb2 as calibration_pb2
+from certiq._proto import certificate_pb2, spec_pb2, tensor_pb2
+from certiq._proto import job_service_pb2 as job_pb2
+from certiq._proto import quantization_service_pb2 as service_pb2
+from google.protobuf import message_factory
+from google.protobuf.descriptor import ServiceDescriptor
 
+__all__ = ["calibration_pb2", "certificate_pb2", "job_pb2", "service_pb2", "spec_pb2", "tensor_pb2"]
 
-def _generate() -> None:
-    proto = ROOT / "proto"
-    # google/rpc comes with the package googleapis-common-protos.
-    files = sorted(str(path.relative_to(proto)) for path in proto.glob("certiq/v1/*.proto"))
-    status = protoc.main(
-        [
-            "protoc",
-            f"--proto_path={proto}",
-            f"--python_out={_folder.name}",
-            f"--grpc_python_out={_folder.name}",
-            *files,
-        ]
-    )
-    assert status == 0, "protoc failed"
-    sys.path.insert(0, _folder.name)
+QUANTIZATION = service_pb2.DESCRIPTOR.services_by_name["QuantizationService"]
+CALIBRATIONS = calibration_pb2.DESCRIPTOR.services_by_name["CalibrationService"]
+JOBS = job_pb2.DESCRIPTOR.services_by_name["JobService"]
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"certiq.v1.{name}")
+def serialize(message: object) -> bytes:
+    """Messages may come encoded."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-_generate()
-calibration_pb2 = _module("calibration_service_pb2")
-calibration_pb2_grpc = _module("calibration_service_pb2_grpc")
-certificate_pb2 = _module("certificate_pb2")
-job_pb2 = _module("job_service_pb2")
-job_pb2_grpc = _module("job_service_pb2_grpc")
-service_pb2 = _module("quantization_service_pb2")
-service_pb2_grpc = _module("quantization_service_pb2_grpc")
-spec_pb2 = _module("spec_pb2")
-tensor_pb2 = _module("tensor_pb2")
+def stub(channel: grpc.Channel, service: ServiceDescriptor) -> SimpleNamespace:
+    """A callable for each method of a service."""
+    methods = {}
+    for method in service.methods:
+        sent, answered = (
+            "stream" if streaming else "unary"
+            for streaming in (method.client_streaming, method.server_streaming)
+        )
+        response = message_factory.GetMessageClass(method.output_type)
+        methods[method.name] = getattr(channel, f"{sent}_{answered}")(
+            f"/{service.full_name}/{method.name}",
+            request_serializer=serialize,
+            response_deserializer=response.FromString,
+        )
+    return SimpleNamespace(**methods)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import certiq
 import numpy as np
 from stubs import calibration_pb2, tensor_pb2
 
@@ -32,7 +33,7 @@ def _unit(stream_id: str, stratum: int) -> float:
 def held_out_rows(
     stream_id: str, rows: int, fraction: float, block_rows: int = BLOCK_ROWS
 ) -> np.ndarray:
-    """Which rows of a stream are held out, by the rule of QuantizeHeader.held_out_fraction."""
+    """A mask of the held-out rows of a stream, by the rule of QuantizeHeader.held_out_fraction."""
     blocks = np.zeros(-(-rows // block_rows), bool)
     if fraction > 0:
         for stratum in range(int(len(blocks) * fraction) + 1):
@@ -54,25 +55,6 @@ class Source:
     @property
     def chunks(self) -> int:
         return -(-len(self.x) // self.chunk_rows)
-
-    def header(self, calibration_id: str) -> calibration_pb2.AccumulateRequest:
-        header = calibration_pb2.AccumulateHeader(
-            calibration_id=calibration_id, stream_id=self.stream_id, x=DTYPES[self.x.dtype.str]
-        )
-        if self.x_quantized is not None:
-            header.x_quantized = DTYPES[self.x_quantized.dtype.str]
-        return calibration_pb2.AccumulateRequest(header=header)
-
-    def chunk(self, sequence: int) -> calibration_pb2.AccumulateRequest:
-        rows = slice(sequence * self.chunk_rows, (sequence + 1) * self.chunk_rows)
-        quantized = b"" if self.x_quantized is None else self.x_quantized[rows].tobytes()
-        return chunk(sequence, self.x[rows].tobytes(), quantized)
-
-
-def chunk(sequence: int, x: bytes, x_quantized: bytes = b"") -> calibration_pb2.AccumulateRequest:
-    return calibration_pb2.AccumulateRequest(
-        chunk=calibration_pb2.AccumulateChunk(sequence=sequence, x=x, x_quantized=x_quantized)
-    )
 
 
 def integers(
@@ -120,33 +102,40 @@ class Sums:
         parts = zip(self.parts, other.parts, strict=True)
         return Sums(self.tokens + other.tokens, tuple(a + b for a, b in parts))
 
+    def laid_out(self, layout: int, dtype: str) -> list[np.ndarray]:
+        """Symmetric parts as upper triangles, row by row, if that is the layout."""
+        return [
+            (part[np.triu_indices(len(part))] if layout == UPPER and number < 2 else part).astype(
+                dtype
+            )
+            for number, part in enumerate(self.parts)
+        ]
+
     def bytes(self, layout: int = UPPER, dtype: str = "<f8") -> bytes:
-        data = b""
-        for number, part in enumerate(self.parts):
-            upper = layout == UPPER and number < 2
-            values = part[np.triu_indices(len(part))] if upper else part
-            data += values.astype(dtype).tobytes()
-        return data
+        return b"".join(part.tobytes() for part in self.laid_out(layout, dtype))
 
     @staticmethod
-    def parse(header: calibration_pb2.StatisticsHeader, data: bytes) -> "Sums":
-        assert header.dtype == F64
-        n = header.features
-        values = np.frombuffer(data, "<f8")
-        parts = []
-        for number in range(3 if header.kind == MISMATCHED else 1):
-            part = np.zeros((n, n))
-            if header.layout == UPPER and number < 2:
-                count = n * (n + 1) // 2
-                part[np.triu_indices(n)] = values[:count]
-                part += np.triu(part, 1).T
-            else:
-                count = n * n
-                part[:] = values[:count].reshape(n, n)
-            parts.append(part)
-            values = values[count:]
-        assert len(values) == 0
-        return Sums(header.tokens, tuple(parts))
+    def exported(calibration: certiq.Calibration, *, held_out: bool = False) -> "Sums":
+        """The sums that a calibration holds of one portion."""
+        found = calibration.export_statistics(held_out=held_out)
+        parts = (found.gram, found.gram_quantized, found.cross)
+        return Sums(found.tokens, tuple(part for part in parts if part is not None))
+
+    def import_into(
+        self,
+        calibration: certiq.Calibration,
+        stream_id: str,
+        *,
+        held_out: bool = False,
+        layout: int = UPPER,
+        dtype: str = "<f8",
+    ) -> bool:
+        """Whether they were new."""
+        names = ("gram", "gram_quantized", "cross")
+        parts = zip(names, self.laid_out(layout, dtype), strict=False)
+        return calibration.import_statistics(
+            stream_id=stream_id, tokens=self.tokens, held_out=held_out, **dict(parts)
+        )
 
     def assert_equals(self, other: "Sums", what: object = "") -> None:
         """Bounded as the contract bounds sums: 1e-6 sqrt(H_ii H_jj)."""
@@ -159,7 +148,7 @@ class Sums:
 
 
 def split_sums(sources: Iterable[Source], fraction: float, block_rows: int) -> tuple[Sums, Sums]:
-    """What is fitted to and what is held out, over all streams."""
+    """Sums of the rows that are fitted to and of those held out, over all streams."""
     portions: list[list[Sums]] = [[], []]
     for source in sources:
         held_out = held_out_rows(source.stream_id, len(source.x), fraction, block_rows)

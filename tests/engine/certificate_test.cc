@@ -84,7 +84,7 @@ TEST(CertificateTest, EqualsARecomputationFromTheTokens) {
   for (const Inputs inputs : {Inputs::kGaussian, Inputs::kCorrelated, Inputs::kRankDeficient}) {
     for (int bits = 2; bits <= 8; ++bits) {
       for (const int group : {0, 24}) {
-        QuantizationSpec spec;
+        ResolvedSpec spec;
         spec.bits = bits;
         spec.symmetric = bits % 2 == 0;
         spec.group_size = group;
@@ -101,7 +101,7 @@ TEST(CertificateTest, EqualsARecomputationFromTheTokens) {
 // magnitude: their difference may not lose the digits.
 TEST(CertificateTest, KeepsItsDigitsWhenDampingDominates) {
   for (const double relative : {1.0, 100.0, 1e5}) {
-    QuantizationSpec spec;
+    ResolvedSpec spec;
     spec.damping_value = relative;
     const auto problem = MakeLayer(180, 90, 14, Inputs::kCorrelated, 67);
     const auto layer = testing::Quantize(problem, spec);
@@ -134,7 +134,7 @@ TEST(CertificateTest, CountsClippingAndStillBounds) {
       problem.x(t, j) = static_cast<float>(20 * problem.x(t, 30 + j) + 0.01 * problem.x(t, j));
     }
   }
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.bits = 2;
   spec.damping_value = 1e-5;
   const auto layer = testing::Quantize(problem, spec);
@@ -146,7 +146,7 @@ TEST(CertificateTest, CountsClippingAndStillBounds) {
 }
 
 TEST(CertificateTest, PlainRoundingsErrorIsTheTextbooks) {
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.bits = 3;
   spec.compare_nearest = true;
   const auto problem = MakeLayer(180, 90, 14, Inputs::kCorrelated, 79);

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "engine/damping/damping.h"
+#include "engine/linalg/damped_factor.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {

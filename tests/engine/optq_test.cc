@@ -37,7 +37,7 @@ std::vector<int> Codes(const QuantizedLayer& layer, const textbook::RowGrid& gri
 // target may be off by gamma = 2 (j + 2) 2^-24 times the sum of magnitudes (Higham, 3.1), U
 // in float32 included. Codes may differ only where the textbook's target lies that close to
 // a tie; after such a row went its own way nothing more is said of it.
-void ExpectCodesAgree(const testing::RandomLayer& problem, const QuantizationSpec& spec,
+void ExpectCodesAgree(const testing::RandomLayer& problem, const ResolvedSpec& spec,
                       int64_t* forked) {
   const auto layer = testing::Quantize(problem, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
@@ -48,8 +48,7 @@ void ExpectCodesAgree(const testing::RandomLayer& problem, const QuantizationSpe
   ASSERT_TRUE(textbook::ReverseFactor(h, u, d));
   for (int64_t r = 0; r < problem.w.rows; ++r) {
     const std::vector<double> w = testing::Row(problem.w, r);
-    const auto grid = textbook::AbsmaxGrid(w, spec.bits.value_or(4), spec.symmetric.value_or(true),
-                                           spec.group_size.value_or(0));
+    const auto grid = textbook::AbsmaxGrid(w, spec.bits, spec.symmetric, spec.group_size);
     const textbook::RoundedRow truth = textbook::Optq(w, u, grid);
     const std::vector<int> codes = Codes(*layer, grid, r, problem.w.cols);
     for (int64_t j = 0; j < problem.w.cols; ++j) {
@@ -94,7 +93,7 @@ TEST(OptqTest, MatchesTextbookForEveryGrid) {
   for (int bits = 2; bits <= 8; ++bits) {
     for (const bool symmetric : {true, false}) {
       for (const int group : {0, 32, 40, 64, 128, 200}) {
-        QuantizationSpec spec;
+        ResolvedSpec spec;
         spec.bits = bits;
         spec.symmetric = symmetric;
         spec.group_size = group;
@@ -108,7 +107,7 @@ TEST(OptqTest, MatchesTextbookForEveryGrid) {
 TEST(OptqTest, MatchesTextbookOnSingularAndIllConditionedInputs) {
   for (const Inputs inputs : {Inputs::kRankDeficient, Inputs::kIllConditioned}) {
     int64_t forked = 0;
-    QuantizationSpec spec;
+    ResolvedSpec spec;
     spec.damping_value = 0.1;
     ExpectCodesAgree(testing::MakeLayer(80, 140, 12, inputs, 53), spec, &forked);
     EXPECT_LE(forked, 2);
@@ -117,7 +116,7 @@ TEST(OptqTest, MatchesTextbookOnSingularAndIllConditionedInputs) {
 
 TEST(OptqTest, IsPlainRoundingWhenDampingIsHuge) {
   const auto problem = testing::MakeLayer(100, 40, 8, Inputs::kGaussian, 59);
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.damping_rule = DampingRule::kAbsolute;
   spec.damping_value = 1e12;
   spec.compare_nearest = true;

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "base/status.h"
 #include "tests/engine/problems.h"
 
 namespace certiq::engine {
@@ -63,8 +62,8 @@ class PackedFormats : public ::testing::TestWithParam<Case> {
   static constexpr int64_t kRows = 32;
   static constexpr int64_t kFeatures = 64;
 
-  QuantizationSpec Spec(Format format) const {
-    QuantizationSpec spec;
+  ResolvedSpec Spec(Format format) const {
+    ResolvedSpec spec;
     spec.bits = GetParam().bits;
     spec.symmetric = GetParam().symmetric;
     spec.group_size = GetParam().group;
@@ -160,45 +159,6 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{2, false, 16, true, true}, Case{3, false, 0, false, false},
                       Case{4, false, 16, true, false}, Case{5, false, 32, false, true},
                       Case{8, false, 16, false, false}));
-
-TEST(PackingTest, RefusesWhatAFormatCannotExpress) {
-  struct Refusal {
-    const char* field;
-    int64_t features;
-    std::function<void(QuantizationSpec&)> change;
-  };
-  const Refusal refusals[] = {
-      {"spec.format", 64,
-       [](auto& s) {
-         s.format = Format::kGptq;
-         s.symmetric = false;
-       }},
-      {"spec.format", 60, [](auto& s) { s.format = Format::kGptq; }},
-      {"spec.scale_dtype", 64,
-       [](auto& s) {
-         s.format = Format::kGptqV2;
-         s.scale_dtype = DType::kBF16;
-       }},
-      {"spec.bits", 64,
-       [](auto& s) {
-         s.format = Format::kCompressedTensors;
-         s.bits = 3;
-       }},
-      {"spec.group_size", 64,
-       [](auto& s) {
-         s.format = Format::kCompressedTensors;
-         s.group_size = 48;
-       }},
-  };
-  for (const Refusal& refusal : refusals) {
-    QuantizationSpec spec;
-    refusal.change(spec);
-    const auto layer =
-        testing::Quantize(MakeLayer(80, refusal.features, 32, Inputs::kGaussian, 379), spec);
-    EXPECT_EQ(layer.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_EQ(base::FieldOf(layer.status()), refusal.field) << layer.status();
-  }
-}
 
 }  // namespace
 }  // namespace certiq::engine

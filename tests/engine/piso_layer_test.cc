@@ -36,7 +36,7 @@ struct Result {
   double lambda = 0;
 };
 
-Result Quantized(const testing::RandomLayer& layer, const QuantizationSpec& spec) {
+Result Quantized(const testing::RandomLayer& layer, const ResolvedSpec& spec) {
   const auto made = testing::Quantize(layer, spec);
   EXPECT_TRUE(made.ok()) << made.status();
   if (!made.ok()) return {};
@@ -49,8 +49,8 @@ Result Quantized(const testing::RandomLayer& layer, const QuantizationSpec& spec
   return result;
 }
 
-QuantizationSpec Spec(Method method, ScaleObjective objective, bool symmetric) {
-  QuantizationSpec spec;
+ResolvedSpec Spec(Method method, ScaleObjective objective, bool symmetric) {
+  ResolvedSpec spec;
   spec.method = method;
   spec.bits = kBits;
   spec.symmetric = symmetric;
@@ -165,7 +165,7 @@ TEST(PisoLayerTest, GroupsAreTheBestGivenWhatTheyMaySee) {
       for (const int32_t passes : {0, 1, 4}) {
         if (objective == ScaleObjective::kDataFree && passes > 0) continue;
         const testing::RandomLayer layer = MakeLayer(kFeatures, 3, 17);
-        QuantizationSpec spec = Spec(Method::kNearest, objective, symmetric);
+        ResolvedSpec spec = Spec(Method::kNearest, objective, symmetric);
         spec.group_size = kGroup;
         spec.scale_passes = passes;
         const Result result = Quantized(layer, spec);
@@ -213,7 +213,7 @@ TEST(PisoLayerTest, InterleavedGroupsAreTheBestForTheUpdatedWeights) {
   for (const Method method : {Method::kOptq, Method::kQronos}) {
     for (const bool symmetric : {true, false}) {
       const testing::RandomLayer layer = MakeLayer(n, 4, 29);
-      QuantizationSpec spec = Spec(method, ScaleObjective::kQuantizedInputs, symmetric);
+      ResolvedSpec spec = Spec(method, ScaleObjective::kQuantizedInputs, symmetric);
       spec.group_size = kGroup;
       spec.group_scales = GroupScales::kDynamic;
       const Result result = Quantized(layer, spec);

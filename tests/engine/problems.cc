@@ -8,6 +8,8 @@
 #include <thread>
 #include <utility>
 
+#include "tests/engine/specs.h"
+
 namespace certiq::testing {
 namespace {
 
@@ -107,18 +109,16 @@ engine::StripMatrix Strips(const textbook::Matrix& w) {
 }
 
 absl::StatusOr<engine::QuantizedLayer> Quantize(const RandomLayer& layer,
-                                                const engine::QuantizationSpec& spec,
+                                                const engine::ResolvedSpec& spec,
                                                 engine::Executor* executor) {
   engine::SerialExecutor serial;
-  absl::StatusOr<engine::ResolvedSpec> resolved = engine::ResolveSpec(spec);
-  if (!resolved.ok()) return resolved.status();
   engine::RunContext context;
   context.executor = executor == nullptr ? &serial : executor;
   const auto sums = [](const textbook::Matrix& x, const textbook::Matrix& x_quantized) {
     return std::make_shared<const engine::Statistics>(
         x_quantized.rows > 0 ? AccumulatePair(x, x_quantized) : Accumulate(x));
   };
-  engine::LayerProblem problem{*resolved, Strips(layer.w), sums(layer.x, layer.x_quantized)};
+  engine::LayerProblem problem{Completed(spec), Strips(layer.w), sums(layer.x, layer.x_quantized)};
   if (layer.held_x.rows > 0) problem.held_out = sums(layer.held_x, layer.held_x_quantized);
   return engine::QuantizeLayer(std::move(problem), context);
 }

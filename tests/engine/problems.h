@@ -66,7 +66,7 @@ engine::StripMatrix Strips(const textbook::Matrix& w);
 
 // Quantizes with the given executor (serial if null).
 absl::StatusOr<engine::QuantizedLayer> Quantize(const RandomLayer& layer,
-                                                const engine::QuantizationSpec& spec,
+                                                const engine::ResolvedSpec& spec,
                                                 engine::Executor* executor = nullptr);
 
 // A tensor of the result by role, as doubles; empty if absent.

@@ -18,7 +18,7 @@ using testing::MakeLayer;
 
 TEST(QuantizeLayerTest, IsBitIdenticalWhateverTheExecutor) {
   const auto problem = MakeLayer(400, 300, 150, Inputs::kCorrelated, 83);
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.group_size = 64;
   spec.symmetric = false;
   spec.compare_nearest = true;
@@ -38,7 +38,7 @@ TEST(QuantizeLayerTest, IsBitIdenticalWhateverTheExecutor) {
 
 TEST(QuantizeLayerTest, ReturnsDenseWeightsOnTheirGrid) {
   const auto problem = MakeLayer(100, 50, 7, Inputs::kGaussian, 89);
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.symmetric = false;
   spec.group_size = 16;
   spec.bits = 3;
@@ -73,7 +73,7 @@ TEST(QuantizeLayerTest, GivesDeadFeaturesZeroWeightsAndNoVoice) {
   // They would set the scale, were they heard.
   for (int64_t r = 0; r < 6; ++r) problem.w(r, 3) = 100;
   for (const double damping : {0.01, 0.0}) {
-    QuantizationSpec spec;
+    ResolvedSpec spec;
     spec.damping_value = damping;
     const auto layer = testing::Quantize(problem, spec);
     ASSERT_TRUE(layer.ok()) << layer.status();
@@ -89,7 +89,7 @@ TEST(QuantizeLayerTest, GivesDeadFeaturesZeroWeightsAndNoVoice) {
 
 TEST(QuantizeLayerTest, RaisesLambdaAndReportsWhy) {
   const auto problem = MakeLayer(20, 60, 4, Inputs::kGaussian, 101);
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.damping_rule = DampingRule::kAbsolute;
   spec.damping_value = 0;
   spec.max_attempts = 20;
@@ -107,7 +107,7 @@ TEST(QuantizeLayerTest, RaisesLambdaAndReportsWhy) {
 
 TEST(QuantizeLayerTest, FailsWithTheNumbersWhenEveryAttemptFailed) {
   const auto problem = MakeLayer(20, 60, 4, Inputs::kGaussian, 101);
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.damping_value = 0;
   spec.max_attempts = 2;
   const auto layer = testing::Quantize(problem, spec);
@@ -126,7 +126,7 @@ TEST(QuantizeLayerTest, RefusesActivationsThatAreAllZero) {
 TEST(QuantizeLayerTest, ZeroWeightsAreExact) {
   auto problem = MakeLayer(50, 20, 3, Inputs::kGaussian, 107);
   for (double& v : problem.w.values) v = 0;
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.compare_nearest = true;
   const auto layer = testing::Quantize(problem, spec);
   ASSERT_TRUE(layer.ok()) << layer.status();
@@ -177,7 +177,7 @@ TEST(QuantizeLayerTest, RefusesSizesThatDoNotFit) {
   context.executor = &serial;
   const auto a = MakeLayer(10, 4, 2, Inputs::kGaussian, 127);
   const auto b = MakeLayer(10, 5, 2, Inputs::kGaussian, 127);
-  LayerProblem problem{*ResolveSpec({}), testing::Strips(a.w),
+  LayerProblem problem{ResolvedSpec(), testing::Strips(a.w),
                        std::make_shared<const Statistics>(testing::Accumulate(b.x))};
   const auto layer = QuantizeLayer(std::move(problem), context);
   EXPECT_EQ(layer.status().code(), absl::StatusCode::kInvalidArgument);
@@ -196,7 +196,7 @@ TEST(QuantizeLayerTest, StopsInEveryPhaseWhenCancelled) {
     context.progress = [&](Phase at, double) {
       if (at == phase) cancellation.Cancel(absl::StatusCode::kDeadlineExceeded);
     };
-    LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w),
+    LayerProblem problem{ResolvedSpec(), testing::Strips(data.w),
                          std::make_shared<const Statistics>(testing::Accumulate(data.x))};
     const auto layer = QuantizeLayer(std::move(problem), context);
     EXPECT_EQ(layer.status().code(), absl::StatusCode::kDeadlineExceeded)
@@ -215,7 +215,7 @@ TEST(QuantizeLayerTest, ReportsEveryPhaseInOrder) {
     EXPECT_LE(fraction, 1);
     if (seen.empty() || seen.back() != at) seen.push_back(at);
   };
-  LayerProblem problem{*ResolveSpec({}), testing::Strips(data.w),
+  LayerProblem problem{ResolvedSpec(), testing::Strips(data.w),
                        std::make_shared<const Statistics>(testing::Accumulate(data.x))};
   ASSERT_TRUE(QuantizeLayer(std::move(problem), context).ok());
   EXPECT_EQ(seen, (std::vector<Phase>{Phase::kReference, Phase::kFactor, Phase::kRound,
@@ -243,7 +243,7 @@ TEST(QuantizeLayerTest, ARowDoesNotDependOnItsNeighbours) {
   testing::RandomLayer layer = MakeLayer(400, 150, 1300, Inputs::kCorrelated, 17);
   layer.x_quantized = testing::Disturbed(layer.x, 0.1, 18);
   for (const Method method : {Method::kOptq, Method::kQronos}) {
-    QuantizationSpec spec;
+    ResolvedSpec spec;
     spec.method = method;
     spec.order = Order::kDecreasingNorm;
     spec.group_size = 32;
@@ -271,13 +271,13 @@ TEST(QuantizeLayerTest, ARowDoesNotDependOnItsNeighbours) {
 TEST(QuantizeLayerTest, LaddersAreRunOnASampleOfRows) {
   testing::RandomLayer layer = MakeLayer(300, 60, 700, Inputs::kCorrelated, 23);
   layer.held_x = MakeLayer(80, 60, 1, Inputs::kCorrelated, 24).x;
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.damping_rule = DampingRule::kHeldOut;
-  spec.damping_ladder = {0.001, 0.1};
+  spec.damping_candidates = {0.001, 0.1};
   const auto ladder = testing::Quantize(layer, spec);
   ASSERT_TRUE(ladder.ok()) << ladder.status();
   EXPECT_EQ(ladder->certificate.held_out_rows, 87);
-  ASSERT_EQ(ladder->certificate.ladder.size(), 2u);
+  ASSERT_EQ(ladder->certificate.damping_candidates.size(), 2u);
 
   testing::RandomLayer sample = layer;
   sample.w = textbook::Matrix(87, 60);
@@ -285,8 +285,8 @@ TEST(QuantizeLayerTest, LaddersAreRunOnASampleOfRows) {
     for (int64_t j = 0; j < 60; ++j) sample.w(i, j) = layer.w(i * 700 / 87, j);
   }
   double least = std::numeric_limits<double>::infinity();
-  for (const LadderStep& step : ladder->certificate.ladder) {
-    QuantizationSpec fixed;
+  for (const DampingCandidate& step : ladder->certificate.damping_candidates) {
+    ResolvedSpec fixed;
     fixed.damping_rule = DampingRule::kAbsolute;
     fixed.damping_value = step.lambda;
     const auto alone = testing::Quantize(sample, fixed);
@@ -321,10 +321,10 @@ TEST(QuantizeLayerTest, TargetsNextToTiesRoundAsInFloat64) {
       values[static_cast<size_t>(j)] = value;
       layer.w(0, j) = value;
     }
-    QuantizationSpec spec;
+    ResolvedSpec spec;
     spec.method = Method::kNearest;
     spec.bits = 4;
-    spec.grid = ExplicitGrid{{scale}, {}, {}, {}};
+    spec.grid = std::make_shared<const ExplicitGrid>(ExplicitGrid{{scale}, {}, {}, {}});
     const auto result = testing::Quantize(layer, spec);
     ASSERT_TRUE(result.ok()) << result.status();
     const std::vector<double> weight = testing::TensorValues(*result, "weight");

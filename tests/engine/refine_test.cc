@@ -53,13 +53,13 @@ RandomLayer Mismatched(RandomLayer problem, uint64_t seed) {
 }
 
 // A few of everything that a sweep can be asked for.
-std::vector<QuantizationSpec> Specs() {
-  std::vector<QuantizationSpec> specs;
+std::vector<ResolvedSpec> Specs() {
+  std::vector<ResolvedSpec> specs;
   for (const bool symmetric : {true, false}) {
     for (const int group : {0, 24}) {
       for (const Order order : {Order::kNatural, Order::kDecreasingNorm}) {
         for (const GroupScales scales : {GroupScales::kStatic, GroupScales::kDynamic}) {
-          QuantizationSpec spec;
+          ResolvedSpec spec;
           spec.bits = group == 0 ? 3 : 2;
           spec.symmetric = symmetric;
           spec.group_size = group;
@@ -74,8 +74,8 @@ std::vector<QuantizationSpec> Specs() {
   return specs;
 }
 
-void ExpectNeverHigher(const RandomLayer& problem, const QuantizationSpec& before,
-                       const QuantizationSpec& after, const std::string& what) {
+void ExpectNeverHigher(const RandomLayer& problem, const ResolvedSpec& before,
+                       const ResolvedSpec& after, const std::string& what) {
   const auto plain = testing::Quantize(problem, before);
   const auto refined = testing::Quantize(problem, after);
   ASSERT_TRUE(plain.ok() && refined.ok()) << plain.status() << refined.status();
@@ -94,8 +94,8 @@ void ExpectNeverHigher(const RandomLayer& problem, const QuantizationSpec& befor
 
 TEST(ScaleTrialsTest, NeverRaiseAnErrorAndLowerTheSum) {
   const RandomLayer problem = MakeLayer(200, 150, 37, Inputs::kCorrelated, 601);
-  for (const QuantizationSpec& spec : Specs()) {
-    QuantizationSpec trials = spec;
+  for (const ResolvedSpec& spec : Specs()) {
+    ResolvedSpec trials = spec;
     trials.scale_trials = 6;
     ExpectNeverHigher(problem, spec, trials, "trials");
   }
@@ -106,7 +106,7 @@ TEST(ScaleTrialsTest, AreTheBestOfTheStretchedGrids) {
   const RandomLayer problem = MakeLayer(150, 70, 41, Inputs::kCorrelated, 607);
   for (const int group : {0, 32}) {
     for (const DType type : {DType::kF32, DType::kF16}) {
-      QuantizationSpec spec;
+      ResolvedSpec spec;
       spec.bits = 3;
       spec.group_size = group;
       spec.order = Order::kDecreasingNorm;
@@ -117,9 +117,11 @@ TEST(ScaleTrialsTest, AreTheBestOfTheStretchedGrids) {
       ASSERT_TRUE(plain.ok() && tried.ok());
       const std::vector<double> scales = testing::TensorValues(*plain, "scales");
       std::vector<double> best(41, std::numeric_limits<double>::infinity());
-      spec.scale_trials.reset();
+      spec.scale_trials = 1;
       for (const float multiplier : TrialMultipliers(7)) {
-        ExplicitGrid& grid = spec.grid.emplace();
+        const auto grid_of_spec = std::make_shared<ExplicitGrid>();
+        spec.grid = grid_of_spec;
+        ExplicitGrid& grid = *grid_of_spec;
         for (const double scale : scales) {
           grid.scales.push_back(RoundTo(type, static_cast<float>(scale) * multiplier));
         }
@@ -152,15 +154,15 @@ TEST(ScaleTrialsTest, MultipliersSurroundOne) {
 TEST(PolishTest, NeverRaisesAnErrorAndLowersTheSum) {
   const RandomLayer matched = MakeLayer(300, 150, 37, Inputs::kCorrelated, 613);
   const RandomLayer mismatched = Mismatched(matched, 617);
-  for (const QuantizationSpec& spec : Specs()) {
+  for (const ResolvedSpec& spec : Specs()) {
     for (const Method method : {Method::kOptq, Method::kQronos, Method::kNearest}) {
-      QuantizationSpec before = spec;
+      ResolvedSpec before = spec;
       before.method = method;
       if (method == Method::kQronos) {
         before.damping_rule = DampingRule::kRelativeTrace;
         before.damping_value = 0.01;
       }
-      QuantizationSpec after = before;
+      ResolvedSpec after = before;
       after.polish = 3;
       const std::string what = "method " + std::to_string(static_cast<int>(method));
       ExpectNeverHigher(matched, before, after, what + ", matched");
@@ -173,12 +175,12 @@ TEST(PolishTest, NeverRaisesWhereLevelsAreHalfTypesOrInputsSingular) {
   for (const Format format : {Format::kDenseF16, Format::kDenseBF16}) {
     for (const Inputs inputs : {Inputs::kRankDeficient, Inputs::kIllConditioned}) {
       const RandomLayer problem = MakeLayer(80, 140, 20, inputs, 619);
-      QuantizationSpec before;
+      ResolvedSpec before;
       before.bits = 3;
       before.group_size = 32;
       before.format = format;
       before.damping_value = 0.1;
-      QuantizationSpec after = before;
+      ResolvedSpec after = before;
       after.polish = 4;
       const auto plain = testing::Quantize(problem, before);
       const auto polished = testing::Quantize(problem, after);
@@ -197,7 +199,7 @@ TEST(PolishTest, EndsWhereNoCodeAndNoScaleCanBeBettered) {
   for (int64_t t = 0; t < 200; ++t) problem.x_quantized(t, 7) = 0;
   for (const bool symmetric : {true, false}) {
     for (const int group : {0, 16}) {
-      QuantizationSpec spec;
+      ResolvedSpec spec;
       spec.bits = 3;
       spec.symmetric = symmetric;
       spec.group_size = group;
@@ -260,12 +262,14 @@ TEST(PolishTest, AgainstBruteForce) {
   for (uint64_t seed = 0; seed < 20; ++seed) {
     RandomLayer problem = MakeLayer(12, 5, 6, Inputs::kCorrelated, 700 + seed);
     if (seed % 2 == 1) problem = Mismatched(problem, 800 + seed);
-    QuantizationSpec spec;
+    ResolvedSpec spec;
     spec.method = seed % 3 == 0 ? Method::kNearest : Method::kOptq;
     spec.bits = 2;
     spec.polish = 64;
     spec.symmetric = false;
-    ExplicitGrid& grid = spec.grid.emplace();
+    const auto grid_of_spec = std::make_shared<ExplicitGrid>();
+    spec.grid = grid_of_spec;
+    ExplicitGrid& grid = *grid_of_spec;
     grid.scales.assign(6, 0.06f);
     grid.zero_points.assign(6, 2);
     grid.lowest_code = seed % 4 == 0 ? 1 : 0;
@@ -310,7 +314,7 @@ TEST(PolishTest, TheCertificateIsThatOfTheFinalCodes) {
   const RandomLayer matched = MakeLayer(300, 130, 20, Inputs::kCorrelated, 653);
   for (const RandomLayer& problem : {matched, Mismatched(matched, 659)}) {
     for (const Method method : {Method::kOptq, Method::kQronos, Method::kNearest}) {
-      QuantizationSpec spec;
+      ResolvedSpec spec;
       spec.method = method;
       spec.bits = 3;
       spec.group_size = 32;
@@ -347,7 +351,7 @@ TEST(PolishTest, TheCertificateIsThatOfTheFinalCodes) {
 
 TEST(RefineTest, IsBitIdenticalWhateverTheExecutor) {
   const RandomLayer problem = Mismatched(MakeLayer(300, 200, 300, Inputs::kCorrelated, 661), 673);
-  QuantizationSpec spec;
+  ResolvedSpec spec;
   spec.bits = 3;
   spec.group_size = 40;
   spec.order = Order::kDecreasingNorm;

@@ -7,7 +7,6 @@
 #include <functional>
 #include <vector>
 
-#include "base/status.h"
 #include "engine/certificate.h"
 #include "engine/quantize_layer.h"
 #include "tests/engine/problems.h"
@@ -18,8 +17,8 @@ namespace {
 using testing::Inputs;
 using testing::ScaleSetting;
 
-QuantizationSpec Spec(Method method, ScaleRule scale, int bits) {
-  QuantizationSpec spec;
+ResolvedSpec Spec(Method method, ScaleRule scale, int bits) {
+  ResolvedSpec spec;
   spec.method = method;
   spec.scale = scale;
   spec.bits = bits;
@@ -75,7 +74,7 @@ TEST(ScalesTest, EveryRuleBeatsAbsmaxAndIsCertified) {
     for (const ScaleSetting& setting : kSettings) {
       for (const bool symmetric : {true, false}) {
         for (const Order order : {Order::kNatural, Order::kDecreasingNorm}) {
-          QuantizationSpec spec = Spec(setting.method, setting.scale, 2);
+          ResolvedSpec spec = Spec(setting.method, setting.scale, 2);
           spec.group_size = setting.group_size;
           spec.group_scales = setting.groups;
           spec.symmetric = symmetric;
@@ -96,9 +95,9 @@ TEST(ScalesTest, EveryRuleBeatsAbsmaxAndIsCertified) {
           EXPECT_NEAR(certificate.squared_error, error, 1e-3 * error);
           EXPECT_LE(std::sqrt(error), certificate.l2_bound * (1 + 1e-6));
 
-          QuantizationSpec absmax = spec;
+          ResolvedSpec absmax = spec;
           absmax.scale = ScaleRule::kAbsmax;
-          absmax.scale_passes.reset();
+          absmax.scale_passes = 0;
           const auto plain = testing::Quantize(layer, absmax);
           ASSERT_TRUE(plain.ok()) << plain.status();
           EXPECT_LT(error, TrueError(layer, *plain))
@@ -116,16 +115,18 @@ TEST(ScalesTest, EveryRuleBeatsAbsmaxAndIsCertified) {
 TEST(ScalesTest, NearestWithPisoHasTheLeastErrorOfAnyScale) {
   for (const bool mismatched : {false, true}) {
     const testing::RandomLayer layer = MakeLayer(40, 5, mismatched, 71);
-    QuantizationSpec spec = Spec(Method::kNearest, ScaleRule::kPiso, 3);
+    ResolvedSpec spec = Spec(Method::kNearest, ScaleRule::kPiso, 3);
     const auto result = testing::Quantize(layer, spec);
     ASSERT_TRUE(result.ok()) << result.status();
     const std::vector<double> scales = testing::TensorValues(*result, "scales");
     ASSERT_EQ(scales.size(), 5U);
     const std::vector<double> least = result->certificate.row_error;
     for (double factor = 0.4; factor < 2.5; factor *= 1.02) {
-      QuantizationSpec given = spec;
-      given.scale.reset();
-      ExplicitGrid& grid = given.grid.emplace();
+      ResolvedSpec given = spec;
+      given.scale = ScaleRule::kAbsmax;
+      const auto grid_of_given = std::make_shared<ExplicitGrid>();
+      given.grid = grid_of_given;
+      ExplicitGrid& grid = *grid_of_given;
       for (const double scale : scales) grid.scales.push_back(static_cast<float>(scale * factor));
       const auto other = testing::Quantize(layer, given);
       ASSERT_TRUE(other.ok()) << other.status();
@@ -143,7 +144,7 @@ TEST(ScalesTest, DynamicCompensatedIsTheBestForTheUpdatedWeights) {
   constexpr int64_t kGroup = 16;
   const testing::RandomLayer layer = MakeLayer(80, 4, false, 81);
   for (const bool symmetric : {true, false}) {
-    QuantizationSpec spec = Spec(Method::kOptq, ScaleRule::kCompensated, 3);
+    ResolvedSpec spec = Spec(Method::kOptq, ScaleRule::kCompensated, 3);
     spec.group_size = kGroup;
     spec.group_scales = GroupScales::kDynamic;
     spec.symmetric = symmetric;
@@ -199,61 +200,13 @@ TEST(ScalesTest, DynamicCompensatedIsTheBestForTheUpdatedWeights) {
 // A layer that falls back has no D; it is rounded with what |X~_j|^2 suggests.
 TEST(ScalesTest, CompensatedSurvivesAFallBackToNearest) {
   testing::RandomLayer layer = testing::MakeLayer(20, 30, 4, Inputs::kRankDeficient, 91);
-  QuantizationSpec spec = Spec(Method::kOptq, ScaleRule::kCompensated, 4);
+  ResolvedSpec spec = Spec(Method::kOptq, ScaleRule::kCompensated, 4);
   spec.damping_value = 0;
   spec.max_attempts = 1;
   spec.on_failure = OnFailure::kNearest;
   const auto result = testing::Quantize(layer, spec);
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_EQ(result->certificate.outcome, Outcome::kFellBackToNearest);
-}
-
-TEST(ScalesTest, RefusesWhatARuleCannotMean) {
-  struct Bad {
-    const char* field;
-    std::function<void(QuantizationSpec&)> spoil;
-  };
-  const Bad bad[] = {
-      {"spec.scale", [](auto& s) { s.scale = ScaleRule::kCompensated; }},
-      {"spec.scale_objective",
-       [](auto& s) {
-         s.scale = ScaleRule::kMse;
-         s.scale_objective = ScaleObjective::kMixed;
-       }},
-      {"spec.scale_passes",
-       [](auto& s) {
-         s.scale.reset();
-         s.scale_passes = 1;
-       }},
-      {"spec.scale_passes", [](auto& s) { s.scale_passes = -1; }},
-      {"spec.scale_passes", [](auto& s) { s.scale_passes = 65; }},
-      {"spec.scale_passes",
-       [](auto& s) {
-         s.group_size = 0;
-         s.scale_passes = 1;
-       }},
-      {"spec.scale_passes",
-       [](auto& s) {
-         s.scale_objective = ScaleObjective::kDataFree;
-         s.scale_passes = 1;
-       }},
-      {"spec.scale_passes",
-       [](auto& s) {
-         s.method = Method::kOptq;
-         s.group_scales = GroupScales::kDynamic;
-         s.scale_passes = 1;
-       }},
-  };
-  for (const Bad& b : bad) {
-    QuantizationSpec spec;
-    spec.method = Method::kNearest;
-    spec.scale = ScaleRule::kPiso;
-    spec.group_size = 16;
-    b.spoil(spec);
-    const auto resolved = ResolveSpec(spec);
-    EXPECT_EQ(resolved.status().code(), absl::StatusCode::kInvalidArgument) << b.field;
-    EXPECT_EQ(base::FieldOf(resolved.status()), b.field);
-  }
 }
 
 }  // namespace

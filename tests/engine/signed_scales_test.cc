@@ -28,8 +28,8 @@ const ScaleSetting kSettings[] = {
     {Method::kQronos, ScaleRule::kCompensated, 0, GroupScales::kStatic},
 };
 
-QuantizationSpec Spec(const ScaleSetting& setting) {
-  QuantizationSpec spec;
+ResolvedSpec Spec(const ScaleSetting& setting) {
+  ResolvedSpec spec;
   spec.method = setting.method;
   spec.scale = setting.scale;
   spec.bits = 2;
@@ -38,6 +38,7 @@ QuantizationSpec Spec(const ScaleSetting& setting) {
   spec.order = Order::kDecreasingNorm;
   spec.scale_dtype = DType::kF16;
   spec.signed_scales = true;
+  if (spec.method == Method::kQronos) spec.damping_rule.reset();
   return spec;
 }
 
@@ -113,7 +114,7 @@ TEST(SignedScalesTest, TheMirrorImageOfALayerHasTheMirrorImageOfItsResult) {
 // are never worse; on skewed rows they are better.
 TEST(SignedScalesTest, NearestWithPisoLosesNoRow) {
   const testing::RandomLayer layer = SkewedLayer(7);
-  QuantizationSpec spec = Spec({Method::kNearest, ScaleRule::kPiso, 0, GroupScales::kStatic});
+  ResolvedSpec spec = Spec({Method::kNearest, ScaleRule::kPiso, 0, GroupScales::kStatic});
   const auto either = testing::Quantize(layer, spec);
   spec.signed_scales = false;
   const auto positive = testing::Quantize(layer, spec);
@@ -146,7 +147,7 @@ TEST(SignedScalesTest, PackedFormatsHoldTheSameWeights) {
   testing::RandomLayer layer = SkewedLayer(8);
   layer.w.rows = 16;
   layer.w.values.resize(static_cast<size_t>(layer.w.rows * layer.w.cols));
-  QuantizationSpec spec = Spec({Method::kOptq, ScaleRule::kCompensated, 0, GroupScales::kStatic});
+  ResolvedSpec spec = Spec({Method::kOptq, ScaleRule::kCompensated, 0, GroupScales::kStatic});
   const auto dense = testing::Quantize(layer, spec);
   spec.format = Format::kGptqV2;
   const auto gptq = testing::Quantize(layer, spec);

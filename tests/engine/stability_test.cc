@@ -12,9 +12,9 @@
 #include <tuple>
 
 #include "base/status.h"
-#include "engine/damping/failed_attempts.h"
-#include "tests/engine/follow.h"
+#include "engine/linalg/failed_attempts.h"
 #include "tests/engine/problems.h"
+#include "tests/engine/replay.h"
 
 namespace certiq::engine {
 namespace {
@@ -145,8 +145,8 @@ void ExpectFinite(const QuantizedLayer& layer) {
 }
 
 // The ladder as (D2) describes it.
-void ExpectLadder(const LayerCertificate& c, double factor, int32_t max_attempts,
-                  double mean_diagonal) {
+void ExpectRetries(const LayerCertificate& c, double factor, int32_t max_attempts,
+                   double mean_diagonal) {
   const auto& attempts = c.damping_attempts;
   ASSERT_FALSE(attempts.empty());
   ASSERT_LE(attempts.size(), static_cast<size_t>(max_attempts));
@@ -292,7 +292,7 @@ void ExpectSweptAsInFloat64(const RandomLayer& layer, const QuantizedLayer& resu
       EXPECT_EQ(codes[0], grid.Code(0, start[0])) << "row " << r;
       start[0] = q1;
     }
-    const auto followed = testing::Follow(factor, start, slack, grid, codes, qronos ? 1 : 0);
+    const auto followed = testing::Replay(factor, start, slack, grid, codes, qronos ? 1 : 0);
     EXPECT_LE(followed.worst, 1) << "row " << r;
     double may_be_off = 0;
     for (size_t j = 0; j < start.size(); ++j) {
@@ -319,9 +319,9 @@ void ExpectSweptAsInFloat64(const RandomLayer& layer, const QuantizedLayer& resu
 
 class Stability : public ::testing::TestWithParam<std::tuple<Scenario, Rule, Method>> {
  protected:
-  QuantizationSpec Spec(double mean_diagonal) const {
+  ResolvedSpec Spec(double mean_diagonal) const {
     const Rule& rule = std::get<1>(GetParam());
-    QuantizationSpec spec;
+    ResolvedSpec spec;
     spec.method = std::get<2>(GetParam());
     spec.damping_rule = rule.rule;
     spec.damping_value =
@@ -337,13 +337,13 @@ TEST_P(Stability, HoldsOrSaysWhyNot) {
   RandomLayer layer = MakeProblem(scenario);
   if (method == Method::kOptq) layer.x_quantized = textbook::Matrix();
   const double mean = MeanDiagonal(SumsOf(layer).gram);
-  QuantizationSpec spec = Spec(mean);
+  ResolvedSpec spec = Spec(mean);
   const auto result = testing::Quantize(layer, spec);
   ASSERT_TRUE(result.ok()) << result.status();
   const LayerCertificate& c = result->certificate;
   ASSERT_EQ(c.outcome, Outcome::kQuantized);
   ExpectFinite(*result);
-  ExpectLadder(c, 10, kAttempts, mean);
+  ExpectRetries(c, 10, kAttempts, mean);
   std::vector<double> slack;
   ExpectSweptAsInFloat64(layer, *result, method == Method::kQronos, slack);
   ASSERT_EQ(slack.size(), static_cast<size_t>(kRows));
@@ -370,7 +370,7 @@ TEST_P(Stability, HoldsOrSaysWhyNot) {
   EXPECT_EQ(fallen->certificate.outcome, Outcome::kFellBackToNearest);
   EXPECT_EQ(fallen->certificate.damping_attempts.size(), failed);
   ExpectFinite(*fallen);
-  ExpectLadder(fallen->certificate, 10, spec.max_attempts.value(), mean);
+  ExpectRetries(fallen->certificate, 10, spec.max_attempts, mean);
   ExpectTrue(layer, *fallen, std::vector<double>(kRows), scenario.promise);
   EXPECT_EQ(fallen->certificate.relative_error, *fallen->certificate.nearest_relative_error);
 }

@@ -11,8 +11,10 @@
 #include <string>
 #include <vector>
 
-#include "store/blob_file.h"
+#include "store/blobs.h"
 #include "store/disk.h"
+#include "store/file_blobs.h"
+#include "store/reserve.h"
 
 namespace {
 
@@ -32,6 +34,8 @@ std::string MakeRoot() {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::string root = MakeRoot();
   static const auto disk = std::make_shared<certiq::server::Disk>(root);
+  static const auto blobs =
+      certiq::server::MakeFileBlobs(disk, std::make_shared<certiq::server::DiskReserve>(disk));
   static const std::string path = root + "/" + certiq::server::kBlobDirectory + "/" + kName;
   std::ofstream(path, std::ios::binary | std::ios::trunc)
       .write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(size));
@@ -40,7 +44,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
        {int64_t{-24}, int64_t{-16}, int64_t{0}, int64_t{1}, int64_t{1} << 40}) {
     const int64_t length = bytes < 0 ? static_cast<int64_t>(size) + bytes : bytes;
     if (length < 0) continue;
-    const auto reader = certiq::server::OpenBlobFile(disk, {kName, length});
+    certiq::server::BlobRef blob;
+    blob.set_name(kName);
+    blob.set_bytes(length);
+    const auto reader = blobs->Open(blob);
     if (!reader.ok()) continue;
     if ((*reader)->bytes() != length) std::abort();
     std::vector<std::byte> all(static_cast<size_t>(length));

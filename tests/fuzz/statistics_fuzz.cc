@@ -37,7 +37,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   certiq::server::StatisticsImport import(features, mismatched, dtype, layout);
   const absl::Status taken = Take(import, {data + 1, size - 1});
   if (!taken.ok()) {
-    if (certiq::server::ToGrpc(taken).ok()) std::abort();
+    if (certiq::server::ToRpcStatus(taken).code() == 0) std::abort();
     return 0;
   }
   absl::StatusOr<certiq::engine::Statistics> sums = import.Finish(1);

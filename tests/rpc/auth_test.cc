@@ -1,4 +1,4 @@
-// Tokens: the header's value, the file that changes, and calls over TCP.
+// Authenticator: header values, changes of the token file, calls over TCP.
 
 #include "rpc/transport/auth.h"
 
@@ -34,8 +34,8 @@ constexpr char kTokens[] =
 
 class AuthTest : public ::testing::Test {
  protected:
-  std::unique_ptr<Authenticator> Open(std::chrono::milliseconds look_every = {}) {
-    auto opened = Authenticator::Open(folder_.Path("tokens"), warnings_.Sink(), look_every);
+  std::unique_ptr<Authenticator> Open(std::chrono::milliseconds check_interval = {}) {
+    auto opened = Authenticator::Open(folder_.Path("tokens"), warnings_.Sink(), check_interval);
     EXPECT_TRUE(opened.ok()) << opened.status();
     return *std::move(opened);
   }
@@ -159,7 +159,8 @@ TEST_F(AuthTest, BadFilesLaterChangeNothingAndAreWarnedOfOnce) {
   EXPECT_EQ(warnings_.all().size(), warned);
 }
 
-// Kubernetes: tokens -> ..data/tokens, ..data -> a folder; an update renames a new ..data over it.
+// Kubernetes mounts tokens -> ..data/tokens and ..data -> a folder; an update renames a new ..data
+// over the old one.
 TEST_F(AuthTest, FollowsSymlinksThatAreSwapped) {
   namespace fs = std::filesystem;
   for (const char* version : {"1", "2"}) fs::create_directory(folder_.Path(version));
@@ -205,7 +206,7 @@ TEST_F(AuthTest, CallsMayComeWhileTheFileChanges) {
   EXPECT_TRUE(warnings_.all().empty());
 }
 
-// Over TCP.
+// Calls over TCP.
 
 struct Caller {
   explicit Caller(const TestServer& server, const Values& values = {}) : stub(server.NewStub()) {
@@ -235,7 +236,7 @@ class AuthServerTest : public AuthTest {
                      "\",grpc_method=\"Quantize\",grpc_service=\"certiq.v1.QuantizationService\","
                      "grpc_type=\"bidi_stream\"}"));
   }
-  // How a call ends that sends nothing and waits for an answer.
+  // The status of a call that sends nothing and waits for an answer.
   grpc::Status Silent(const Values& values) { return Caller(*server_, values).stream->Finish(); }
 
   std::unique_ptr<Authenticator> auth_;

@@ -1,4 +1,4 @@
-// TLS: files at the start, handshakes over TCP, files that change.
+// TLS credentials: files at the start, handshakes over TCP, files that change.
 
 #include "rpc/transport/credentials.h"
 
@@ -48,7 +48,7 @@ class CredentialsTest : public ::testing::Test {
                                                             const Identity& own = {}) {
     return grpc::SslCredentials({authority.cert, own.key, own.cert});
   }
-  // The certificate that the server shows to a new connection; why not, if there is none.
+  // The certificate that the server presents to a new connection, or the error.
   static std::string Shown(const TestServer& server,
                            const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
     const auto stub = v1::QuantizationService::NewStub(server.NewChannel(credentials));
@@ -57,7 +57,7 @@ class CredentialsTest : public ::testing::Test {
     const auto stream = stub->Quantize(&context);
     stream->WritesDone();
     const grpc::Status status = stream->Finish();
-    // There was no header.
+    // A call that connects is refused for want of a header message.
     if (status.error_code() != grpc::StatusCode::INVALID_ARGUMENT) {
       return "refused: " + status.error_message();
     }
@@ -143,7 +143,7 @@ TEST_F(CredentialsTest, NewFilesAreUsedByNewConnections) {
   const auto old = Trusting(authority_, client_);
   EXPECT_EQ(Shown(*server, old), identity_.cert);
 
-  // Files that do not serve: whatever happens to new connections meanwhile, it is over with them.
+  // Unusable files: new connections may fail meanwhile, and succeed again with usable files.
   folder_.Write("cert", "garbage");
   EXPECT_TRUE(TestServer::Eventually([&] { return Shown(*server, old) != identity_.cert; }));
 

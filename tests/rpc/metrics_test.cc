@@ -1,4 +1,4 @@
-// What a scrape over real HTTP shows.
+// Metrics, scraped over HTTP.
 
 #include "observability/metrics.h"
 
@@ -102,7 +102,7 @@ TEST(MetricsTest, CountsALayer) {
   EXPECT_EQ(server.Metric("grpc_server_msg_received_total{" + kCall + "}"), 1 + 1 + 4);
   EXPECT_GE(server.Metric("grpc_server_msg_sent_total{" + kCall + "}"), 4);
   EXPECT_EQ(server.Metric("grpc_server_handling_seconds_count{" + kCall + "}"), 1);
-  // Names of clients stay out.
+  // No series carries a name that a client chose.
   EXPECT_EQ(server.Http("/metrics").find("model.layers"), std::string::npos);
 
   const server::CallSummary summary = server.finished().at(0);
@@ -123,7 +123,7 @@ TEST(MetricsTest, CountsRefusals) {
   Quantize(server, {header});
   ASSERT_TRUE(TestServer::Eventually([&] { return server.finished().size() == 2; }));
   EXPECT_EQ(server.Metric(R"(certiq_rejected_total{reason="invalid"})"), 2);
-  // Nothing of the contract is left that a server does not offer.
+  // The server offers everything in the contract.
   EXPECT_EQ(server.Metric(R"(certiq_rejected_total{reason="not_offered"})"), 0);
   EXPECT_EQ(server.Metric(Handled("InvalidArgument")), 2);
 }
@@ -139,7 +139,7 @@ TEST(MetricsTest, CertificateOfAFallback) {
   certificate.lambda_used = 200;
   certificate.damped_squared_error = 9;
   certificate.l2_bound = 6;
-  counters.JobFinished(engine::Method::kOptq, server::JobState::kSucceeded, 0.75, &certificate);
+  counters.JobFinished(engine::Method::kOptq, v1::JOB_STATE_SUCCEEDED, 0.75, &certificate);
   counters.StabilityFailed(engine::Method::kOptq, engine::StabilityCause::kCondition);
   counters.StabilityFailed(engine::Method::kOptq, engine::StabilityCause::kPivot);
   counters.DrainStarted(1.5e9);
@@ -149,7 +149,7 @@ TEST(MetricsTest, CertificateOfAFallback) {
   EXPECT_CONTAINS(text, "certiq_drain_start_time_seconds 1500000000\n");
   EXPECT_CONTAINS(text, "certiq_drain_limit_seconds 30\n");
   EXPECT_CONTAINS(text, "certiq_lambda_fallbacks_total{method=\"optq\"} 1\n");
-  // Nothing was quantized with that lambda.
+  // No layer was quantized with that lambda.
   EXPECT_CONTAINS(text, "certiq_lambda_ratio_count 0\n");
   EXPECT_CONTAINS(text, "certiq_bound_tightness_sum{bits=\"3\",method=\"optq\"} 0.5\n");
   EXPECT_CONTAINS(

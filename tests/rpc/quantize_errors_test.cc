@@ -1,8 +1,6 @@
 // Calls that break the contract or come at the wrong time. After each the server holds nothing and
 // serves on; ~TestServer and the fixture see to it.
 
-#include <grpcpp/completion_queue.h>
-#include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -39,7 +37,9 @@ class QuantizeErrorsTest : public ::testing::Test {
   const Layer layer_ = MakeRandomLayer(8, 16, 40);
 };
 
-TEST_F(QuantizeErrorsTest, NoMessage) { ExpectRefused({}, "header", "the stream ended"); }
+TEST_F(QuantizeErrorsTest, NoMessage) {
+  ExpectRefused({}, "header", "expected as the first message, the stream ended without one");
+}
 
 TEST_F(QuantizeErrorsTest, HeaderMissing) {
   ExpectRefused({WeightChunk(layer_, 0, 8)}, "header", "expected as the first message, got weight");
@@ -47,7 +47,8 @@ TEST_F(QuantizeErrorsTest, HeaderMissing) {
 }
 
 TEST_F(QuantizeErrorsTest, HeaderTwice) {
-  ExpectRefused({HeaderFor(layer_), HeaderFor(layer_)}, "payload", "got a second");
+  ExpectRefused({HeaderFor(layer_), HeaderFor(layer_)}, "header",
+                "expected as the first message, and only there");
 }
 
 TEST_F(QuantizeErrorsTest, EmptyMessage) {
@@ -148,48 +149,11 @@ TEST_F(QuantizeErrorsTest, LargeMessageWithinTheLimit) {
   EXPECT_TRUE(Quantize(server_, QuantizeRequestsFor(layer, layer.tokens)).status.ok());
 }
 
-// Sends raw bytes as messages and returns the status.
-grpc::Status SendRaw(const TestServer& server, const std::vector<std::string>& messages,
-                     grpc_compression_algorithm compression = GRPC_COMPRESS_NONE) {
-  grpc::GenericStub stub(server.NewChannel());
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + kPatience);
-  context.set_compression_algorithm(compression);
-  grpc::CompletionQueue queue;
-  const auto step = [&queue] {
-    void* tag = nullptr;
-    bool ok = false;
-    return queue.Next(&tag, &ok) && ok;
-  };
-  const auto call = stub.PrepareCall(&context, "/certiq.v1.QuantizationService/Quantize", &queue);
-  call->StartCall(nullptr);
-  bool going = step();
-  for (const std::string& message : messages) {
-    grpc::Slice slice(message);
-    call->Write(grpc::ByteBuffer(&slice, 1), nullptr);
-    going = going && step();
-    if (!going) break;
-  }
-  if (going) {
-    call->WritesDone(nullptr);
-    step();
-  }
-  grpc::ByteBuffer response;
-  do {
-    call->Read(&response, nullptr);
-  } while (step());
-  grpc::Status status;
-  call->Finish(&status, nullptr);
-  step();
-  queue.Shutdown();
-  while (step()) {
-  }
-  return status;
-}
+constexpr char kQuantize[] = "QuantizationService/Quantize";
 
 TEST_F(QuantizeErrorsTest, BytesThatAreNoMessage) {
   const std::string garbage = "\xff\xff\xff\xff";
-  grpc::Status status = SendRaw(server_, {garbage});
+  grpc::Status status = SendRaw(server_, kQuantize, {garbage});
   EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT) << status.error_message();
   EXPECT_EQ(DetailsOf(status).field(), "payload");
   // Also after everything has arrived, when the end of the stream would be taken for success.
@@ -197,9 +161,9 @@ TEST_F(QuantizeErrorsTest, BytesThatAreNoMessage) {
   for (const auto& request : QuantizeRequestsFor(layer_)) {
     messages.push_back(request.SerializeAsString());
   }
-  EXPECT_TRUE(SendRaw(server_, messages).ok());
+  EXPECT_TRUE(SendRaw(server_, kQuantize, messages).ok());
   messages.push_back(garbage);
-  status = SendRaw(server_, messages);
+  status = SendRaw(server_, kQuantize, messages);
   EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT) << status.error_message();
   EXPECT_CONTAINS(status.error_message(), "4 bytes");
 }
@@ -209,13 +173,14 @@ TEST_F(QuantizeErrorsTest, NamesThatAreNotUtf8) {
   const size_t name = header.find("model");
   ASSERT_NE(name, std::string::npos);
   header[name] = '\xc0';
-  const grpc::Status status = SendRaw(server_, {header});
+  const grpc::Status status = SendRaw(server_, kQuantize, {header});
   EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT);
 }
 
 TEST_F(QuantizeErrorsTest, CompressedMessagesAreRefused) {
-  const grpc::Status status = SendRaw(
-      server_, {HeaderFor(layer_).SerializeAsString() + std::string(64, '\0')}, GRPC_COMPRESS_GZIP);
+  const grpc::Status status =
+      SendRaw(server_, kQuantize, {HeaderFor(layer_).SerializeAsString() + std::string(64, '\0')},
+              GRPC_COMPRESS_GZIP);
   EXPECT_EQ(status.error_code(), StatusCode::UNIMPLEMENTED) << status.error_message();
 }
 
@@ -237,7 +202,17 @@ TEST(QuantizeLimitsTest, QueueFull) {
 
 TEST(QuantizeLimitsTest, OverBudget) {
   const Layer layer = MakeRandomLayer(8, 16, 32);
-  const int64_t bytes = server::LayerIntake::BytesFor(LayerRequestFor(layer));
+  // The peak is reserved whole at the header.
+  int64_t bytes = 0;
+  {
+    TestServer server;
+    Call call(server);
+    call.Send(HeaderFor(layer));
+    ASSERT_TRUE(call.ReadUntil(v1::PHASE_RECEIVE));
+    bytes = server.budget.reserved();
+    call.Cancel();
+    call.Finish();
+  }
   {
     TestServer server({.budget = bytes});
     Call first(server);

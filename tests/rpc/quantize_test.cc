@@ -2,10 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "base/sha256.h"
@@ -79,6 +82,44 @@ TEST(QuantizeTest, SmallLayer) {
   for (const auto& [index, data] : outcome.tensors) bytes += static_cast<int64_t>(data.size());
   EXPECT_EQ(outcome.header.total_bytes(), bytes);
   EXPECT_EQ(server.budget.reserved(), 0);
+}
+
+// Frames hold whole rows, in order, and at most 1 MiB unless one row is larger.
+TEST(QuantizeTest, FramesAddUpToTheTensors) {
+  TestServer server;
+  for (const auto& [rows, features, format] :
+       {std::tuple(int64_t{700}, int64_t{1000}, v1::FORMAT_DENSE_F32),
+        std::tuple(int64_t{3}, int64_t{8}, v1::FORMAT_DENSE_BF16),
+        std::tuple(int64_t{4096}, int64_t{256}, v1::FORMAT_GPTQ)}) {
+    std::vector<v1::QuantizeRequest> requests =
+        QuantizeRequestsFor(MakeRandomLayer(rows, features, 64), 512);
+    requests[0].mutable_header()->mutable_spec()->set_method(v1::METHOD_NEAREST);
+    requests[0].mutable_header()->mutable_spec()->set_format(format);
+    const Outcome outcome = Quantize(server, requests);
+    ASSERT_TRUE(outcome.status.ok()) << outcome.status.error_message();
+    std::map<int32_t, int64_t> next_row;
+    int32_t tensor = 0;
+    for (const ChunkFrame& chunk : outcome.chunks) {
+      ASSERT_LT(chunk.tensor, outcome.header.tensors_size());
+      EXPECT_GE(chunk.tensor, tensor);
+      tensor = chunk.tensor;
+      const v1::TensorHeader& header = outcome.header.tensors(chunk.tensor);
+      const int64_t row_bytes =
+          static_cast<int64_t>(outcome.tensors.at(chunk.tensor).size()) / header.shape(0);
+      EXPECT_EQ(chunk.row_offset, next_row[chunk.tensor]);
+      EXPECT_GT(chunk.bytes, 0);
+      EXPECT_EQ(chunk.bytes % row_bytes, 0);
+      EXPECT_LE(chunk.bytes, std::max<int64_t>(1 << 20, row_bytes));
+      next_row[chunk.tensor] += chunk.bytes / row_bytes;
+    }
+    int64_t bytes = 0;
+    for (int32_t t = 0; t < outcome.header.tensors_size(); ++t) {
+      EXPECT_EQ(next_row[t], outcome.header.tensors(t).shape(0)) << t;
+      bytes += static_cast<int64_t>(outcome.tensors.at(t).size());
+    }
+    EXPECT_EQ(outcome.header.total_bytes(), bytes);
+    EXPECT_EQ(outcome.certificate.rows(), rows);
+  }
 }
 
 TEST(QuantizeTest, PhasesComeInOrder) {

@@ -1,7 +1,9 @@
 #include "test_server.h"
 
 #include <arpa/inet.h>
+#include <grpcpp/completion_queue.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
@@ -14,9 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "google/rpc/status.pb.h"
-#include "rpc/services/convert_job.h"
-#include "store/memory_store.h"
-#include "store/sqlite_store.h"
+#include "store/storage.h"
 
 namespace certiq::testing {
 
@@ -24,9 +24,8 @@ namespace {
 
 std::unique_ptr<server::Backend> StartBackend(const TestServer::Options& options,
                                               server::Observer& observer) {
-  absl::StatusOr<std::unique_ptr<server::Store>> store = server::NewMemoryStore();
-  if (!options.data_dir.empty()) store = server::OpenSqliteStore(options.data_dir);
-  EXPECT_TRUE(store.ok()) << store.status();
+  absl::StatusOr<server::Storage> storage = server::OpenStorage(options.data_dir);
+  EXPECT_TRUE(storage.ok()) << storage.status();
   auto backend = server::Backend::Start({.workers = options.workers,
                                          .queue_limit = options.queue_limit,
                                          .memory_bytes = options.budget,
@@ -34,7 +33,7 @@ std::unique_ptr<server::Backend> StartBackend(const TestServer::Options& options
                                          .commit_interval = std::chrono::milliseconds(10),
                                          .tick_interval = std::chrono::milliseconds(10),
                                          .observer = &observer},
-                                        *std::move(store), std::make_unique<server::JobCodec>());
+                                        *std::move(storage));
   EXPECT_TRUE(backend.ok()) << backend.status();
   return *std::move(backend);
 }
@@ -184,6 +183,9 @@ Outcome Call::Finish() {
         break;
       case v1::QuantizeResponse::kChunk:
         outcome.tensors[response.chunk().tensor()] += response.chunk().data();
+        outcome.chunks.push_back({.tensor = response.chunk().tensor(),
+                                  .row_offset = response.chunk().row_offset(),
+                                  .bytes = static_cast<int64_t>(response.chunk().data().size())});
         break;
       case v1::QuantizeResponse::kCertificate:
         outcome.certificate.MergeFrom(response.certificate());
@@ -195,6 +197,45 @@ Outcome Call::Finish() {
   }
   outcome.status = stream_->Finish();
   return outcome;
+}
+
+grpc::Status SendRaw(const TestServer& server, const std::string& method,
+                     const std::vector<std::string>& messages,
+                     grpc_compression_algorithm compression) {
+  grpc::GenericStub stub(server.NewChannel());
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + kPatience);
+  context.set_compression_algorithm(compression);
+  grpc::CompletionQueue queue;
+  const auto step = [&queue] {
+    void* tag = nullptr;
+    bool ok = false;
+    return queue.Next(&tag, &ok) && ok;
+  };
+  const auto call = stub.PrepareCall(&context, "/certiq.v1." + method, &queue);
+  call->StartCall(nullptr);
+  bool going = step();
+  for (const std::string& message : messages) {
+    grpc::Slice slice(message);
+    call->Write(grpc::ByteBuffer(&slice, 1), nullptr);
+    going = going && step();
+    if (!going) break;
+  }
+  if (going) {
+    call->WritesDone(nullptr);
+    step();
+  }
+  grpc::ByteBuffer response;
+  do {
+    call->Read(&response, nullptr);
+  } while (step());
+  grpc::Status status;
+  call->Finish(&status, nullptr);
+  step();
+  queue.Shutdown();
+  while (step()) {
+  }
+  return status;
 }
 
 Outcome Quantize(const TestServer& server, const std::vector<v1::QuantizeRequest>& requests) {

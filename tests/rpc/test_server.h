@@ -3,6 +3,7 @@
 #ifndef CERTIQ_TESTS_RPC_TEST_SERVER_H_
 #define CERTIQ_TESTS_RPC_TEST_SERVER_H_
 
+#include <grpc/compression.h>
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <grpcpp/security/credentials.h>
@@ -83,12 +84,20 @@ class TestServer {
 // A backend of two workers that keeps everything in memory.
 std::unique_ptr<server::Backend> MakeBackend();
 
+// A piece of the result, as it was framed.
+struct ChunkFrame {
+  int32_t tensor = 0;
+  int64_t row_offset = 0;
+  int64_t bytes = 0;
+};
+
 // What a call brought.
 struct Outcome {
   grpc::Status status;
   std::vector<v1::Progress> progress;
   v1::ResultHeader header;
   std::map<int32_t, std::string> tensors;
+  std::vector<ChunkFrame> chunks;
   v1::Certificate certificate;
 };
 
@@ -119,6 +128,12 @@ class Call {
 };
 
 Outcome Quantize(const TestServer& server, const std::vector<v1::QuantizeRequest>& requests);
+
+// Sends raw bytes as the messages of a method, "JobService/CreateJob", and half-closes; returns the
+// status.
+grpc::Status SendRaw(const TestServer& server, const std::string& method,
+                     const std::vector<std::string>& messages,
+                     grpc_compression_algorithm compression = GRPC_COMPRESS_NONE);
 
 // The details of a status; empty messages where there are none.
 struct Details {

@@ -19,7 +19,7 @@ constexpr char kToken[] = "0123456789-secret";
 constexpr char kOther[] = "another-secret!#%";
 
 std::string HexOf(const std::string& token) {
-  const auto digest = server::DigestOf(token);
+  const auto digest = base::Sha256Of(token);
   return absl::BytesToHexString(std::string(digest->begin(), digest->end()));
 }
 
@@ -35,12 +35,12 @@ TEST(TokenFileTest, ReadsEntries) {
   ASSERT_TRUE(entries.ok()) << entries.status();
   ASSERT_EQ(entries->size(), 3U);
   const server::TokenEntry& first = entries->at(0);
-  EXPECT_EQ(first.digest, server::DigestOf(kToken));
+  EXPECT_EQ(first.digest, base::Sha256Of(kToken));
   EXPECT_EQ(first.tenant.name, "alice");
   EXPECT_TRUE(first.read && first.write);
   EXPECT_EQ(first.tenant.limits, (server::TenantLimits{.memory_bytes = 5, .jobs = 0}));
   const server::TokenEntry& second = entries->at(1);
-  EXPECT_EQ(second.digest, server::DigestOf(kOther));
+  EXPECT_EQ(second.digest, base::Sha256Of(kOther));
   EXPECT_EQ(second.tenant.name, "Bob.b_b-1");
   EXPECT_TRUE(second.read && !second.write);
   EXPECT_EQ(second.tenant.limits, server::TenantLimits{});
@@ -58,7 +58,7 @@ TEST(TokenFileTest, ErrorsNameLineAndExpectationAndNoToken) {
       {good + "secret-token-\xc3\xa4\xc3\xb6 bob read", "printable ASCII"},
       {good + "sha256:0123-secret bob read", "64 hex digits"},
       {good + "sha256:" + std::string(64, 'g') + " bob read", "64 hex digits"},
-      // In another order: any of the fields may be the token.
+      // Fields in another order: any of them may be the token.
       {absl::StrCat(good, "bob-or-someone-else ", kOther, " read"), "a tenant of 1 to 64"},
       {absl::StrCat(good, "bob-or-someone-else read ", kOther), "scopes"},
       {absl::StrCat(good, kOther, " bob read ", kToken), "field 4"},

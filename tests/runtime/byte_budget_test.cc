@@ -132,7 +132,7 @@ TEST(ByteBudgetTest, AShareTakesFromTheWhole) {
                   "10 of this tenant's quota of 60");
   const auto others = whole.TryReserve(45, "others");
   ASSERT_TRUE(others.ok());
-  // The share has room, the whole has not: neither keeps anything of it.
+  // The bytes fit the part but not the whole: both stay as they were.
   EXPECT_CONTAINS(held->Resize(56, "this layer").message(), "5 of the budget of 100");
   EXPECT_EQ(share.reserved(), 50);
   EXPECT_TRUE(held->Resize(55, "this layer").ok());

@@ -19,7 +19,7 @@ namespace {
 
 using testing::Gate;
 
-// A value that says when it is gone.
+// A value; `alive` counts those that exist.
 struct Counted {
   Counted(int number, std::atomic<int>& count) : value(number), alive(count) { ++alive; }
   Counted(const Counted&) = delete;
@@ -42,7 +42,7 @@ class SharedCacheTest : public ::testing::Test {
       return SharedCache::Value(std::make_shared<const Counted>(value, alive_));
     };
   }
-  // Asks and lets go.
+  // Gets the value and drops it.
   bool Shared(SharedCache& cache, const std::string& key, int64_t bytes = 10) {
     const auto found = cache.Get(key, bytes, Make(1));
     EXPECT_TRUE(found.ok()) << found.status();
@@ -87,7 +87,7 @@ TEST_F(SharedCacheTest, ManyAskAtOnceAndOneMakes) {
     threads.emplace_back([&] {
       const auto make = [&]() -> absl::StatusOr<SharedCache::Value> {
         EXPECT_TRUE(started.Wait());
-        // The others help with this one's loop, or wait for its end.
+        // The other threads help with this loop, or wait for its end.
         std::atomic<int> pieces{0};
         pool_.ParallelFor(50, [&](int64_t) { ++pieces; });
         EXPECT_EQ(pieces, 50);
@@ -228,7 +228,7 @@ TEST_F(SharedCacheTest, WhoeverReservesGetsWhatNobodyUses) {
     const auto job = budget_.TryReserve(500, "a job");
     ASSERT_TRUE(job.ok()) << job.status();
     EXPECT_EQ(alive_, 1);
-    // Here the budget asks the cache in the middle of keeping something.
+    // Here the budget calls Reclaim while the cache is about to keep a value.
     EXPECT_FALSE(Shared(cache, "d", 400));
     EXPECT_EQ(budget_.reserved(), 900);
   }
@@ -269,15 +269,15 @@ TEST_F(SharedCacheTest, ThreadsNeverPassTheCapacity) {
     });
   }
   for (std::thread& thread : threads) thread.join();
-  // Not while they ask: what was dropped is paid for as long as it is used.
+  // Now that no thread uses a value: until then a dropped one stays reserved.
   EXPECT_LE(budget.reserved(), 25);
   cache.Reclaim(1000);
   EXPECT_EQ(budget.reserved(), 0);
   EXPECT_EQ(alive_, 0);
 }
 
-// Two values that arrive together where only one has room: the second arrives while the budget is
-// asked for the first.
+// Two values arrive together and only one fits: the second arrives while the budget is asked for
+// the first.
 TEST_F(SharedCacheTest, TwoArriveWhereOneFits) {
   ByteBudget full(5);
   SharedCache cache(pool_, full, 10);

@@ -164,7 +164,7 @@ TEST(StrandTest, ShutdownTellsThoseWhoWait) {
   }
   ASSERT_TRUE(inside.Wait());
   std::thread stop([&] { pool.Shutdown(); });
-  // The pool takes nothing more once it stops.
+  // The pool takes no more tasks once it stops.
   while (pool.admitting()) std::this_thread::yield();
   go.Open();
   stop.join();

@@ -7,24 +7,24 @@ namespace {
 
 using engine::Phase;
 
-TEST(ProgressGateTest, OfOnePhaseSomePasses) {
-  ProgressGate gate;
-  const ProgressGate::Clock::time_point start;
-  const auto interval = ProgressGate::kInterval;
-  EXPECT_TRUE(gate.Passes(Phase::kRound, start));
-  EXPECT_FALSE(gate.Passes(Phase::kRound, start));
-  EXPECT_FALSE(gate.Passes(Phase::kRound, start + interval / 2));
-  EXPECT_TRUE(gate.Passes(Phase::kRound, start + interval));
-  EXPECT_FALSE(gate.Passes(Phase::kRound, start + interval + interval / 2));
+TEST(ThrottleTest, OnePhaseIsAllowedOncePerInterval) {
+  Throttle throttle;
+  const Throttle::Clock::time_point start;
+  const auto interval = Throttle::kInterval;
+  EXPECT_TRUE(throttle.Allow(Phase::kRound, start));
+  EXPECT_FALSE(throttle.Allow(Phase::kRound, start));
+  EXPECT_FALSE(throttle.Allow(Phase::kRound, start + interval / 2));
+  EXPECT_TRUE(throttle.Allow(Phase::kRound, start + interval));
+  EXPECT_FALSE(throttle.Allow(Phase::kRound, start + interval + interval / 2));
 }
 
-TEST(ProgressGateTest, EveryNewPhasePasses) {
-  ProgressGate gate;
-  const ProgressGate::Clock::time_point start;
-  EXPECT_TRUE(gate.Passes(Phase::kFactor, start));
-  EXPECT_TRUE(gate.Passes(Phase::kRound, start));
-  EXPECT_TRUE(gate.Passes(Phase::kFactor, start));
-  EXPECT_FALSE(gate.Passes(Phase::kFactor, start));
+TEST(ThrottleTest, EveryNewPhaseIsAllowed) {
+  Throttle throttle;
+  const Throttle::Clock::time_point start;
+  EXPECT_TRUE(throttle.Allow(Phase::kFactor, start));
+  EXPECT_TRUE(throttle.Allow(Phase::kRound, start));
+  EXPECT_TRUE(throttle.Allow(Phase::kFactor, start));
+  EXPECT_FALSE(throttle.Allow(Phase::kFactor, start));
 }
 
 }  // namespace

@@ -1,15 +1,15 @@
-// Jobs that wait for something, places, positions, and helping while one waits.
+// WorkerPool: jobs that wait for resources, slots, positions, HelpUntil.
 
 #include <gtest/gtest.h>
 
 #include <atomic>
 #include <chrono>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "runtime/worker_pool.h"
 #include "support/gate.h"
 #include "support/layers.h"
@@ -21,7 +21,7 @@ using testing::Gate;
 using testing::kPatience;
 using testing::MakeBlockingJob;
 
-// Jobs of one worker, which note the order in which they run.
+// Runs jobs on one worker and records their order.
 class WorkerPoolGateTest : public ::testing::Test {
  protected:
   WorkerPool::JobId Enqueue(int name, std::function<bool()> ready = nullptr, int priority = 0) {
@@ -33,7 +33,7 @@ class WorkerPoolGateTest : public ::testing::Test {
                                          .ready = std::move(ready),
                                          .run =
                                              [this, name] {
-                                               const std::lock_guard lock(mu_);
+                                               const base::MutexLock lock(mu_);
                                                order_.push_back(name);
                                                return absl::OkStatus();
                                              },
@@ -41,7 +41,7 @@ class WorkerPoolGateTest : public ::testing::Test {
     EXPECT_TRUE(id.ok()) << id.status();
     return id.value_or(0);
   }
-  // Waits until a job that needs nothing, behind all others, has run.
+  // Waits until a job behind all others, which needs no resources, has run.
   void PassAll() {
     auto passed = std::make_shared<Gate>();
     ASSERT_TRUE(pool_
@@ -54,15 +54,15 @@ class WorkerPoolGateTest : public ::testing::Test {
     ASSERT_TRUE(passed->Wait());
   }
   std::vector<int> order() {
-    const std::lock_guard lock(mu_);
+    const base::MutexLock lock(mu_);
     return order_;
   }
   static std::chrono::steady_clock::time_point Soon() {
     return std::chrono::steady_clock::now() + kPatience;
   }
 
-  std::mutex mu_;
-  std::vector<int> order_;
+  base::Mutex mu_;
+  std::vector<int> order_ ABSL_GUARDED_BY(mu_);
   std::atomic<bool> open_{false};
   Gate gate_;
   WorkerPool pool_{1, 8};
@@ -189,7 +189,7 @@ TEST_F(WorkerPoolGateTest, WhoWaitsHelps) {
   done = true;
   pool_.WakeHelpers();
   helper.join();
-  // What is done is not waited for.
+  // HelpUntil returns at once if its condition holds.
   pool_.HelpUntil(done);
 }
 

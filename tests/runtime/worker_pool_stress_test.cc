@@ -1,4 +1,4 @@
-// Everything at once; its worth is what ThreadSanitizer says about it.
+// WorkerPool under concurrent use of everything, for ThreadSanitizer.
 
 #include <gtest/gtest.h>
 
@@ -19,7 +19,7 @@ namespace {
 constexpr int kClients = 4;
 constexpr int kRounds = 200;
 
-// Every job and task that was taken completes exactly once, whatever becomes of it.
+// Every job and task that the pool accepted completes exactly once, however it ends.
 void Hammer(WorkerPool& pool, uint32_t seed, std::atomic<int>& taken, std::atomic<int>& ended) {
   std::mt19937 random(seed);
   for (int round = 0; round < kRounds; ++round) {

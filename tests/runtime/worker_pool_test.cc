@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "base/status.h"
 #include "support/gate.h"
 #include "support/layers.h"
@@ -134,7 +135,7 @@ TEST(WorkerPoolTest, ExceptionOfAPieceReachesTheCaller) {
                                 }),
                std::runtime_error);
   EXPECT_THROW(pool.ParallelFor(1, [](int64_t) { throw std::bad_alloc(); }), std::bad_alloc);
-  // The pool goes on.
+  // The pool still works.
   std::atomic<int> runs{0};
   pool.ParallelFor(10, [&](int64_t) { ++runs; });
   EXPECT_EQ(runs, 10);
@@ -159,7 +160,7 @@ TEST(WorkerPoolTest, ThrowingTasksAndJobsBecomeStatuses) {
     job.run = run;
     Enqueue(pool, std::move(job));
   }
-  // A completion that throws is a defect that stays where it is.
+  // An exception of a completion is dropped.
   ASSERT_TRUE(pool.Post({.run = [] { return absl::OkStatus(); },
                          .done = [](const absl::Status&) { throw 1; }})
                   .ok());
@@ -224,7 +225,7 @@ TEST(WorkerPoolTest, AdmittedUploadIsNeverRefused) {
       pool.Enqueue(*std::move(slot), MakeJob([] {}, [&](const absl::Status&) { done.Open(); }))
           .ok());
   ASSERT_TRUE(done.Wait());
-  // A job that runs has left its place.
+  // A job that runs has given its slot back.
   EXPECT_TRUE(pool.Admit().ok());
 }
 
@@ -237,7 +238,7 @@ TEST(WorkerPoolTest, CancelledQueuedJobEndsAtOnce) {
   const auto id = Enqueue(
       pool, MakeJob([&] { ran = true; }, [&](absl::Status status) { ended = std::move(status); }));
   pool.Cancel(id, absl::StatusCode::kDeadlineExceeded);
-  // Already, on this thread.
+  // The completion has already run, on this thread.
   EXPECT_TRUE(absl::IsDeadlineExceeded(ended)) << ended;
   pool.Cancel(id, absl::StatusCode::kCancelled);
   pool.Cancel(999, absl::StatusCode::kCancelled);
@@ -309,7 +310,7 @@ TEST(WorkerPoolTest, DrainRefusesNewWorkAndWaitsForTheOld) {
   EXPECT_FALSE(pool.Drain(std::chrono::steady_clock::now()));
   EXPECT_FALSE(pool.admitting());
   EXPECT_TRUE(absl::IsUnavailable(pool.Admit().status()));
-  // What was admitted before still comes in.
+  // A job that was admitted before the drain can still be queued.
   Gate done;
   ASSERT_TRUE(
       pool.Enqueue(*std::move(slot), MakeJob([] {}, [&](const absl::Status&) { done.Open(); }))
@@ -329,9 +330,9 @@ TEST(WorkerPoolTest, DrainWaitsForPlacesHeld) {
 
 TEST(WorkerPoolTest, ShutdownCancelsTheRest) {
   std::vector<absl::StatusCode> codes;
-  std::mutex mu;
+  base::Mutex mu;
   const auto record = [&](const absl::Status& status) {
-    const std::lock_guard lock(mu);
+    const base::MutexLock lock(mu);
     codes.push_back(status.code());
   };
   constexpr int kWaiting = 200;

@@ -8,8 +8,7 @@
 #include <array>
 #include <memory>
 
-#include "store/memory_store.h"
-#include "store/sqlite_store.h"
+#include "store/storage.h"
 #include "store/store_examples.h"
 #include "store/store_faults.h"
 #include "store/store_script.h"
@@ -19,9 +18,11 @@ namespace {
 
 // What must be there after each number of steps.
 std::vector<Model> ModelsAfterSteps() {
-  const std::unique_ptr<Store> store = NewMemoryStore();
+  const absl::StatusOr<Storage> storage = OpenStorage("");
+  EXPECT_TRUE(storage.ok() && StartUp(*storage, "replica", 1).ok());
   Scene scene;
-  scene.store = store.get();
+  scene.catalog = storage->catalog.get();
+  scene.storage = &*storage;
   std::vector<Model> models = {scene.model};
   for (const Step step : Script()) {
     EXPECT_TRUE(step(scene).ok());
@@ -36,15 +37,16 @@ std::vector<Model> ModelsAfterSteps() {
   FaultPlan plan;
   plan.failure = failure;
   plan.left = operation;
-  auto store = OpenSqliteStore(std::make_shared<FaultyDisk>(data_dir, plan), FaultyVfs(plan));
-  if (!store.ok() || !(*store)->Load().ok()) _exit(1);
+  auto storage = OpenStorage(std::make_shared<FaultyDisk>(data_dir, plan), FaultyVfs(plan));
+  if (!storage.ok() || !StartUp(*storage, "replica", 1).ok()) _exit(1);
   Scene scene;
-  scene.store = store->get();
+  scene.catalog = storage->catalog.get();
+  scene.storage = &*storage;
   for (const Step step : Script()) {
     if (!step(scene).ok()) _exit(2);
     if (write(pipe, "+", 1) != 1) _exit(3);
   }
-  store->reset();
+  storage = absl::UnknownError("closed");
   _exit(0);
 }
 
@@ -92,9 +94,6 @@ TEST_P(StoreCrashTest, AtEachOperationInTurn) {
   RecordProperty("operations", static_cast<int>(operation));
 }
 
-std::string FailureName(const ::testing::TestParamInfo<Failure>& info) {
-  return info.param == Failure::kCrash ? "BeforeIt" : "HalfWayThroughAWrite";
-}
 INSTANTIATE_TEST_SUITE_P(Each, StoreCrashTest,
                          ::testing::Values(Failure::kCrash, Failure::kCrashHalfWritten),
                          FailureName);

@@ -9,12 +9,14 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <set>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/status.h"
-#include "store/blob_file.h"
-#include "store/sqlite_store.h"
+#include "store/file_blobs.h"
+#include "store/storage.h"
 #include "store/store_examples.h"
 #include "support/text.h"
 
@@ -24,48 +26,63 @@ namespace {
 constexpr size_t kHeader = 16;
 constexpr size_t kBlock = kBlobBlockBytes;
 constexpr size_t kSum = 8;
+// The byte of SQLite's header that says which versions may write the file.
+constexpr size_t kWriteVersion = 18;
 
 class StoreDamageTest : public ::testing::Test {
  protected:
   void SetUp() override { Open(); }
 
   void Open() {
-    store_.reset();
-    auto opened = OpenSqliteStore(directory_.data());
+    storage_.reset();
+    auto opened = OpenStorage(directory_.data());
     ASSERT_TRUE(opened.ok()) << opened.status();
-    store_ = *std::move(opened);
+    storage_.emplace(*std::move(opened));
+  }
+  void Close() { storage_.reset(); }
+
+  Catalog& catalog() { return *storage_->catalog; }
+  Blobs& blobs() { return *storage_->blobs; }
+
+  // A start of the server; closed again.
+  absl::StatusOr<StoredState> Reload() {
+    Close();
+    const auto opened = OpenStorage(directory_.data());
+    if (!opened.ok()) return opened.status();
+    return StartUp(*opened, "replica", 1);
   }
 
-  // Opening and loading; closed again.
-  absl::StatusOr<StoredState> Reload() {
-    store_.reset();
-    auto opened = OpenSqliteStore(directory_.data());
-    if (!opened.ok()) return opened.status();
-    return (*opened)->Load();
+  // Adds the records of the tests below.
+  void AddRecords(const BlobRef& result = {}) {
+    calibration_ = FullCalibration("calibration");
+    job_ = FullJob("j", 1);
+    if (!result.name().empty()) *job_.mutable_result()->mutable_blob() = result;
+    ASSERT_TRUE(catalog().AddCalibration(calibration_).ok());
+    ASSERT_TRUE(catalog().AddJob(job_).ok());
   }
 
   std::filesystem::path FileOf(const BlobRef& blob) const {
-    return std::filesystem::path(directory_.data()) / kBlobDirectory / blob.name;
+    return std::filesystem::path(directory_.data()) / kBlobDirectory / blob.name();
   }
   std::filesystem::path Database() const {
     return std::filesystem::path(directory_.data()) / "state.db";
   }
 
   BlobRef MustWrite(std::span<const std::byte> bytes) {
-    const auto blob = WriteBlob(*store_, bytes);
+    const auto blob = WriteBlob(blobs(), bytes);
     EXPECT_TRUE(blob.ok()) << blob.status();
     return blob.ok() ? *blob : BlobRef();
   }
 
   void ExpectLost(const BlobRef& blob, const std::string& what) {
-    const absl::Status status = ReadBlob(*store_, blob).status();
+    const absl::Status status = ReadBlob(blobs(), blob).status();
     EXPECT_TRUE(absl::IsDataLoss(status)) << what << ": " << status;
-    EXPECT_CONTAINS(status.message(), "tensors/" + blob.name);
+    EXPECT_CONTAINS(status.message(), "tensors/" + blob.name());
   }
 
   // Runs SQL on the closed database.
   void Sql(const std::string& sql) {
-    store_.reset();
+    Close();
     sqlite3* database = nullptr;
     ASSERT_EQ(sqlite3_open(Database().c_str(), &database), SQLITE_OK);
     EXPECT_EQ(sqlite3_exec(database, sql.c_str(), nullptr, nullptr, nullptr), SQLITE_OK)
@@ -74,7 +91,9 @@ class StoreDamageTest : public ::testing::Test {
   }
 
   TemporaryDirectory directory_;
-  std::unique_ptr<Store> store_;
+  std::optional<Storage> storage_;
+  CalibrationRecord calibration_;
+  JobRecord job_;
 };
 
 TEST_F(StoreDamageTest, EveryChangedByteOfATensorIsFound) {
@@ -99,7 +118,7 @@ TEST_F(StoreDamageTest, EveryChangedByteOfATensorIsFound) {
     if (position < kHeader) continue;
     // Blocks beside it are read as before.
     const size_t damaged = (position - kHeader) / (kBlock + kSum);
-    auto reader = store_->OpenBlob(blob);
+    auto reader = blobs().Open(blob);
     ASSERT_TRUE(reader.ok()) << reader.status();
     for (size_t block = 0; block < 3; ++block) {
       std::vector<std::byte> part(900);
@@ -111,7 +130,7 @@ TEST_F(StoreDamageTest, EveryChangedByteOfATensorIsFound) {
     }
   }
   WriteFile(FileOf(blob), whole);
-  const auto read = ReadBlob(*store_, blob);
+  const auto read = ReadBlob(blobs(), blob);
   EXPECT_TRUE(read.ok() && *read == bytes);
 }
 
@@ -147,14 +166,14 @@ TEST_F(StoreDamageTest, WrongLengthIsFound) {
 
 TEST_F(StoreDamageTest, CutWhileOpenIsFound) {
   const BlobRef blob = MustWrite(Pattern("cut", 2 * kBlobBlockBytes));
-  auto reader = store_->OpenBlob(blob);
+  auto reader = blobs().Open(blob);
   ASSERT_TRUE(reader.ok());
   std::filesystem::resize_file(FileOf(blob), kHeader + kBlock + kSum + 10);
   std::vector<std::byte> part(10);
   EXPECT_TRUE((*reader)->Read(0, part).ok());
   const absl::Status status = (*reader)->Read(kBlobBlockBytes, part);
   EXPECT_TRUE(absl::IsDataLoss(status)) << status;
-  EXPECT_CONTAINS(status.message(), "tensors/" + blob.name);
+  EXPECT_CONTAINS(status.message(), "tensors/" + blob.name());
 }
 
 TEST_F(StoreDamageTest, SwappedFilesAndBlocksAreFound) {
@@ -182,11 +201,8 @@ TEST_F(StoreDamageTest, SwappedFilesAndBlocksAreFound) {
 }
 
 TEST_F(StoreDamageTest, NoChangedByteOfTheDatabaseChangesARecord) {
-  const CalibrationRecord calibration = FullCalibration("c");
-  const JobRecord job = FullJob("j", 1);
-  ASSERT_TRUE(store_->PutCalibration(calibration).ok());
-  ASSERT_TRUE(store_->PutJob(job).ok());
-  store_.reset();
+  AddRecords();
+  Close();
   const std::string whole = ReadFile(Database());
   int found = 0;
   for (size_t position = 0; position < whole.size(); position += position < 110 ? 1 : 89) {
@@ -199,45 +215,80 @@ TEST_F(StoreDamageTest, NoChangedByteOfTheDatabaseChangesARecord) {
     const auto state = Reload();
     if (state.ok()) {
       // In a place that holds nothing.
-      EXPECT_EQ(state->calibrations, std::vector{calibration}) << position;
-      EXPECT_EQ(state->jobs, std::vector{job}) << position;
+      EXPECT_TRUE(Same(state->calibrations, std::vector{calibration_})) << position;
+      EXPECT_TRUE(Same(state->jobs, std::vector{job_})) << position;
       continue;
     }
     ++found;
+    EXPECT_CONTAINS(state.status().message(), "state.db");
+    // What a later SQLite wrote may be read, not written.
+    if (position == kWriteVersion && absl::IsUnavailable(state.status())) continue;
     EXPECT_TRUE(absl::IsDataLoss(state.status()) || absl::IsFailedPrecondition(state.status()))
         << position << ": " << state.status();
-    EXPECT_CONTAINS(state.status().message(), "state.db");
   }
   EXPECT_GT(found, 20);
 }
 
 TEST_F(StoreDamageTest, ChangedValuesAreFound) {
-  const JobRecord job = FullJob("j", 1);
-  const CalibrationRecord calibration = FullCalibration("c");
-  const char* changes[] = {
-      "UPDATE jobs SET rows = rows + 1",
-      "UPDATE jobs SET weight_dtype = weight_dtype + 1",
-      "UPDATE jobs SET relative_error = 0",
-      "UPDATE calibrations SET mismatched = 0",
-      "UPDATE calibration_streams SET tokens = tokens + 1 WHERE position = 1",
-      "DELETE FROM calibration_streams WHERE position = 2",
-      "DELETE FROM calibration_labels WHERE position = 0",
-      "UPDATE calibration_labels SET position = position + 10 WHERE position = 0",
+  std::vector<std::string> changes = {
+      "DELETE FROM calibration_labels WHERE label = 'same'",
+      "UPDATE calibration_labels SET label = 'other' WHERE label = 'same'",
+      "INSERT INTO calibration_labels VALUES ('calibration', 'more')",
   };
-  for (const char* change : changes) {
+  // Every column that a query believes, and what guards the record.
+  for (const char* column :
+       {"number", "state", "priority", "create_time", "deadline_time", "expire_time", "checksum"}) {
+    changes.push_back(absl::StrCat("UPDATE jobs SET ", column, " = ", column, " - 1"));
+  }
+  for (const char* column : {"id", "tenant", "request_id", "calibration_id", "owner"}) {
+    changes.push_back(absl::StrCat("UPDATE jobs SET ", column, " = 'other'"));
+  }
+  for (const char* column : {"create_time", "expire_time", "checksum"}) {
+    changes.push_back(absl::StrCat("UPDATE calibrations SET ", column, " = 5"));
+  }
+  for (const char* column : {"tenant", "request_id"}) {
+    changes.push_back(absl::StrCat("UPDATE calibrations SET ", column, " = 'other'"));
+  }
+  for (const char* table : {"jobs", "calibrations"}) {
+    changes.push_back(absl::StrCat("UPDATE ", table, " SET body = CAST(body || x'00' AS BLOB)"));
+    changes.push_back(absl::StrCat("UPDATE ", table, " SET body = x''"));
+  }
+  for (const std::string& change : changes) {
+    const TemporaryDirectory intact;
     Open();
-    ASSERT_TRUE(store_->PutJob(job).ok());
-    ASSERT_TRUE(store_->PutCalibration(calibration).ok());
+    AddRecords();
+    Close();
+    std::filesystem::copy(Database(), intact.path() / "state.db");
     Sql(change);
     const absl::Status status = Reload().status();
     EXPECT_TRUE(absl::IsDataLoss(status)) << change << ": " << status;
     EXPECT_CONTAINS(status.message(), "state.db");
+    std::filesystem::copy(intact.path() / "state.db", Database(),
+                          std::filesystem::copy_options::overwrite_existing);
+    EXPECT_TRUE(Reload().ok()) << change;
   }
+}
+
+TEST_F(StoreDamageTest, ARunningServerFindsChangedRecordsToo) {
+  AddRecords();
+  for (const char* change :
+       {"UPDATE jobs SET priority = 5", "UPDATE calibrations SET checksum = checksum + 1"}) {
+    Sql(change);
+  }
+  Open();
+  const std::string tenant = job_.tenant();
+  EXPECT_TRUE(absl::IsDataLoss(catalog().FindJob(tenant, "j").status()));
+  EXPECT_TRUE(absl::IsDataLoss(catalog().Jobs({tenant, {}, {}}, std::nullopt, 5).status()));
+  EXPECT_TRUE(absl::IsDataLoss(catalog().RemoveJob(tenant, "j").status()));
+  EXPECT_TRUE(absl::IsDataLoss(catalog().FindCalibration(tenant, "calibration").status()));
+  EXPECT_TRUE(absl::IsDataLoss(catalog().RemoveCalibration(tenant, "calibration").status()));
+  // The catalog stays usable.
+  EXPECT_TRUE(catalog().AddCalibration(OpenCalibration("next")).ok());
 }
 
 TEST_F(StoreDamageTest, GarbageForADatabaseIsDataLossAndStays) {
   const BlobRef blob = MustWrite(Pattern("stays", 10));
-  store_.reset();
+  Close();
   std::string garbage(100'000, 'x');
   WriteFile(Database(), garbage);
   const absl::Status status = Reload().status();
@@ -248,12 +299,11 @@ TEST_F(StoreDamageTest, GarbageForADatabaseIsDataLossAndStays) {
 }
 
 TEST_F(StoreDamageTest, DamagedRecordsKeepTheirTensors) {
-  JobRecord job = FullJob("j", 1);
-  job.result = MustWrite(Pattern("kept", 10));
-  ASSERT_TRUE(store_->PutJob(job).ok());
-  Sql("UPDATE jobs SET result_blob = 'other'");
+  const BlobRef result = MustWrite(Pattern("kept", 10));
+  AddRecords(result);
+  Sql("UPDATE jobs SET checksum = checksum + 1");
   EXPECT_TRUE(absl::IsDataLoss(Reload().status()));
-  EXPECT_TRUE(std::filesystem::exists(FileOf(job.result)));
+  EXPECT_TRUE(std::filesystem::exists(FileOf(result)));
 }
 
 TEST_F(StoreDamageTest, MissingTableIsDataLoss) {
@@ -264,7 +314,7 @@ TEST_F(StoreDamageTest, MissingTableIsDataLoss) {
 }
 
 TEST_F(StoreDamageTest, NewerAndForeignDatabasesAreRefusedUntouched) {
-  Sql("PRAGMA user_version = 2");
+  Sql("PRAGMA user_version = 3");
   std::string before = ReadFile(Database());
   absl::Status status = Reload().status();
   EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
@@ -283,7 +333,7 @@ TEST_F(StoreDamageTest, NewerAndForeignDatabasesAreRefusedUntouched) {
 TEST_F(StoreDamageTest, LeftoversGoAndStrangersStay) {
   const BlobRef uncommitted = MustWrite(Pattern("left", 10));
   {
-    auto writer = store_->CreateBlob();
+    auto writer = blobs().Create();
     ASSERT_TRUE(writer.ok());
     ASSERT_TRUE((*writer)->Append(Pattern("vanishes", 2 * kBlobBlockBytes)).ok());
     EXPECT_EQ(NamesIn(directory_.data() + "/incoming").size(), 1u);
@@ -297,14 +347,14 @@ TEST_F(StoreDamageTest, LeftoversGoAndStrangersStay) {
 }
 
 TEST_F(StoreDamageTest, DirectoryBelongsToOneProcess) {
-  const absl::Status second = OpenSqliteStore(directory_.data()).status();
+  const absl::Status second = OpenStorage(directory_.data()).status();
   EXPECT_TRUE(absl::IsFailedPrecondition(second)) << second;
   EXPECT_CONTAINS(second.message(), "in use");
   // Refused without harm to the first.
-  EXPECT_TRUE(store_->PutJob(FullJob("j", 1)).ok());
+  AddRecords();
   const pid_t child = fork();
   if (child == 0) {
-    _exit(absl::IsFailedPrecondition(OpenSqliteStore(directory_.data()).status()) ? 0 : 1);
+    _exit(absl::IsFailedPrecondition(OpenStorage(directory_.data()).status()) ? 0 : 1);
   }
   int status = -1;
   ASSERT_EQ(waitpid(child, &status, 0), child);
@@ -314,7 +364,7 @@ TEST_F(StoreDamageTest, DirectoryBelongsToOneProcess) {
 
 TEST_F(StoreDamageTest, FilesAreForTheOwnerAlone) {
   MustWrite(Pattern("mine", 10));
-  ASSERT_TRUE(store_->PutJob(FullJob("j", 1)).ok());
+  AddRecords();
   int files = 0;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(directory_.data())) {
     struct stat status = {};
@@ -327,11 +377,11 @@ TEST_F(StoreDamageTest, FilesAreForTheOwnerAlone) {
 
 TEST(StoreDirectoryTest, ParentsAreNotMade) {
   const TemporaryDirectory directory;
-  const absl::Status status = OpenSqliteStore(directory.data() + "/not/there").status();
+  const absl::Status status = OpenStorage(directory.data() + "/not/there").status();
   EXPECT_TRUE(absl::IsUnavailable(status)) << status;
   EXPECT_EQ(base::RetryAfterOf(status), base::kRetrySoon);
   WriteFile(directory.data(), "a file");
-  EXPECT_FALSE(OpenSqliteStore(directory.data()).ok());
+  EXPECT_FALSE(OpenStorage(directory.data()).ok());
 }
 
 }  // namespace

@@ -120,6 +120,24 @@ int Delete(sqlite3_vfs* /*vfs*/, const char* name, int sync_directory) {
 
 }  // namespace
 
+std::string FailureName(const ::testing::TestParamInfo<Failure>& info) {
+  switch (info.param) {
+    case Failure::kFull:
+      return "Full";
+    case Failure::kBroken:
+      return "Broken";
+    case Failure::kHalfWritten:
+      return "HalfWritten";
+    case Failure::kCrash:
+      return "CrashBeforeIt";
+    case Failure::kCrashHalfWritten:
+      return "CrashHalfWayThroughAWrite";
+    case Failure::kNone:
+      break;
+  }
+  return "None";
+}
+
 bool FaultPlan::Strikes(const std::string& operation, bool is_write) {
   trace.push_back(operation);
   if (failure == Failure::kNone || (WantsHalf() && !is_write)) return false;

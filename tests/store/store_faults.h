@@ -1,7 +1,9 @@
 // Disks that fail, or end the process, at an operation of the test's choosing.
 
-#ifndef CERTIQ_TESTS_JOBS_STORE_FAULTS_H_
-#define CERTIQ_TESTS_JOBS_STORE_FAULTS_H_
+#ifndef CERTIQ_TESTS_STORE_STORE_FAULTS_H_
+#define CERTIQ_TESTS_STORE_STORE_FAULTS_H_
+
+#include <gtest/gtest.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -27,6 +29,9 @@ enum class Failure {
   // It ends in the middle of one; of writes alone as well.
   kCrashHalfWritten,
 };
+
+// For the names of tests that are run for several.
+std::string FailureName(const ::testing::TestParamInfo<Failure>& info);
 
 // Exit status of a process that crashed as planned.
 inline constexpr int kCrashed = 77;
@@ -68,4 +73,4 @@ const char* FaultyVfs(FaultPlan& plan);
 
 }  // namespace certiq::server::testing
 
-#endif  // CERTIQ_TESTS_JOBS_STORE_FAULTS_H_
+#endif  // CERTIQ_TESTS_STORE_STORE_FAULTS_H_

@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "base/status.h"
-#include "store/sqlite_store.h"
+#include "store/storage.h"
 #include "store/store_examples.h"
 #include "store/store_script.h"
 #include "support/text.h"
@@ -35,13 +35,15 @@ void ExpectImage(const TemporaryDirectory& directory, const std::vector<Model>& 
   ExpectStored(image.string(), models, when);
 }
 
-absl::StatusOr<std::unique_ptr<Store>> Start(const std::string& data_dir, FaultPlan& plan) {
-  auto opened = OpenSqliteStore(std::make_shared<FaultyDisk>(data_dir, plan), FaultyVfs(plan));
-  if (!opened.ok()) return opened;
-  const absl::Status loaded = (*opened)->Load().status();
-  if (!loaded.ok()) return loaded;
-  return opened;
+absl::StatusOr<Storage> Start(const std::string& data_dir, FaultPlan& plan) {
+  auto storage = OpenStorage(std::make_shared<FaultyDisk>(data_dir, plan), FaultyVfs(plan));
+  if (!storage.ok()) return storage;
+  const absl::Status started = StartUp(*storage, "replica", 1).status();
+  if (!started.ok()) return started;
+  return storage;
 }
+
+void Close(absl::StatusOr<Storage>& storage) { storage = absl::UnknownError("closed"); }
 
 // The script with one failure. False: it ended before.
 bool RunWith(Failure failure, int64_t operation) {
@@ -50,15 +52,16 @@ bool RunWith(Failure failure, int64_t operation) {
   FaultPlan plan;
   plan.failure = failure;
   plan.left = operation;
-  auto store = Start(directory.data(), plan);
-  if (!store.ok()) {
-    ExpectRefusal(store.status(), failure, when + " of the start, " + plan.trace.back());
-    store = Start(directory.data(), plan);
+  auto storage = Start(directory.data(), plan);
+  if (!storage.ok()) {
+    ExpectRefusal(storage.status(), failure, when + " of the start, " + plan.trace.back());
+    storage = Start(directory.data(), plan);
   }
-  EXPECT_TRUE(store.ok()) << when << ": " << store.status();
-  if (!store.ok()) return false;
+  EXPECT_TRUE(storage.ok()) << when << ": " << storage.status();
+  if (!storage.ok()) return false;
   Scene scene;
-  scene.store = store->get();
+  scene.catalog = storage->catalog.get();
+  scene.storage = &*storage;
   bool checked = plan.struck;
   for (size_t i = 0; i < Script().size(); ++i) {
     absl::Status status = Script()[i](scene);
@@ -71,7 +74,8 @@ bool RunWith(Failure failure, int64_t operation) {
     }
     EXPECT_TRUE(status.ok()) << when << ", step " << i << ": " << status;
   }
-  store->reset();
+  EXPECT_TRUE(storage->catalog->settled()) << when;
+  Close(storage);
   ExpectStored(directory.data(), {scene.model}, when + ", at the end");
   return plan.struck;
 }
@@ -86,75 +90,92 @@ TEST_P(StoreFaultsTest, EachOperationInTurn) {
   EXPECT_GT(operation, 30);
 }
 
-std::string FailureName(const ::testing::TestParamInfo<Failure>& info) {
-  switch (info.param) {
-    case Failure::kFull:
-      return "Full";
-    case Failure::kBroken:
-      return "Broken";
-    default:
-      return "HalfWritten";
-  }
-}
 INSTANTIATE_TEST_SUITE_P(Each, StoreFaultsTest,
                          ::testing::Values(Failure::kFull, Failure::kBroken, Failure::kHalfWritten),
                          FailureName);
 
+// A finalized calibration without sums, and a queued job of it whose weights are in the store.
+absl::Status AddCalibration(Scene& scene) {
+  CalibrationRecord calibration = FullCalibration("calibration");
+  calibration.clear_sums();
+  const auto added = scene.catalog->AddCalibration(calibration);
+  if (added.ok()) scene.model.calibrations[added->id()] = *added;
+  return added.status();
+}
+JobRecord JobWithWeights(const Storage& storage, const std::string& id) {
+  JobRecord job = QueuedJob(id);
+  const auto weights = WriteBlob(*storage.blobs, Pattern(job.weights_sha256(), 1000));
+  EXPECT_TRUE(weights.ok()) << weights.status();
+  if (weights.ok()) *job.mutable_weights() = *weights;
+  return job;
+}
+
 // The disk stays broken while the caller cleans up after the failure.
 TEST(StoreLastingFaultsTest, NoRecordIsLeftWithoutItsTensor) {
   bool struck = true;
+  int unsettled = 0;
   for (int64_t operation = 0; struck; ++operation) {
     const std::string when = "operation " + std::to_string(operation);
     const TemporaryDirectory directory;
     FaultPlan plan;
-    auto store = Start(directory.data(), plan);
-    ASSERT_TRUE(store.ok()) << store.status();
-    JobRecord job = FullJob("j", 1);
-    job.weights = {};
-    job.result_header = "result";
-    const auto blob = WriteBlob(**store, Pattern(job.result_header, 1000));
-    ASSERT_TRUE(blob.ok());
-    job.result = *blob;
+    auto storage = Start(directory.data(), plan);
+    ASSERT_TRUE(storage.ok()) << storage.status();
+    Catalog& catalog = *storage->catalog;
+    Scene scene{.catalog = &catalog, .storage = &*storage, .model = {}, .blobs = {}};
+    ASSERT_TRUE(AddCalibration(scene).ok());
+    const JobRecord job = JobWithWeights(*storage, "j");
+    const JobRecord other = JobWithWeights(*storage, "k");
     plan.failure = Failure::kBroken;
     plan.left = operation;
     plan.lasting = true;
-    const absl::Status status = (*store)->PutJob(job);
+    const auto added = catalog.AddJob(job);
     struck = plan.struck;
-    EXPECT_EQ(status.ok(), !struck) << when << ": " << status;
-    Model before;
-    Model after;
+    EXPECT_EQ(added.ok(), !struck) << when << ": " << added.status();
+    Model before = scene.model;
+    Model after = scene.model;
     after.jobs["j"] = job;
+    after.jobs["j"].set_number(1);
     if (struck) {
-      ExpectRefusal(status, plan.failure, when);
-      (*store)->DeleteBlob(job.result);
+      ExpectRefusal(added.status(), plan.failure, when);
+      unsettled += catalog.settled() ? 0 : 1;
+      storage->Forget(job.weights());
       // It was not promised: a crash now may keep it or not, but whole.
       ExpectImage(directory, {before, after}, when);
       plan.failure = Failure::kNone;
-      JobRecord other = FullJob("k", 2);
-      other.weights = {};
-      other.result = {};
-      EXPECT_TRUE((*store)->PutJob(other).ok()) << when;
-      before.jobs["k"] = other;
+      const auto next = catalog.AddJob(other);
+      ASSERT_TRUE(next.ok()) << when << ": " << next.status();
+      EXPECT_TRUE(catalog.settled()) << when;
+      before.jobs["k"] = next->job;
       ExpectImage(directory, {before}, when + ", after the next call");
     }
-    store->reset();
+    Close(storage);
     ExpectStored(directory.data(), {struck ? before : after}, when + ", at the end");
   }
+  // Else nothing shows that an unsettled catalog keeps its blobs.
+  EXPECT_GT(unsettled, 0);
 }
 
 TEST(StoreOrderTest, BytesAreSyncedBeforeTheyAreNamed) {
   const TemporaryDirectory directory;
   FaultPlan plan;
-  const auto store = Start(directory.data(), plan);
-  ASSERT_TRUE(store.ok());
+  const auto storage = Start(directory.data(), plan);
+  ASSERT_TRUE(storage.ok());
   plan.trace.clear();
-  ASSERT_TRUE(WriteBlob(**store, Pattern("x", 10)).ok());
+  ASSERT_TRUE(WriteBlob(*storage->blobs, Pattern("x", 10)).ok());
   EXPECT_EQ(plan.trace, (std::vector<std::string>{"open", "write", "write", "fsync", "rename",
                                                   "open", "fsync"}));
-  plan.trace.clear();
-  ASSERT_TRUE((*store)->PutJob(FullJob("j", 1)).ok());
-  ASSERT_FALSE(plan.trace.empty());
-  EXPECT_EQ(plan.trace.back(), "sqlite sync");
+  // Each write of the catalog ends with a sync.
+  Scene scene;
+  scene.catalog = storage->catalog.get();
+  scene.storage = &*storage;
+  for (const Step step : Script()) {
+    plan.trace.clear();
+    ASSERT_TRUE(step(scene).ok());
+    if (std::any_of(plan.trace.begin(), plan.trace.end(),
+                    [](const std::string& call) { return call == "sqlite write"; })) {
+      EXPECT_EQ(plan.trace.back(), "sqlite sync");
+    }
+  }
 }
 
 // Full until the reserve has made room.
@@ -192,25 +213,39 @@ TEST(StoreFullDiskTest, DeletionsMakeRoom) {
   const std::filesystem::path reserve = std::filesystem::path(directory.data()) / "reserve";
   FaultPlan plan;
   const auto disk = std::make_shared<FullDisk>(directory.data(), plan);
-  auto store = OpenSqliteStore(disk, FaultyVfs(plan));
-  ASSERT_TRUE(store.ok() && (*store)->Load().ok());
+  auto storage = OpenStorage(disk, FaultyVfs(plan));
+  ASSERT_TRUE(storage.ok() && StartUp(*storage, "replica", 1).ok());
   ASSERT_EQ(std::filesystem::file_size(reserve), 1 << 20);
-  JobRecord job = FullJob("j", 1);
-  job.weights = {};
-  const auto blob = WriteBlob(**store, Pattern("result", 1000));
-  ASSERT_TRUE(blob.ok());
-  job.result = *blob;
-  ASSERT_TRUE((*store)->PutJob(job).ok());
-
-  disk->Fill();
-  ExpectRefusal((*store)->PutJob(FullJob("k", 2)), Failure::kFull, "another record");
-  ASSERT_TRUE(disk->full());
-  EXPECT_TRUE((*store)->DeleteJob("j").ok());
-  EXPECT_FALSE(std::filesystem::exists(reserve));
-  // What the blob gives back fills it again.
-  (*store)->DeleteBlob(*blob);
-  EXPECT_EQ(std::filesystem::file_size(reserve), 1 << 20);
-  store->reset();
+  Catalog& catalog = *storage->catalog;
+  Scene scene{.catalog = &catalog, .storage = &*storage, .model = {}, .blobs = {}};
+  ASSERT_TRUE(AddCalibration(scene).ok());
+  const std::string tenant = QueuedJob("j").tenant();
+  for (const bool job : {true, false}) {
+    const std::string what = job ? "job" : "calibration";
+    BlobRef blob;
+    if (job) {
+      const JobRecord queued = JobWithWeights(*storage, "j");
+      ASSERT_TRUE(catalog.AddJob(queued).ok());
+      blob = queued.weights();
+      ASSERT_TRUE(catalog.CancelJob(tenant, "j", absl::CancelledError("as asked"), 1).ok());
+    } else {
+      const auto sums = WriteBlob(*storage->blobs, Pattern("sums", 1000));
+      ASSERT_TRUE(sums.ok());
+      blob = *sums;
+    }
+    disk->Fill();
+    ExpectRefusal(catalog.AddCalibration(OpenCalibration("k")).status(), Failure::kFull,
+                  "another record");
+    ASSERT_TRUE(disk->full());
+    const absl::Status removed = job ? catalog.RemoveJob(tenant, "j").status()
+                                     : catalog.RemoveCalibration(tenant, "calibration").status();
+    EXPECT_TRUE(removed.ok()) << what << ": " << removed;
+    EXPECT_FALSE(std::filesystem::exists(reserve)) << what;
+    // What the blob gives back fills it again.
+    storage->Forget(blob);
+    EXPECT_EQ(std::filesystem::file_size(reserve), 1 << 20) << what;
+  }
+  Close(storage);
   ExpectStored(directory.data(), {Model()}, "at the end");
 }
 
@@ -222,7 +257,7 @@ TEST(StoreFullDiskTest, StartsOnAFullDisk) {
   const auto disk = std::make_shared<FullDisk>(directory.data(), plan);
   disk->Fill();
   plan.failure = Failure::kNone;
-  EXPECT_TRUE(OpenSqliteStore(disk, nullptr).ok());
+  EXPECT_TRUE(OpenStorage(disk, nullptr).ok());
 }
 
 // Interrupted every other time, and never given more than a few bytes.
@@ -243,13 +278,13 @@ class SlowDisk final : public Disk {
 
 TEST(StoreSlowDiskTest, InterruptedAndShortCallsGoOn) {
   const TemporaryDirectory directory;
-  const auto store = OpenSqliteStore(std::make_shared<SlowDisk>(directory.data()), nullptr);
-  ASSERT_TRUE(store.ok()) << store.status();
-  ASSERT_TRUE((*store)->Load().ok());
+  const auto storage = OpenStorage(std::make_shared<SlowDisk>(directory.data()), nullptr);
+  ASSERT_TRUE(storage.ok()) << storage.status();
+  ASSERT_TRUE(StartUp(*storage, "replica", 1).ok());
   const std::vector<std::byte> bytes = Pattern("slow", (int64_t{1} << 20) + 7);
-  const auto blob = WriteBlob(**store, bytes);
+  const auto blob = WriteBlob(*storage->blobs, bytes);
   ASSERT_TRUE(blob.ok()) << blob.status();
-  const auto read = ReadBlob(**store, *blob);
+  const auto read = ReadBlob(*storage->blobs, *blob);
   EXPECT_TRUE(read.ok() && *read == bytes);
 }
 

@@ -24,12 +24,13 @@ std::span<const std::byte> RowBytes(const std::vector<float>& matrix, int64_t co
                                                  static_cast<size_t>((end - begin) * columns)));
 }
 
-server::LayerRequest LayerRequestFor(const Layer& layer) {
-  server::LayerRequest request;
+server::JobRequest LayerRequestFor(const Layer& layer) {
+  server::JobRequest request;
   request.rows = layer.rows;
   request.features = layer.features;
-  request.tokens = layer.tokens;
-  request.x_features = layer.features;
+  server::Activations& activations = request.activations.emplace();
+  activations.tokens = layer.tokens;
+  activations.features = layer.features;
   return request;
 }
 

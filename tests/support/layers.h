@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "engine/run_context.h"
-#include "job/layer_intake.h"
+#include "job/job_request.h"
 #include "runtime/worker_pool.h"
 #include "support/gate.h"
 
@@ -32,7 +32,8 @@ Layer MakeRandomLayer(int64_t rows, int64_t features, int64_t tokens, uint32_t s
 std::span<const std::byte> RowBytes(const std::vector<float>& matrix, int64_t columns,
                                     int64_t begin, int64_t end);
 
-server::LayerRequest LayerRequestFor(const Layer& layer);
+// A Quantize call that brings the layer's activations.
+server::JobRequest LayerRequestFor(const Layer& layer);
 
 // A job that keeps a worker until `gate` opens or it is cancelled. It looks in on the pool all the
 // while, so that tasks run. `done` may be empty.

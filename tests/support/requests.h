@@ -1,4 +1,4 @@
-// What a client says to quantize a layer.
+// Requests of a Quantize call.
 
 #ifndef CERTIQ_TESTS_SUPPORT_REQUESTS_H_
 #define CERTIQ_TESTS_SUPPORT_REQUESTS_H_
@@ -15,7 +15,7 @@ v1::QuantizeRequest HeaderFor(const Layer& layer);
 v1::QuantizeRequest WeightChunk(const Layer& layer, int64_t begin, int64_t end);
 v1::QuantizeRequest ActivationChunk(const Layer& layer, int64_t begin, int64_t end);
 
-// The whole call, so many rows a message.
+// All messages of a call, with so many rows each.
 std::vector<v1::QuantizeRequest> QuantizeRequestsFor(const Layer& layer, int64_t rows = 64);
 
 }  // namespace certiq::testing

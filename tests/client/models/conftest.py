@@ -27,6 +27,10 @@ from transformers import PreTrainedTokenizerFast
 torch.set_num_threads(2)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: tests/run.sh runs it in `all` only")
+
+
 def pytest_sessionstart() -> None:
     if not SERVER.is_file():
         pytest.exit(f"{SERVER} is not built; see tests/README.md", returncode=3)

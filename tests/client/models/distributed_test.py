@@ -15,6 +15,8 @@ import rank_worker
 import torch
 from programs import Server
 
+pytestmark = pytest.mark.slow
+
 RANKS = 3
 
 

@@ -17,6 +17,8 @@ from certiq.model.cli import main
 from programs import Server
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow
+
 # What a user writes: no certiq in it. A process of its own, because GPTQModel changes transformers
 # when it is imported.
 LOAD = """

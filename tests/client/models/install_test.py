@@ -18,6 +18,8 @@ import transformers
 import unpack
 from programs import ROOT, Server
 
+pytestmark = pytest.mark.slow
+
 # What a user writes: no certiq in it, only transformers.
 LOAD = """
 import sys, numpy, torch, transformers

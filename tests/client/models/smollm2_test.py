@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors_file
 import torch
 import transformers
 from certiq.model.cli import main
 from certiq.model.source import ModelSource
 from certiq.model.text import calibration_sequences, read_token_ids
 from programs import Server
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,9 @@ def test_weights_and_tokens_are_those_of_the_shared_data(gguf: Path, shared_data
     source = ModelSource(gguf, torch.float32, torch.device("cpu"))
     folder = shared_data / "smollm2-135m"
     for layer in (0, 15):
-        for name, tensor in safetensors_file.read(folder / f"layer_{layer:02}.safetensors").items():
-            assert np.array_equal(source.files.read(name).numpy(), tensor.array)
-    stored = safetensors_file.read(folder / "activations_layer_00.safetensors")["tokens"].array
+        for name, tensor in load_file(folder / f"layer_{layer:02}.safetensors").items():
+            assert np.array_equal(source.files.read(name).numpy(), tensor)
+    stored = load_file(folder / "activations_layer_00.safetensors")["tokens"]
     text = shared_data / "text" / "calibration.txt"
     tokenizer = source.tokenizer()
     ids = calibration_sequences(read_token_ids(text, tokenizer), 8, 256, tokenizer, source="text")

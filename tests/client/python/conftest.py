@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# Behind this folder, whose stubs its tools are to find.
+# Behind this folder, whose work.py is another.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "e2e"))
 
 import certiq
-import safetensors_file
 from programs import ROOT, SERVER, Server
-from safetensors_file import Tensor
+from safetensors.numpy import load_file
 
 StartServer = Callable[..., Server]
 
@@ -66,13 +65,11 @@ def random() -> np.random.Generator:
 
 
 @pytest.fixture(scope="session")
-def carried_weight() -> Tensor:
-    tensors = safetensors_file.read(ROOT / "tests" / "data" / "weights.safetensors")
+def carried_weight() -> np.ndarray:
+    tensors = load_file(ROOT / "tests" / "data" / "weights.safetensors")
     return tensors["encoder.layer.3.attention.output.dense.weight"]
 
 
 @pytest.fixture(scope="session")
-def carried_x() -> Tensor:
-    return safetensors_file.read(ROOT / "tests" / "data" / "activations.safetensors")[
-        "layer.3.attn_out.x"
-    ]
+def carried_x() -> np.ndarray:
+    return load_file(ROOT / "tests" / "data" / "activations.safetensors")["layer.3.attn_out.x"]

@@ -1,20 +1,18 @@
 """One layer in one call: what comes back is what the certificate says."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import certiq
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
 from certiq.layer import unpack_bits
 from certiq.progress import Event, Stage, Upload
 from certiq.spec import FormatName
-from grid_oracle import check_everything
-from oracle import Run
 from programs import Server
-from safetensors_file import Tensor
+from verification import check_everything, store
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FORMATS: tuple[FormatName, ...] = (
@@ -52,34 +50,19 @@ def assert_true(layer: certiq.Layer, W: Array, X: Array, X_quantized: Array | No
 @pytest.mark.parametrize(("symmetric", "group_size"), [(True, 0), (False, 96)])
 def test_the_certificate_holds(
     client: certiq.Client,
-    carried_weight: Tensor,
-    carried_x: Tensor,
+    carried_weight: Array,
+    carried_x: Array,
+    tmp_path: Path,
     symmetric: bool,
     group_size: int,
 ) -> None:
     spec = certiq.Spec(
         method="optq", bits=4, symmetric=symmetric, group_size=group_size, compare_nearest=True
     )
-    layer = client.quantize(carried_weight.array, carried_x.array, spec, name="carried")
-    found = {name: Tensor("", array) for name, array in layer.tensors.items()}
-    for name, kind in (("weight", "F32"), ("scales", "F32"), ("zeros", "I32"), ("g_idx", "I32")):
-        if name in found:
-            found[name] = Tensor(kind, found[name].array)
-    run = Run(
-        weight=carried_weight,
-        calibration=oracle.Calibration(carried_x),
-        bits=4,
-        symmetric=symmetric,
-        group_size=group_size,
-        quantized=found["weight"],
-        scales=found["scales"],
-        zeros=found.get("zeros"),
-        g_idx=found.get("g_idx"),
-        certificate=layer.certificate,
-    )
-    check_everything(run)
+    layer = client.quantize(carried_weight, carried_x, spec, name="carried")
+    check_everything(store(tmp_path, carried_weight, carried_x, layer))
     assert layer.name == "carried"
-    assert layer.shape == carried_weight.array.shape
+    assert layer.shape == carried_weight.shape
     assert layer.relative_error < layer.certificate.nearest_relative_error
 
 
