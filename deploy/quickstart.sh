@@ -16,18 +16,40 @@ bash deploy/install_packages.sh build
 echo "quickstart: building in $build (some minutes the first time)"
 mkdir -p "$results"
 build_log="$results/build.log"
-# tests/run.sh shares this tree: what it configured stays, and only the two
-# programs are built here.
-configure=(cmake -S . -B "$build")
-if [[ ! -f "$build/build.ninja" ]]; then
-  configure+=(-G Ninja -DCMAKE_BUILD_TYPE=Release -DCERTIQ_TESTS=OFF -DCERTIQ_BENCHMARKS=OFF)
+
+# The best of the engine's instruction sets that this CPU has, as the loader sees it.
+engine_variant() {
+  local loader=/lib64/ld-linux-x86-64.so.2 march
+  for march in x86-64-v4 x86-64-v3; do
+    if "$loader" --help 2>/dev/null | grep -q "$march (supported"; then
+      echo "$march"
+      return
+    fi
+  done
+  echo x86-64-v2
+}
+
+# build CMAKE-OPTION...
+build() {
+  if ! cmake -S . -B "$build" "$@" >"$build_log" 2>&1; then
+    cat "$build_log" >&2
+    echo "quickstart: cmake failed" >&2
+    exit 1
+  fi
+  cmake --build "$build" --parallel "$(nproc)" --target certiq-server certiq
+}
+
+if [[ -f "$build/build.ninja" ]]; then
+  # tests/run.sh shares this tree: what it configured stays.
+  build
+else
+  # What this machine runs and nothing else, several sources at a time: half the compile time.
+  # Sources that define the same name cannot be compiled that way; then each is on its own.
+  options=(-G Ninja -DCMAKE_BUILD_TYPE=Release -DCERTIQ_TESTS=OFF -DCERTIQ_BENCHMARKS=OFF
+    "-DCERTIQ_ENGINE_VARIANTS=$(engine_variant)")
+  build "${options[@]}" -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=8 ||
+    build "${options[@]}" -DCMAKE_UNITY_BUILD=OFF
 fi
-if ! "${configure[@]}" >"$build_log" 2>&1; then
-  cat "$build_log" >&2
-  echo "quickstart: cmake failed" >&2
-  exit 1
-fi
-cmake --build "$build" --parallel "$(nproc)" --target certiq-server certiq
 
 scratch="$(mktemp -d)"
 server_pid=""
