@@ -38,10 +38,7 @@ struct State {
     input->facts.queue_seconds = SecondsSince(queued_at);
     env.observer.PhaseTook(spec.method, engine::Phase::kQueue, input->facts.queue_seconds);
     if (calibration) {
-      ASSIGN_OR_RETURN(SplitSums sums, calibrations.Sums(calibration.record()));
-      input->problem.statistics = std::move(sums.fit);
-      input->problem.held_out = std::move(sums.held_out);
-      input->factors = calibrations.Factors(calibration.record());
+      RETURN_IF_ERROR(LoadCalibration(calibrations, calibration.record(), *input));
     }
     RunInput loaded = *std::move(input);
     input.reset();
@@ -109,12 +106,6 @@ void StartCallRun(const Environment& environment, CalibrationDesk& calibrations,
     SplitSums sums = upload.TakeSums();
     input.problem.statistics = std::move(sums.fit);
     input.problem.held_out = std::move(sums.held_out);
-  } else {
-    const CalibrationRecord& record = admission.calibration.record();
-    input.facts.calibration_id = record.id();
-    input.facts.sums_sha256 = record.sums_sha256();
-    input.facts.held_out_fraction = record.held_out_fraction();
-    input.facts.held_out_block_rows = record.held_out_block_rows();
   }
   // No further messages come, and the staging is gone.
   state->memory.ShrinkTo(EngineBytes(upload.request(), admission.calibration));

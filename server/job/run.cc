@@ -7,6 +7,19 @@
 
 namespace certiq::server {
 
+absl::Status LoadCalibration(const CalibrationDesk& calibrations,
+                             const CalibrationRecord& calibration, RunInput& input) {
+  input.facts.calibration_id = calibration.id();
+  input.facts.sums_sha256 = calibration.sums_sha256();
+  input.facts.held_out_fraction = calibration.held_out_fraction();
+  input.facts.held_out_block_rows = calibration.held_out_block_rows();
+  ASSIGN_OR_RETURN(SplitSums sums, calibrations.Sums(calibration));
+  input.problem.statistics = std::move(sums.fit);
+  input.problem.held_out = std::move(sums.held_out);
+  input.factors = calibrations.Factors(calibration);
+  return absl::OkStatus();
+}
+
 void Run::Start(WorkerPool::Slot slot) {
   const std::shared_ptr<Run> self = shared_from_this();
   // What the steps hold goes with the last call.

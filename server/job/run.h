@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "base/mutex.h"
+#include "calibration/calibration_desk.h"
 #include "contract/certificate.h"
 #include "engine/quantize_layer.h"
 #include "engine/run_context.h"
@@ -26,6 +27,11 @@ struct RunInput {
   std::unique_ptr<engine::FactorCache> factors;
   CertificateFacts facts;
 };
+
+// Fills in what a job takes from its calibration: sums, shared factors, and the facts of both.
+// Errors are CalibrationDesk::Sums'.
+absl::Status LoadCalibration(const CalibrationDesk& calibrations,
+                             const CalibrationRecord& calibration, RunInput& input);
 
 // Waits in the pool's queue, then loads, quantizes and keeps a layer on a worker. Stored jobs and
 // Quantize calls differ in their steps only. Owned by std::shared_ptr: the pool keeps it while it

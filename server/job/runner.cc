@@ -214,18 +214,9 @@ absl::StatusOr<RunInput> Runner::Load(const ClaimedPtr& claimed) {
   input.facts.weights_sha256 = job.weights_sha256();
   input.facts.queue_seconds = Seconds(job.create_time(), job.start_time());
   env_.observer.PhaseTook(claimed->spec.method, engine::Phase::kQueue, input.facts.queue_seconds);
-  const CalibrationRecord& calibration = claimed->calibration;
-  input.facts.calibration_id = calibration.id();
-  input.facts.sums_sha256 = calibration.sums_sha256();
-  input.facts.held_out_fraction = calibration.held_out_fraction();
-  input.facts.held_out_block_rows = calibration.held_out_block_rows();
-  ASSIGN_OR_RETURN(SplitSums sums, calibrations_.Sums(calibration));
-  ASSIGN_OR_RETURN(engine::StripMatrix weights, ReadWeights(job));
-  input.factors = calibrations_.Factors(calibration);
-  input.problem = {.spec = claimed->spec,
-                   .weights = std::move(weights),
-                   .statistics = std::move(sums.fit),
-                   .held_out = std::move(sums.held_out)};
+  RETURN_IF_ERROR(LoadCalibration(calibrations_, claimed->calibration, input));
+  ASSIGN_OR_RETURN(input.problem.weights, ReadWeights(job));
+  input.problem.spec = claimed->spec;
   return input;
 }
 
