@@ -7,6 +7,7 @@ itself is the test, and, if ctest ran shards of GoogleTest programs, the folder 
 printed is the sum; the exit status tells whether all is well.
 """
 
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
@@ -29,12 +30,28 @@ class Counts:
         return f"{text}, {self.skipped} skipped" if self.skipped else text
 
 
+# What XML 1.0 does not allow in a document. GoogleTest writes a parameter's bytes as they are.
+FORBIDDEN = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
+
+
+def parse_junit(path: Path) -> ElementTree.Element:
+    text = path.read_bytes().decode("utf-8", "replace")
+    # The declaration names the encoding that the bytes had.
+    text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)
+    return ElementTree.fromstring(FORBIDDEN.sub("\ufffd", text))
+
+
 def read_junit(path: Path, shards: Path | None = None) -> Counts:
     """Counts a case that has a file in `shards` as the tests in there."""
     counts = Counts()
     if not path.is_file():
         return counts
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
+    try:
+        root = parse_junit(path)
+    except ElementTree.ParseError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return Counts(failed=1)
+    for case in root.iter("testcase"):
         failed = case.find("failure") is not None or case.find("error") is not None
         shard = shards / f"{case.get('name')}.xml" if shards else None
         if shard is not None and shard.is_file():

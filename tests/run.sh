@@ -275,7 +275,7 @@ stage_e2e() {
   local kills=20
   if $full; then kills=100; fi
   CERTIQ_FAULT_KILLS="${CERTIQ_FAULT_KILLS:-$kills}" run_pytest e2e "$python" \
-    tests/dependencies_test.py tests/bench/bench_scripts_test.py tests/e2e
+    tests/count_results_test.py tests/dependencies_test.py tests/bench/bench_scripts_test.py tests/e2e
 }
 
 prepare_python() { prepare python bash tests/python_package.sh; }
