@@ -1,6 +1,7 @@
 // The program certiq-server: flags, signals, wiring.
 
 #include <pthread.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -27,6 +28,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "backend.h"
+#include "base/address.h"
 #include "base/clock.h"
 #include "base/memory_limit.h"
 #include "base/mutex.h"
@@ -35,7 +37,6 @@
 #include "observability/log.h"
 #include "observability/metrics.h"
 #include "rpc/calls/call_summary.h"
-#include "rpc/transport/address.h"
 #include "rpc/transport/auth.h"
 #include "rpc/transport/credentials.h"
 #include "rpc/transport/file.h"
@@ -54,12 +55,32 @@ constexpr int kExitFailure = 1;
 constexpr int kExitUsage = 2;
 constexpr std::chrono::seconds kProbeLimit{5};
 
+// Raises the limit of open files to what this process may have, and returns it.
+int64_t RaiseFileLimit() {
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return 1024;
+  constexpr rlim_t kEnough = rlim_t{1} << 20;
+  const rlim_t wanted = std::min(limit.rlim_max, kEnough);
+  if (limit.rlim_cur < wanted) {
+    limit.rlim_cur = wanted;
+    static_cast<void>(setrlimit(RLIMIT_NOFILE, &limit));
+    static_cast<void>(getrlimit(RLIMIT_NOFILE, &limit));
+  }
+  return static_cast<int64_t>(std::min(limit.rlim_cur, kEnough));
+}
+
+// Half of the open files that the process may have: the others are for the store and the metrics.
+int DefaultConnections() {
+  return static_cast<int>(std::clamp<int64_t>(RaiseFileLimit() / 2, 16, 8192));
+}
+
 struct Flags {
   std::string listen = "127.0.0.1:8470";
   std::string metrics_listen = "127.0.0.1:8471";
   std::string data_dir;
   int workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   int queue_limit = 256;
+  int max_connections = DefaultConnections();
   int64_t memory_budget_bytes = base::MemoryLimitBytes() / 5 * 4;
   int64_t disk_budget_bytes = int64_t{1} << 60;
   double commit_seconds = 5;
@@ -111,6 +132,10 @@ void AddFlags(CLI::App& app, Flags& flags) {
   AddFlag(app, "workers", flags.workers, "compute threads")->check(CLI::Range(1, 4096));
   AddFlag(app, "queue_limit", flags.queue_limit, "layers that may upload or wait")
       ->check(CLI::Range(1, 1000000));
+  AddFlag(app, "max_connections", flags.max_connections,
+          "gRPC connections at a time, half of them from one peer; default: half of the open files "
+          "that the process may have")
+      ->check(CLI::Range(2, 1000000));
   AddFlag(
       app, "memory_budget_bytes", flags.memory_budget_bytes,
       "bytes that clients may make the server hold; default 80 % of the machine's or container's")
@@ -323,15 +348,17 @@ int Serve(const Flags& flags, const server::Log& log) {
     if (!opened.ok()) return failed(std::string(opened.status().message()));
     auth = *std::move(opened);
   }
-  const auto server = server::Server::Start({.listen = flags.listen,
-                                             .tls = flags.tls,
-                                             .allow_cleartext = flags.allow_cleartext,
-                                             .reflection = flags.reflection,
-                                             .backend = backend->get(),
-                                             .calls = &counters,
-                                             .log = LogCallsTo(log),
-                                             .auth = auth.get(),
-                                             .warn = warn});
+  const auto server = server::Server::Start(
+      {.listen = flags.listen,
+       .tls = flags.tls,
+       .allow_cleartext = flags.allow_cleartext,
+       .reflection = flags.reflection,
+       .connections = {.all = flags.max_connections, .per_peer = flags.max_connections / 2},
+       .backend = backend->get(),
+       .calls = &counters,
+       .log = LogCallsTo(log),
+       .auth = auth.get(),
+       .warn = warn});
   if (!server.ok()) {
     const std::string why(server.status().message());
     return failed(why.rfind("--", 0) == 0 ? why : "--listen: " + why);
@@ -341,7 +368,7 @@ int Serve(const Flags& flags, const server::Log& log) {
     auto started =
         server::HttpServer::Start({.listen = flags.metrics_listen,
                                    .metrics_text = [&counters] { return counters.Text(); },
-                                   .healthy = [&server] { return (*server)->serving(); }});
+                                   .health = [&server] { return (*server)->health(); }});
     if (!started.ok())
       return failed(absl::StrCat("--metrics_listen: ", started.status().message()));
     http = *std::move(started);
@@ -364,6 +391,7 @@ int Serve(const Flags& flags, const server::Log& log) {
             {"metrics_port", int64_t{http == nullptr ? 0 : http->port()}},
             {"workers", int64_t{flags.workers}},
             {"queue_limit", int64_t{flags.queue_limit}},
+            {"max_connections", int64_t{flags.max_connections}},
             {"memory_budget_bytes", flags.memory_budget_bytes},
             {"storage", (*backend)->durable()
                             ? flags.data_dir
@@ -397,7 +425,7 @@ int Run(int argc, char** argv) {
     if (flags.log_format != "text" && flags.log_format != "json") {
       throw CLI::ValidationError("--log_format", "expected text or json, got " + flags.log_format);
     }
-    if (const auto address = server::ParseAddress(flags.listen); !address.ok()) {
+    if (const auto address = base::ParseAddress(flags.listen); !address.ok()) {
       throw CLI::ValidationError("--listen", std::string(address.status().message()));
     }
   } catch (const CLI::ParseError& error) {

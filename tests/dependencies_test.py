@@ -44,7 +44,10 @@ POSIX = (
     "unistd.h",
 )
 FILE_CALLS = ("fcntl.h", "sys/file.h", "sys/stat.h", "sys/types.h", "unistd.h")
-SOCKETS = ("arpa/inet.h", "netdb.h", "netinet/in.h", "sys/socket.h", "unistd.h")
+SOCKETS = (
+    *("arpa/inet.h", "netdb.h", "netinet/in.h", "netinet/tcp.h", "sys/socket.h", "sys/un.h"),
+    "unistd.h",
+)
 # Values, strings, errors: no clocks, flags or logs, and no locks, whose library ThreadSanitizer
 # cannot see into.
 ABSL_VALUES = (
@@ -98,8 +101,12 @@ ENGINE_VALUES = ("engine/run_context.h", "engine/spec.h", "engine/certificate.h"
 ENGINE_SYSTEM = ("base/", "Eigen/", "sys/mman.h", *ABSL_VALUES)
 
 MODULES = (
-    # unistd.h: how much memory the machine has. openssl has SHA-256.
-    Module("base", ("server/base",), ("base/", "openssl/", "unistd.h", *ABSL_VALUES)),
+    # Listening sockets; unistd.h: how much memory the machine has, too. openssl has SHA-256.
+    Module(
+        "base",
+        ("server/base",),
+        ("base/", "openssl/", "sys/stat.h", *SOCKETS, *ABSL_VALUES),
+    ),
     Module(
         "engine",
         ("server/engine",),
@@ -164,20 +171,20 @@ MODULES = (
         ("server/observability",),
         (
             *("observability/", "contract/", "engine/", "base/", "prometheus/", "absl/"),
-            *("civetweb.h", "CivetServer.h", *SOCKETS),
+            *("runtime/periodic_task.h", "microhttpd.h", "sys/socket.h"),
             # The log.
             *("spdlog/", "nlohmann/"),
         ),
     ),
-    # Addresses are looked up before gRPC sees them; openssl has certificates; tokens and
+    # Connections are accepted before gRPC has them; openssl has certificates; tokens and
     # certificates are files that change.
     Module(
         "rpc",
         ("server/rpc",),
         (
             *("rpc/", "backend.h", "job/", "calibration/", "store/", "runtime/", "contract/"),
-            *("engine/", "base/", "absl/", "openssl/", "sys/stat.h"),
-            *(*OBSERVERS, *MESSAGES, *GRPC, *SOCKETS),
+            *("engine/", "base/", "absl/", "openssl/", "poll.h", "sys/eventfd.h", "sys/stat.h"),
+            *(*OBSERVERS, *MESSAGES, *GRPC, *SOCKETS, *FILE_CALLS),
         ),
     ),
     Module(

@@ -79,9 +79,9 @@ class CalibrationFactors final : public engine::FactorCache {
   const int64_t features_;
 };
 
-// The bytes on disk while one generation of the sums replaces another.
+// The bytes on disk, while one generation of the sums replaces another.
 int64_t DiskBytes(const CalibrationRecord& record) {
-  return (record.finalize_time() == 0 ? 2 : 1) * SumsBytes(record);
+  return (record.finalize_time() == 0 ? 2 : 1) * BlobBytes(SumsBytes(record)) + RecordBytes(record);
 }
 
 std::vector<StreamView> StreamsOf(const CalibrationRecord& record) {
@@ -325,21 +325,20 @@ absl::Status CalibrationDesk::Finalize(const Tenant& tenant, const std::string& 
   // The first job will want the sums; they are in the store, so they may go.
   const auto sums = std::make_shared<SplitSums>(partial->TakeSums());
   ByteBudget::Reservation memory = partial->TakeMemory();
-  if (env_.storage.catalog->durable()) {
-    memory.Release();
-  } else {
-    memory.ShrinkTo(SumsBytes(record));
-  }
+  // With the streams that it has now.
+  ASSIGN_OR_RETURN(record, Find(tenant, id));
+  TenantQuota& quota = env_.quotas.Of(tenant.name);
+  const bool durable = env_.storage.catalog->durable();
+  memory.Release();
+  ByteBudget::Reservation stored =
+      durable ? quota.disk.Reserve(DiskBytes(record))
+              : quota.memory.Reserve(SumsBytes(record) + RecordBytes(record));
   {
     // With the lock: who deletes it gives back what it holds.
     const base::MutexLock lock(mu_);
     // It was deleted since it was finalized.
     if (partials_.erase(id) == 0) return absl::OkStatus();
-    if (env_.storage.catalog->durable()) {
-      stored_.ShrinkTo(id, DiskBytes(record));
-    } else {
-      stored_.Hold(id, std::move(memory));
-    }
+    stored_.Hold(id, std::move(stored));
   }
   return env_.cache
       .Get(absl::StrCat(CachePrefix(record), "sums"), PartialSums::MemoryBytes(record),

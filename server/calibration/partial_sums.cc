@@ -18,8 +18,18 @@ using base::PreconditionError;
 
 // The streams of one calibration at most, so that positions do not outgrow sums.
 constexpr size_t kMaxStreams = 65536;
+// Their ids and positions in one answer at most: clients take 4 MiB.
+constexpr size_t kMaxStreamBytes = size_t{7} << 19;
+// What the position of a stream takes in an answer beside its id, at most.
+constexpr size_t kPositionBytes = 40;
+// What a stream takes in memory beside its id, here and on its way into the catalog.
+constexpr int64_t kStreamMemory = 512;
 // Writing sums takes at most this share of the time between two writes.
 constexpr int kCommitShare = 10;
+
+int64_t StreamMemory(const std::string& stream_id) {
+  return kStreamMemory + 3 * static_cast<int64_t>(stream_id.size());
+}
 
 absl::Status DeletedError(const std::string& id) {
   return absl::NotFoundError(absl::StrCat("calibration ", id, " was deleted"));
@@ -54,16 +64,45 @@ void PartialSums::Restore() {
   now_ = durable_;
   now_.clear_streams();
   streams_.clear();
+  stream_bytes_ = 0;
+  ByteBudget& memory = env_.quotas.Of(tenant_).memory;
   for (const StreamRecord& stream : durable_.streams()) {
-    streams_[stream.id()] = {stream, stream.sequence(), nullptr};
+    stream_bytes_ += stream.id().size() + kPositionBytes;
+    streams_[stream.id()] = {.now = stream,
+                             .durable = stream.sequence(),
+                             .live = nullptr,
+                             .memory = memory.Reserve(StreamMemory(stream.id()))};
   }
 }
 
+absl::StatusOr<ByteBudget::Reservation> PartialSums::ReserveStream(
+    const std::string& stream_id) const {
+  if (streams_.count(stream_id) > 0) return ByteBudget::Reservation();
+  return env_.quotas.Of(tenant_).memory.TryReserve(StreamMemory(stream_id), "this stream");
+}
+
+PartialSums::Stream& PartialSums::AddStream(const std::string& stream_id,
+                                            ByteBudget::Reservation memory) {
+  const auto [entry, is_new] = streams_.try_emplace(stream_id);
+  Stream& stream = entry->second;
+  if (is_new) {
+    stream.now.set_id(stream_id);
+    stream.memory = std::move(memory);
+    stream_bytes_ += stream_id.size() + kPositionBytes;
+  }
+  return stream;
+}
+
 absl::Status PartialSums::CheckRoomFor(const std::string& stream_id) const {
-  if (streams_.size() < kMaxStreams || streams_.count(stream_id) > 0) return absl::OkStatus();
+  if (streams_.count(stream_id) > 0) return absl::OkStatus();
+  if (streams_.size() < kMaxStreams &&
+      stream_bytes_ + stream_id.size() + kPositionBytes <= kMaxStreamBytes) {
+    return absl::OkStatus();
+  }
   // Streams are never taken back: no retry delay.
   return absl::ResourceExhaustedError(
-      absl::StrCat("calibration ", id_, " has ", kMaxStreams, " streams, as many as it may have"));
+      absl::StrCat("calibration ", id_, " has ", streams_.size(),
+                   " streams, as many as it may have with ids of this length"));
 }
 
 absl::Status PartialSums::CheckUsable() const {
@@ -145,9 +184,8 @@ absl::Status PartialSums::Open(const std::shared_ptr<LiveStream>& live) {
   std::shared_ptr<LiveStream> older;
   {
     const base::MutexLock lock(mu_);
-    Stream& stream = streams_[live->stream_id];
-    stream.now.set_id(live->stream_id);
-    older = std::exchange(stream.live, live);
+    ASSIGN_OR_RETURN(ByteBudget::Reservation memory, ReserveStream(live->stream_id));
+    older = std::exchange(AddStream(live->stream_id, std::move(memory)).live, live);
     if (older != nullptr) {
       ended_[older.get()] =
           absl::AbortedError(absl::StrCat("a newer call opened the stream ", live->stream_id));
@@ -267,10 +305,15 @@ absl::StatusOr<bool> PartialSums::Import(const std::string& stream_id, bool held
           "the calibration holds nothing out: create it with a held_out_fraction above 0");
     }
     RETURN_IF_ERROR(Load());
+    ByteBudget::Reservation memory;
+    {
+      // Before anything is added: there may be no room.
+      const base::MutexLock lock(mu_);
+      ASSIGN_OR_RETURN(memory, ReserveStream(stream_id));
+    }
     sums_->Add(held_out, sums);
     const base::MutexLock lock(mu_);
-    Stream& stream = streams_[stream_id];
-    stream.now.set_id(stream_id);
+    Stream& stream = AddStream(stream_id, std::move(memory));
     stream.now.set_imported(true);
     Received(stream, held_out ? 0 : sums.tokens, held_out ? sums.tokens : 0);
   }
@@ -484,7 +527,11 @@ absl::Status PartialSums::Remove(const std::function<absl::Status()>& remove) {
   {
     const base::MutexLock lock(mu_);
     deleted_ = removed.ok();
-    if (removed.ok()) told = EndLive(DeletedError(id_));
+    if (removed.ok()) {
+      told = EndLive(DeletedError(id_));
+      // A call may have the object for a while yet.
+      streams_.clear();
+    }
   }
   for (const auto& live : told) live->changed.Notify();
   if (!removed.ok()) return removed;

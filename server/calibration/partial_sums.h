@@ -135,11 +135,18 @@ class PartialSums : public std::enable_shared_from_this<PartialSums> {
     StreamRecord now;
     int64_t durable = 0;
     std::shared_ptr<LiveStream> live;
+    ByteBudget::Reservation memory;
   };
   using LiveStreams = std::vector<std::shared_ptr<LiveStream>>;
 
   // RESOURCE_EXHAUSTED where there are so many streams that one more is refused.
   absl::Status CheckRoomFor(const std::string& stream_id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What a new stream takes. RESOURCE_EXHAUSTED where the tenant has no memory for it.
+  absl::StatusOr<ByteBudget::Reservation> ReserveStream(const std::string& stream_id) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // The stream of this id, made where there is none.
+  Stream& AddStream(const std::string& stream_id, ByteBudget::Reservation memory)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckUsable() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   static StreamView ViewOf(const Stream& stream);
   std::vector<StreamView> ViewsOfStreams() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -172,6 +179,8 @@ class PartialSums : public std::enable_shared_from_this<PartialSums> {
   CalibrationRecord durable_ ABSL_GUARDED_BY(mu_);  // as in the catalog
   CalibrationRecord now_ ABSL_GUARDED_BY(mu_);      // with what was received since; no streams
   std::map<std::string, Stream> streams_ ABSL_GUARDED_BY(mu_);
+  // What their ids and positions take in an answer, at most.
+  size_t stream_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   // Why a live stream was ended from outside, until its call is over.
   std::map<const LiveStream*, absl::Status> ended_ ABSL_GUARDED_BY(mu_);
   bool deleted_ ABSL_GUARDED_BY(mu_) = false;

@@ -22,6 +22,8 @@ inline constexpr int64_t kMaxMessageBytes = int64_t{16} << 20;
 
 inline constexpr size_t kMaxRequestIdBytes = 128;
 inline constexpr size_t kMaxNameBytes = 256;
+// A spec without the values of an explicit grid, of which the layer says how many there are.
+inline constexpr size_t kMaxSpecBytes = size_t{16} << 10;
 
 // How long calibrations and jobs are kept where the request says nothing.
 inline constexpr int64_t kDefaultTtlMicros = int64_t{24} * 3600 * 1000000;

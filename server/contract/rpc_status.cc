@@ -52,7 +52,7 @@ google::rpc::Status ToRpcStatus(const absl::Status& status) {
     google::rpc::PreconditionFailure failure;
     auto* const violation = failure.add_violations();
     violation->set_type(precondition->type);
-    violation->set_subject(precondition->subject);
+    violation->set_subject(Shortened(precondition->subject));
     violation->set_description(message);
     details.add_details()->PackFrom(failure);
   }

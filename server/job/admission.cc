@@ -11,6 +11,7 @@
 #include "engine/gram/held_out_split.h"
 #include "engine/kernels/strip_matrix.h"
 #include "engine/quantize_layer.h"
+#include "job/result.h"
 
 namespace certiq::server {
 namespace {
@@ -104,9 +105,18 @@ int64_t PeakBytes(const JobRequest& request, const CalibrationDesk::Pin& calibra
     upload += SplitAccumulator::BytesFor(request.features, Mismatched(request, calibration),
                                          request.activations->held_out_fraction > 0);
   }
+  // A frame of the result, as it is made and as the client has not read it yet.
+  const int64_t frames =
+      2 * std::min(kFrameBytes, 8 * request.rows * request.features + 64 * request.rows);
   // Staging of the sums is gone before the engine starts, so it is one or the other.
   return std::max(upload, EngineBytes(request, calibration)) +
-         kMessagesHeld * LargestMessage(request);
+         kMessagesHeld * LargestMessage(request) + frames;
+}
+
+// What a stored job's record takes, about.
+int64_t RequestBytes(const JobRequest& request) {
+  return RecordBytes(request.spec_message) +
+         2 * static_cast<int64_t>(request.request_id.size() + request.layer_name.size());
 }
 
 }  // namespace
@@ -167,7 +177,7 @@ absl::StatusOr<Admission> Admit(const Environment& environment, CalibrationDesk&
     return permit.status();
   }
   admission.permit = *std::move(permit);
-  absl::StatusOr<WorkerPool::Slot> slot = environment.pool.Admit();
+  absl::StatusOr<WorkerPool::Slot> slot = environment.pool.Admit(tenant.name);
   if (!slot.ok()) {
     if (absl::IsResourceExhausted(slot.status())) {
       environment.observer.Rejected(Rejection::kQueueFull);
@@ -186,9 +196,15 @@ absl::StatusOr<Admission> Admit(const Environment& environment, CalibrationDesk&
         RunBytes(request.rows, request.features, request.spec, admission.calibration.record()),
         "this job");
     if (room.ok()) {
+      auto memory = quota.memory.TryReserve(kMessagesHeld * LargestMessage(request), "this upload");
+      room = memory.status();
+      if (memory.ok()) admission.memory = *std::move(memory);
+    }
+    if (room.ok()) {
       ByteBudget& store = environment.storage.catalog->durable() ? quota.disk : quota.memory;
       auto storage = store.TryReserve(
-          StoredBytes(request.rows, request.features, request.weight_dtype, request.spec),
+          StoredBytes(request.rows, request.features, request.weight_dtype, request.spec) +
+              RequestBytes(request),
           "storing this job and its result");
       room = storage.status();
       if (storage.ok()) admission.storage = *std::move(storage);

@@ -13,6 +13,7 @@
 #include "runtime/tenant.h"
 #include "runtime/tenant_quota.h"
 #include "runtime/worker_pool.h"
+#include "store/records.h"
 
 namespace certiq::server {
 
@@ -23,7 +24,8 @@ struct Admission {
   WorkerPool::Slot slot;
   // Set where the job names a calibration.
   CalibrationDesk::Pin calibration;
-  // The peak of a job that is not stored, upload and run.
+  // The peak of a job that is not stored, upload and run; of one that is, the messages in memory
+  // while it is uploaded.
   ByteBudget::Reservation memory;
   // What a stored job's weights and result take in the store.
   ByteBudget::Reservation storage;
@@ -39,6 +41,11 @@ absl::StatusOr<Admission> Admit(const Environment& environment, CalibrationDesk&
 // Bytes that weights and result of a stored job take in the store, at most.
 int64_t StoredBytes(int64_t rows, int64_t features, engine::DType weight_dtype,
                     const engine::ResolvedSpec& spec);
+
+// Bytes that a job takes in the store once it has ended: its result and its record.
+inline int64_t EndedBytes(const JobRecord& job) {
+  return BlobBytes(job.result().blob().bytes()) + RecordBytes(job);
+}
 
 // Bytes that a stored job needs to run.
 int64_t RunBytes(int64_t rows, int64_t features, const engine::ResolvedSpec& spec,

@@ -1,5 +1,6 @@
 #include "job/call_run.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <optional>
@@ -46,7 +47,8 @@ struct State {
   }
 
   absl::Status Keep(engine::QuantizedLayer layer, const CertificateFacts& facts) {
-    memory.ShrinkTo(BytesOf(layer));
+    const int64_t bytes = BytesOf(layer);
+    memory.ShrinkTo(bytes + 2 * std::min(kFrameBytes, bytes));
     certificate = layer.certificate;
     ResultRecord record = DescribeResult(layer);
     CallResult kept;

@@ -18,7 +18,7 @@ void JobDesk::Found(const JobRecord& job) {
   env_.observer.JobEntered(job.state());
   TenantQuota& quota = env_.quotas.Of(job.tenant());
   if (IsFinal(job.state())) {
-    holdings_.stored().Hold(job.id(), quota.disk.Reserve(job.result().blob().bytes()));
+    holdings_.stored().Hold(job.id(), quota.disk.Reserve(EndedBytes(job)));
     return;
   }
   // A spec that is not understood any more ends the job when it is claimed.
@@ -27,7 +27,8 @@ void JobDesk::Found(const JobRecord& job) {
   holdings_.stored().Hold(job.id(),
                           quota.disk.Reserve(StoredBytes(job.rows(), job.features(),
                                                          dtype.value_or(engine::DType::kF64),
-                                                         spec.value_or(engine::ResolvedSpec()))));
+                                                         spec.value_or(engine::ResolvedSpec())) +
+                                             RecordBytes(job)));
   holdings_.Hold(job.id(), quota.jobs.TakeUnchecked(), env_.pool.AdmitAgain());
 }
 

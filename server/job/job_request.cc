@@ -25,7 +25,13 @@ absl::StatusOr<JobRequest> ReadCommon(const Header& header) {
   request.request_id = header.request_id();
   request.layer_name = header.layer_name();
   request.calibration_id = header.calibration_id();
-  request.spec_message = header.spec();
+  const v1::QuantizationSpec& spec = header.spec();
+  if (const size_t bytes = spec.ByteSizeLong() - (spec.has_grid() ? spec.grid().ByteSizeLong() : 0);
+      bytes > kMaxSpecBytes) {
+    return InvalidField("spec", absl::StrCat("expected at most ", kMaxSpecBytes,
+                                             " bytes beside the grid, got ", bytes, " bytes"));
+  }
+  request.spec_message = spec;
   ASSIGN_OR_RETURN(request.spec, ResolveSpec(header.spec()));
   ASSIGN_OR_RETURN(const MatrixShape weight,
                    ReadMatrix(header.has_weight(), header.weight(), "weight",

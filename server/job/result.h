@@ -19,6 +19,10 @@
 
 namespace certiq::server {
 
+// Bytes of a result in one message, unless one row is larger. Clients accept 4 MiB by default; this
+// is small enough that a call's progress shows.
+inline constexpr int64_t kFrameBytes = int64_t{1} << 20;
+
 // Writes the tensors and the certificate of a layer as one blob.
 absl::StatusOr<ResultRecord> WriteResult(const engine::QuantizedLayer& layer,
                                          const CertificateFacts& facts, Blobs& blobs);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <set>
 #include <span>
 #include <utility>
 #include <vector>
@@ -70,6 +71,7 @@ void Runner::Poke(std::optional<int32_t> priority) {
 }
 
 absl::Status Runner::ClaimNext() {
+  std::set<std::string> without;
   {
     const base::MutexLock lock(mu_);
     posted_ = false;
@@ -78,11 +80,12 @@ absl::Status Runner::ClaimNext() {
       if (claimed->waiting) return absl::OkStatus();
     }
     added_.reset();
+    for (const auto& [tenant, bytes] : short_) without.insert(tenant);
   }
   // A claim whose answer was lost is repeated, so that no job stays claimed by nobody.
   if (claim_.empty()) claim_ = base::NewId("claim-");
   const absl::StatusOr<std::optional<JobRecord>> job =
-      env_.storage.catalog->ClaimJob(replica_, claim_);
+      env_.storage.catalog->ClaimJob(replica_, claim_, without);
   if (!job.ok()) {
     const base::MutexLock lock(mu_);
     resting_ = true;
@@ -113,6 +116,11 @@ void Runner::Begin(const JobRecord& job) {
       resting_ = true;
     }
     Release(claimed);
+    return;
+  }
+  if (ShortOfItsOwn(*claimed)) {
+    Release(claimed);
+    Poke();
     return;
   }
   const std::shared_ptr<Run> run = MakeRun(claimed);
@@ -163,6 +171,15 @@ std::shared_ptr<Run> Runner::MakeRun(const ClaimedPtr& claimed) {
                        events_.Notify(claimed->job.id());
                      },
                  .done = [this, claimed](const absl::Status& status) { Done(claimed, status); }});
+}
+
+bool Runner::ShortOfItsOwn(const Claimed& claimed) {
+  const JobRecord& job = claimed.job;
+  const int64_t bytes = RunBytes(job.rows(), job.features(), claimed.spec, claimed.calibration);
+  if (env_.quotas.Of(job.tenant()).memory.HasRoomOfItsOwn(bytes)) return false;
+  const base::MutexLock lock(mu_);
+  short_[job.tenant()] = bytes;
+  return true;
 }
 
 bool Runner::Reserve(const ClaimedPtr& claimed) {
@@ -327,7 +344,7 @@ void Runner::WriteEnd(const ClaimedPtr& claimed) {
   }
   if (finished.ok()) {
     env_.storage.Forget(job.weights());
-    holdings_.stored().ShrinkTo(job.id(), finished->job.result().blob().bytes());
+    holdings_.stored().ShrinkTo(job.id(), EndedBytes(finished->job));
     Forget(claimed);
     events_.Changed(*finished);
     if (env_.job_log) env_.job_log(finished->job, outcome.status);
@@ -362,7 +379,7 @@ absl::StatusOr<JobRecord> Runner::Cancel(const std::string& tenant, const std::s
     const engine::ResolvedSpec spec = ResolveSpec(job.spec()).value_or(engine::ResolvedSpec());
     ReportFinished(spec, why, Seconds(job.create_time(), job.end_time()), nullptr, env_.observer);
     holdings_.Release(id);
-    holdings_.stored().ShrinkTo(id, 0);
+    holdings_.stored().ShrinkTo(id, EndedBytes(job));
     env_.storage.Forget(change.weights);
     events_.Changed(change);
     if (env_.job_log) env_.job_log(job, why);
@@ -397,10 +414,32 @@ void Runner::Tick() {
                                              Release(claimed);
                                            }
                                          }
+                                         LookAtTenants();
                                          Poke();
                                          return absl::OkStatus();
                                        },
                                    .done = [](const absl::Status&) {}}));
+}
+
+void Runner::LookAtTenants() {
+  std::map<std::string, int64_t> short_of;
+  ClaimedPtr waiting;
+  {
+    const base::MutexLock lock(mu_);
+    short_of = short_;
+    for (const auto& [id, claimed] : claimed_) {
+      if (claimed->waiting && claimed->run != nullptr) waiting = claimed;
+    }
+  }
+  for (const auto& [tenant, bytes] : short_of) {
+    if (!env_.quotas.Of(tenant).memory.HasRoomOfItsOwn(bytes)) continue;
+    const base::MutexLock lock(mu_);
+    short_.erase(tenant);
+  }
+  // There was room when it was claimed. It is given back, and the next tenant's is claimed.
+  if (waiting != nullptr && ShortOfItsOwn(*waiting)) {
+    waiting->run->Cancel(absl::StatusCode::kAborted);
+  }
 }
 
 void Runner::StopClaiming() {

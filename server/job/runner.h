@@ -33,7 +33,8 @@ struct JobProgress {
 };
 
 // At most one claimed job waits here for a worker and for memory: so a large one holds up this
-// process and no other, and a job of a higher priority that comes meanwhile goes first. A run that
+// process and no other, and a job of a higher priority that comes meanwhile goes first. One that
+// waits for its own tenant's memory is given back, and holds up that tenant alone. A run that
 // the process itself cuts short is given back, uncounted; an end that cannot be written is written
 // later. Thread-safe.
 class Runner {
@@ -85,6 +86,11 @@ class Runner {
   void Begin(const JobRecord& job);
   // What a claimed job needs to run; an error ends it.
   absl::Status Prepare(Claimed& claimed);
+  // Whether its tenant's own memory has no room for it now: then others go first, and no job of the
+  // tenant is claimed until there is.
+  bool ShortOfItsOwn(const Claimed& claimed);
+  // Looks again at whose memory jobs wait for.
+  void LookAtTenants();
   std::shared_ptr<Run> MakeRun(const ClaimedPtr& claimed);
   // The steps of a run.
   bool Reserve(const ClaimedPtr& claimed);
@@ -115,6 +121,8 @@ class Runner {
   // A claim or a start failed: the next tick tries again.
   bool resting_ ABSL_GUARDED_BY(mu_) = false;
   bool posted_ ABSL_GUARDED_BY(mu_) = false;
+  // Tenants whose next job waits for memory of their own, and how much it needs.
+  std::map<std::string, int64_t> short_ ABSL_GUARDED_BY(mu_);
   // The highest priority of the jobs that were added since the last claim began.
   std::optional<int32_t> added_ ABSL_GUARDED_BY(mu_);
 };

@@ -9,42 +9,54 @@
 
 namespace certiq::server {
 
+// Whether requests and answers of an RPC are one message or a stream.
+enum class CallShape { kUnary, kClientStream, kServerStream, kBidiStream };
+
+constexpr bool StreamsRequests(CallShape shape) {
+  return shape == CallShape::kClientStream || shape == CallShape::kBidiStream;
+}
+constexpr bool StreamsAnswers(CallShape shape) {
+  return shape == CallShape::kServerStream || shape == CallShape::kBidiStream;
+}
+
 // One of the server's RPCs. The strings are literals of a closed set.
 struct RpcMethod {
   // "certiq.v1.QuantizationService"
   const char* service;
   // "Quantize"
   const char* method;
-  // "unary", "client_stream", "server_stream" or "bidi_stream".
-  const char* type;
+  CallShape shape;
 };
 
 // The RPCs of certiq.v1. Observers prepare for these and may ignore others.
 inline constexpr RpcMethod kQuantizeMethod{"certiq.v1.QuantizationService", "Quantize",
-                                           "bidi_stream"};
+                                           CallShape::kBidiStream};
 inline constexpr RpcMethod kCreateCalibrationMethod{"certiq.v1.CalibrationService",
-                                                    "CreateCalibration", "unary"};
+                                                    "CreateCalibration", CallShape::kUnary};
 inline constexpr RpcMethod kAccumulateMethod{"certiq.v1.CalibrationService", "Accumulate",
-                                             "bidi_stream"};
+                                             CallShape::kBidiStream};
 inline constexpr RpcMethod kImportStatisticsMethod{"certiq.v1.CalibrationService",
-                                                   "ImportStatistics", "client_stream"};
+                                                   "ImportStatistics", CallShape::kClientStream};
 inline constexpr RpcMethod kExportStatisticsMethod{"certiq.v1.CalibrationService",
-                                                   "ExportStatistics", "server_stream"};
+                                                   "ExportStatistics", CallShape::kServerStream};
 inline constexpr RpcMethod kFinalizeCalibrationMethod{"certiq.v1.CalibrationService",
-                                                      "FinalizeCalibration", "unary"};
+                                                      "FinalizeCalibration", CallShape::kUnary};
 inline constexpr RpcMethod kGetCalibrationMethod{"certiq.v1.CalibrationService", "GetCalibration",
-                                                 "unary"};
+                                                 CallShape::kUnary};
 inline constexpr RpcMethod kListCalibrationsMethod{"certiq.v1.CalibrationService",
-                                                   "ListCalibrations", "unary"};
+                                                   "ListCalibrations", CallShape::kUnary};
 inline constexpr RpcMethod kDeleteCalibrationMethod{"certiq.v1.CalibrationService",
-                                                    "DeleteCalibration", "unary"};
-inline constexpr RpcMethod kCreateJobMethod{"certiq.v1.JobService", "CreateJob", "client_stream"};
-inline constexpr RpcMethod kGetJobMethod{"certiq.v1.JobService", "GetJob", "unary"};
-inline constexpr RpcMethod kListJobsMethod{"certiq.v1.JobService", "ListJobs", "unary"};
-inline constexpr RpcMethod kCancelJobMethod{"certiq.v1.JobService", "CancelJob", "unary"};
-inline constexpr RpcMethod kDeleteJobMethod{"certiq.v1.JobService", "DeleteJob", "unary"};
-inline constexpr RpcMethod kWatchJobMethod{"certiq.v1.JobService", "WatchJob", "server_stream"};
-inline constexpr RpcMethod kReadResultMethod{"certiq.v1.JobService", "ReadResult", "server_stream"};
+                                                    "DeleteCalibration", CallShape::kUnary};
+inline constexpr RpcMethod kCreateJobMethod{"certiq.v1.JobService", "CreateJob",
+                                            CallShape::kClientStream};
+inline constexpr RpcMethod kGetJobMethod{"certiq.v1.JobService", "GetJob", CallShape::kUnary};
+inline constexpr RpcMethod kListJobsMethod{"certiq.v1.JobService", "ListJobs", CallShape::kUnary};
+inline constexpr RpcMethod kCancelJobMethod{"certiq.v1.JobService", "CancelJob", CallShape::kUnary};
+inline constexpr RpcMethod kDeleteJobMethod{"certiq.v1.JobService", "DeleteJob", CallShape::kUnary};
+inline constexpr RpcMethod kWatchJobMethod{"certiq.v1.JobService", "WatchJob",
+                                           CallShape::kServerStream};
+inline constexpr RpcMethod kReadResultMethod{"certiq.v1.JobService", "ReadResult",
+                                             CallShape::kServerStream};
 inline constexpr std::array kRpcMethods = {kQuantizeMethod,
                                            kCreateCalibrationMethod,
                                            kAccumulateMethod,

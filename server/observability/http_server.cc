@@ -1,150 +1,161 @@
 #include "observability/http_server.h"
 
-#include <CivetServer.h>
-#include <netdb.h>
+#include <microhttpd.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #include <chrono>
-#include <cstring>
-#include <future>
+#include <map>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
+#include "base/address.h"
+#include "base/exception_guard.h"
+#include "base/listening_socket.h"
+#include "base/mutex.h"
+#include "base/status_macros.h"
+#include "runtime/periodic_task.h"
 
 namespace certiq::server {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 constexpr char kTextType[] = "text/plain; charset=utf-8";
 // The content type of the format that TextSerializer writes.
 constexpr char kMetricsType[] = "text/plain; version=0.0.4; charset=utf-8";
 
-void Answer(mg_connection* connection, const char* status, const char* type, std::string_view body,
-            bool head) {
-  const std::string header =
-      absl::StrCat("HTTP/1.1 ", status, "\r\nContent-Type: ", type,
-                   "\r\nContent-Length: ", body.size(), "\r\nConnection: close\r\n\r\n");
-  mg_write(connection, header.data(), header.size());
-  if (!head) mg_write(connection, body.data(), body.size());
-}
+// Connections at a time, and of one address. A descriptor and some KiB each.
+constexpr unsigned kMaxConnections = 256;
+constexpr unsigned kMaxConnectionsOfOne = 128;
+// What one may hold of a request's head.
+constexpr size_t kConnectionBytes = size_t{16} << 10;
+// A connection lives no longer, and is silent no longer.
+constexpr std::chrono::seconds kLifetime{10};
+constexpr unsigned kSilenceSeconds = 5;
 
-// Civetweb takes numeric addresses only.
-std::string ListeningPorts(const std::string& listen) {
-  constexpr std::string_view kLocalhost = "localhost:";
-  if (listen.rfind(kLocalhost, 0) == 0) return "127.0.0.1:" + listen.substr(kLocalhost.size());
-  return listen;
-}
-
-bool LooksLikeAddress(const std::string& listen) {
-  const size_t colon = listen.rfind(':');
-  const std::string port = colon == std::string::npos ? listen : listen.substr(colon + 1);
-  // Civetweb would take letters after the port as options, and a comma as a second address.
-  return !port.empty() && port.size() <= 5 &&
-         port.find_first_not_of("0123456789") == std::string::npos && std::stoi(port) <= 65535 &&
-         listen.find(',') == std::string::npos;
-}
-
-// Opens a connection to the server and closes it.
-void Connect(const std::string& host, int port) {
-  addrinfo hints = {};
-  hints.ai_socktype = SOCK_STREAM;
-  addrinfo* found = nullptr;
-  // Without a host, or with "any", the loopback address is dialled.
-  const bool any = host.empty() || host == "0.0.0.0" || host == "::";
-  const std::string service = std::to_string(port);
-  if (host != "::") hints.ai_family = host.find(':') == std::string::npos ? AF_INET : AF_INET6;
-  if (getaddrinfo(any ? nullptr : host.c_str(), service.c_str(), &hints, &found) != 0) return;
-  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> list(found, &freeaddrinfo);
-  const int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  if (fd < 0) return;
-  // A refused connection is fine: then the listener has ended.
-  (void)connect(fd, found->ai_addr, found->ai_addrlen);
-  close(fd);
-}
-
-// HOST of HOST:PORT, without brackets; empty where there is only a port.
-std::string HostOf(const std::string& ports) {
-  const size_t colon = ports.rfind(':');
-  if (colon == std::string::npos) return "";
-  std::string host = ports.substr(0, colon);
-  if (host.size() >= 2 && host.front() == '[') host = host.substr(1, host.size() - 2);
-  return host;
+MHD_Result Answer(MHD_Connection* connection, unsigned status, const char* type,
+                  const std::string& body) {
+  MHD_Response* const response = MHD_create_response_from_buffer(
+      body.size(), const_cast<char*>(body.data()), MHD_RESPMEM_MUST_COPY);
+  if (response == nullptr) return MHD_NO;
+  MHD_add_response_header(response, MHD_HTTP_HEADER_CONTENT_TYPE, type);
+  MHD_add_response_header(response, MHD_HTTP_HEADER_CONNECTION, "close");
+  if (status == MHD_HTTP_METHOD_NOT_ALLOWED) {
+    MHD_add_response_header(response, MHD_HTTP_HEADER_ALLOW, "GET, HEAD");
+  }
+  const MHD_Result queued = MHD_queue_response(connection, status, response);
+  MHD_destroy_response(response);
+  return queued;
 }
 
 }  // namespace
 
-struct HttpServer::Handler final : CivetHandler {
-  explicit Handler(Options handler_options) : options(std::move(handler_options)) {}
-
-  bool handleGet(CivetServer* /*server*/, mg_connection* connection) override {
-    Serve(connection, /*head=*/false);
-    return true;
-  }
-  bool handleHead(CivetServer* /*server*/, mg_connection* connection) override {
-    Serve(connection, /*head=*/true);
-    return true;
+struct HttpServer::Impl {
+  explicit Impl(Options server_options)
+      : options(std::move(server_options)),
+        cutter([this] { CutOld(); }, std::chrono::milliseconds(1000), [] {}) {}
+  ~Impl() {
+    cutter.Stop();
+    for (MHD_Daemon* const daemon : daemons) MHD_stop_daemon(daemon);
   }
 
-  void Serve(mg_connection* connection, bool head) const {
-    const mg_request_info* const request = mg_get_request_info(connection);
-    const std::string_view path = request->local_uri == nullptr ? "" : request->local_uri;
+  static MHD_Result Handle(void* self, MHD_Connection* connection, const char* url,
+                           const char* method, const char* /*version*/, const char* /*data*/,
+                           size_t* data_bytes, void** /*request*/) {
+    // A body is not read: the answer is on its way and closes the connection.
+    *data_bytes = 0;
+    MHD_Result result = MHD_NO;
+    base::RunGuarded([&] {
+      result = static_cast<const Impl*>(self)->Serve(connection, url, method);
+      return absl::OkStatus();
+    }).IgnoreError();
+    return result;
+  }
+
+  MHD_Result Serve(MHD_Connection* connection, std::string_view path,
+                   std::string_view method) const {
+    if (method != MHD_HTTP_METHOD_GET && method != MHD_HTTP_METHOD_HEAD) {
+      return Answer(connection, MHD_HTTP_METHOD_NOT_ALLOWED, kTextType, "GET or HEAD\n");
+    }
     if (path == "/metrics") {
-      Answer(connection, "200 OK", kMetricsType, options.metrics_text(), head);
-    } else if (path == "/healthz") {
-      const bool healthy = options.healthy();
-      Answer(connection, healthy ? "200 OK" : "503 Service Unavailable", kTextType,
-             healthy ? "ok\n" : "draining\n", head);
-    } else {
-      Answer(connection, "404 Not Found", kTextType, "/metrics or /healthz\n", head);
+      return Answer(connection, MHD_HTTP_OK, kMetricsType, options.metrics_text());
+    }
+    if (path == "/healthz") {
+      const absl::Status health = options.health();
+      return Answer(connection, health.ok() ? MHD_HTTP_OK : MHD_HTTP_SERVICE_UNAVAILABLE, kTextType,
+                    health.ok() ? "ok\n" : absl::StrCat(health.message(), "\n"));
+    }
+    return Answer(connection, MHD_HTTP_NOT_FOUND, kTextType, "/metrics or /healthz\n");
+  }
+
+  // The library closes a connection after this has said that it is over.
+  static void Notify(void* self, MHD_Connection* connection, void** /*context*/,
+                     MHD_ConnectionNotificationCode what) {
+    auto& impl = *static_cast<Impl*>(self);
+    const base::MutexLock lock(impl.mu);
+    if (what == MHD_CONNECTION_NOTIFY_CLOSED) {
+      impl.since.erase(connection);
+      return;
+    }
+    const MHD_ConnectionInfo* const info =
+        MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CONNECTION_FD);
+    if (info != nullptr) impl.since[connection] = {info->connect_fd, Clock::now()};
+  }
+
+  // The library's own limit is one of silence: a byte a second would keep a connection for ever.
+  void CutOld() {
+    const base::MutexLock lock(mu);
+    for (const auto& [connection, opened] : since) {
+      if (Clock::now() - opened.second > kLifetime) shutdown(opened.first, SHUT_RDWR);
     }
   }
 
   const Options options;
+  int port = 0;
+  base::Mutex mu;
+  // Sockets of open connections, and when they were opened.
+  std::map<MHD_Connection*, std::pair<int, Clock::time_point>> since ABSL_GUARDED_BY(mu);
+  std::vector<MHD_Daemon*> daemons;
+  PeriodicTask cutter;
 };
 
-struct HttpServer::Civet {
-  explicit Civet(const std::vector<std::string>& options) : server(options) {}
-  CivetServer server;
-};
+HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-HttpServer::HttpServer(Options options) : handler_(std::make_unique<Handler>(std::move(options))) {}
+HttpServer::~HttpServer() = default;
 
-HttpServer::~HttpServer() {
-  // Civetweb's listener reads its stop flag every two seconds and after every connection.
-  // Connections spare us the two seconds.
-  const auto stopped = std::async(std::launch::async, [this] { civet_.reset(); });
-  while (stopped.wait_for(std::chrono::milliseconds(10)) != std::future_status::ready) {
-    if (port_ != 0) Connect(host_, port_);
-  }
-}
+int HttpServer::port() const { return impl_->port; }
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(Options options) {
-  const std::string listen = options.listen;
-  if (!LooksLikeAddress(listen)) {
+  const absl::StatusOr<base::Address> address = base::ParseAddress(options.listen);
+  if (!address.ok() || address->is_unix()) {
     return absl::InvalidArgumentError(
-        absl::StrCat("expected HOST:PORT with a port of 0 to 65535, got \"", listen, "\""));
+        absl::StrCat("expected HOST:PORT with a port of 0 to 65535, got \"", options.listen, "\""));
   }
-  std::unique_ptr<HttpServer> server(new HttpServer(std::move(options)));
-  // Three threads: for a scrape, a probe, and a client that hangs.
-  const std::vector<std::string> settings = {"listening_ports",    ListeningPorts(listen),
-                                             "num_threads",        "3",
-                                             "request_timeout_ms", "5000",
-                                             "enable_keep_alive",  "no"};
-  try {
-    server->civet_ = std::make_unique<Civet>(settings);
-  } catch (const CivetException&) {
-    return absl::UnavailableError(absl::StrCat("cannot listen on ", listen,
-                                               ": the port is in use or the address is not "
-                                               "one of this machine"));
+  absl::StatusOr<base::ListeningSockets> listening = base::Listen(*address);
+  if (!listening.ok()) {
+    return absl::Status(
+        listening.status().code(),
+        absl::StrCat("cannot listen on ", options.listen, ": ", listening.status().message()));
   }
-  server->civet_->server.addHandler("**", server->handler_.get());
-  const std::vector<int> ports = server->civet_->server.getListeningPorts();
-  if (ports.empty()) return absl::InternalError("the HTTP server reports no port");
-  server->host_ = HostOf(ListeningPorts(listen));
-  server->port_ = ports.front();
-  return server;
+  auto impl = std::make_unique<Impl>(std::move(options));
+  impl->port = listening->port;
+  for (base::FileDescriptor& socket : listening->sockets) {
+    MHD_Daemon* const daemon = MHD_start_daemon(
+        MHD_USE_EPOLL_INTERNAL_THREAD, 0, nullptr, nullptr, &Impl::Handle, impl.get(),
+        MHD_OPTION_LISTEN_SOCKET, socket.get(), MHD_OPTION_CONNECTION_LIMIT, kMaxConnections,
+        MHD_OPTION_PER_IP_CONNECTION_LIMIT, kMaxConnectionsOfOne,
+        MHD_OPTION_CONNECTION_MEMORY_LIMIT, kConnectionBytes, MHD_OPTION_CONNECTION_TIMEOUT,
+        kSilenceSeconds, MHD_OPTION_NOTIFY_CONNECTION, &Impl::Notify, impl.get(), MHD_OPTION_END);
+    if (daemon == nullptr) return absl::UnavailableError("the HTTP server does not start");
+    // The library closes it from now on.
+    static_cast<void>(socket.Release());
+    impl->daemons.push_back(daemon);
+  }
+  impl->cutter.Start();
+  return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
 }
 
 }  // namespace certiq::server

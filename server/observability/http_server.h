@@ -7,22 +7,24 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
 namespace certiq::server {
 
 // For Prometheus and load balancers. Answers GET and HEAD of the two paths; other paths are 404,
-// other methods 405. It speaks clear text, since its answers name no client and no layer.
-// Thread-safe.
+// other methods 405. It speaks clear text, since its answers name no client and no layer. One
+// thread serves all connections without waiting for any; each is cut after ten seconds, however
+// busy its client keeps it. Thread-safe.
 class HttpServer {
  public:
   struct Options {
-    // HOST:PORT, [IPV6]:PORT or PORT; port 0 asks for a free one.
+    // HOST:PORT or [IPV6]:PORT; port 0 asks for a free one.
     std::string listen;
-    // The body of /metrics. Called from the server's threads.
+    // The body of /metrics. Called from the server's thread.
     std::function<std::string()> metrics_text;
-    // True for 200 "ok" of /healthz, false for 503 "draining". Called from the server's threads.
-    std::function<bool()> healthy;
+    // OK for 200 "ok" of /healthz, else 503 with the message. Called from the server's thread.
+    std::function<absl::Status()> health;
   };
 
   // INVALID_ARGUMENT for a malformed address, UNAVAILABLE if it cannot listen.
@@ -32,18 +34,12 @@ class HttpServer {
   HttpServer& operator=(const HttpServer&) = delete;
 
   // The port it listens on, also where port 0 was asked for.
-  int port() const { return port_; }
+  int port() const;
 
  private:
-  struct Handler;
-  struct Civet;
-  explicit HttpServer(Options options);
-
-  std::unique_ptr<Handler> handler_;
-  // Destroyed before the handler, which its threads use.
-  std::unique_ptr<Civet> civet_;
-  std::string host_;
-  int port_ = 0;
+  struct Impl;
+  explicit HttpServer(std::unique_ptr<Impl> impl);
+  const std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace certiq::server

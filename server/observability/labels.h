@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "engine/run_context.h"
 #include "engine/spec.h"
+#include "observability/call_observer.h"
 #include "observability/observer.h"
 
 namespace certiq::server {
@@ -103,7 +104,21 @@ constexpr const char* LabelOf(Rejection reason) {
   return nullptr;
 }
 
-// In the spelling of go-grpc-prometheus.
+// What follows is in the spelling of go-grpc-prometheus.
+constexpr const char* LabelOf(CallShape shape) {
+  switch (shape) {
+    case CallShape::kUnary:
+      return "unary";
+    case CallShape::kClientStream:
+      return "client_stream";
+    case CallShape::kServerStream:
+      return "server_stream";
+    case CallShape::kBidiStream:
+      return "bidi_stream";
+  }
+  return nullptr;
+}
+
 constexpr const char* LabelOf(absl::StatusCode code) {
   switch (code) {
     case absl::StatusCode::kOk:

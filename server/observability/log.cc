@@ -18,7 +18,14 @@ std::string Dump(const Json& json) {
   return json.dump(-1, ' ', /*ensure_ascii=*/true, Json::error_handler_t::replace);
 }
 
+// A text as a line has it: whole, or its start and how much it was.
+std::string Cut(const std::string& text) {
+  if (text.size() <= kMaxLogText) return text;
+  return absl::StrCat(text.substr(0, kMaxLogText), "... (", text.size(), " bytes)");
+}
+
 Json ToJson(const LogValue& value) {
+  if (const auto* const text = std::get_if<std::string>(&value); text != nullptr) return Cut(*text);
   return std::visit([](const auto& v) { return Json(v); }, value);
 }
 
@@ -35,7 +42,9 @@ std::string FormatText(std::string_view event, const LogFields& fields) {
   for (const auto& [name, value] : fields) {
     line.append(" ").append(name).append("=");
     const auto* const text = std::get_if<std::string>(&value);
-    line.append(text != nullptr && IsPlain(*text) ? *text : Dump(ToJson(value)));
+    line.append(text != nullptr && text->size() <= kMaxLogText && IsPlain(*text)
+                    ? *text
+                    : Dump(ToJson(value)));
   }
   return line;
 }

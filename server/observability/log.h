@@ -3,6 +3,7 @@
 #ifndef CERTIQ_OBSERVABILITY_LOG_H_
 #define CERTIQ_OBSERVABILITY_LOG_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -21,6 +22,9 @@ enum class LogFormat { kText, kJson };
 
 using LogValue = std::variant<std::string, int64_t, double, bool>;
 using LogFields = std::vector<std::pair<std::string_view, LogValue>>;
+
+// A longer text of a field is cut, so that no client can fill a disk by what it is refused for.
+inline constexpr size_t kMaxLogText = 1024;
 
 // Writes one line per event: time, level, event name and fields. Control characters are escaped, so
 // that no field can begin a line of its own. Thread-safe.

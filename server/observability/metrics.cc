@@ -225,7 +225,7 @@ struct Metrics::Families {
     auto& seconds = Histograms("grpc_server_handling_seconds",
                                "Response latency in seconds of RPCs handled by the server.");
     for (size_t r = 0; r < kRpcs.size(); ++r) {
-      const prometheus::Labels labels = {{"grpc_type", kRpcs[r].type},
+      const prometheus::Labels labels = {{"grpc_type", LabelOf(kRpcs[r].shape)},
                                          {"grpc_service", kRpcs[r].service},
                                          {"grpc_method", kRpcs[r].method}};
       rpc_started[r] = &started.Add(labels);

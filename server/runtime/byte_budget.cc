@@ -69,6 +69,11 @@ absl::Status ByteBudget::CheckCanFit(int64_t bytes, absl::string_view what) cons
   return absl::OkStatus();
 }
 
+bool ByteBudget::HasRoomOfItsOwn(int64_t bytes) const {
+  const base::MutexLock lock(mu_);
+  return bytes <= capacity_ - reserved_;
+}
+
 ByteBudget::Reservation ByteBudget::Reserve(int64_t bytes) {
   for (ByteBudget* budget = this; budget != nullptr; budget = budget->whole_) {
     const base::MutexLock lock(budget->mu_);

@@ -59,6 +59,8 @@ class ByteBudget {
       ABSL_LOCKS_EXCLUDED(mu_);
   // RESOURCE_EXHAUSTED if the bytes would not fit into an empty budget.
   absl::Status CheckCanFit(int64_t bytes, absl::string_view what) const ABSL_LOCKS_EXCLUDED(mu_);
+  // Whether the bytes fit into this budget, whatever the whole has left.
+  bool HasRoomOfItsOwn(int64_t bytes) const ABSL_LOCKS_EXCLUDED(mu_);
   // May pass the capacity. It is for what exists already, such as files that were found at the
   // start.
   Reservation Reserve(int64_t bytes) ABSL_LOCKS_EXCLUDED(mu_);

@@ -32,6 +32,7 @@ WorkerPool::Slot& WorkerPool::Slot::operator=(Slot&& other) noexcept {
     Release();
     pool_ = std::exchange(other.pool_, nullptr);
     id_ = other.id_;
+    share_ = std::exchange(other.share_, nullptr);
     parked_ = std::exchange(other.parked_, false);
   }
   return *this;
@@ -49,7 +50,7 @@ void WorkerPool::Slot::Release() {
   if (pool_ == nullptr) return;
   WorkerPool* const pool = std::exchange(pool_, nullptr);
   const base::MutexLock lock(pool->mu_);
-  --pool->slots_;
+  pool->GiveSlot(std::exchange(share_, nullptr));
   if (std::exchange(parked_, false)) {
     --pool->parked_;
     pool->QueueChanged();
@@ -176,24 +177,42 @@ absl::Status WorkerPool::Post(Task task) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<WorkerPool::Slot> WorkerPool::Admit() {
+absl::StatusOr<WorkerPool::Slot> WorkerPool::Admit(const std::string& holder) {
+  const auto full = [](const std::string& message) {
+    absl::Status status = absl::ResourceExhaustedError(message);
+    base::SetRetryAfter(status, base::kRetrySoon);
+    return status;
+  };
   const base::MutexLock lock(mu_);
   if (!admitting_) return base::DrainingError();
   if (slots_ >= queue_limit_) {
-    absl::Status status = absl::ResourceExhaustedError(
-        absl::StrCat("the queue is full: all ", queue_limit_,
-                     " places are taken by layers that upload or wait"));
-    base::SetRetryAfter(status, base::kRetrySoon);
-    return status;
+    return full(absl::StrCat("the queue is full: all ", queue_limit_,
+                             " places are taken by layers that upload or wait"));
+  }
+  int* share = nullptr;
+  if (!holder.empty()) {
+    share = &shares_[holder];
+    const int limit = queue_limit_ - queue_limit_ / 4;
+    if (*share >= limit) {
+      return full(absl::StrCat("this tenant's layers that upload or wait take ", limit, " of the ",
+                               queue_limit_,
+                               " places in the queue, as many as one tenant may have"));
+    }
+    ++*share;
   }
   ++slots_;
-  return Slot(this, next_id_++);
+  return Slot(this, next_id_++, share);
+}
+
+void WorkerPool::GiveSlot(int* share) {
+  --slots_;
+  if (share != nullptr) --*share;
 }
 
 WorkerPool::Slot WorkerPool::AdmitAgain() {
   const base::MutexLock lock(mu_);
   ++slots_;
-  return Slot(this, next_id_++);
+  return Slot(this, next_id_++, nullptr);
 }
 
 absl::StatusOr<WorkerPool::JobId> WorkerPool::Enqueue(Slot slot, Job job) {
@@ -201,14 +220,15 @@ absl::StatusOr<WorkerPool::JobId> WorkerPool::Enqueue(Slot slot, Job job) {
   if (slot.pool_ != this) return absl::InternalError("a job without a place in the queue");
   // From here on the entry in queue_ holds the slot.
   slot.pool_ = nullptr;
+  int* const share = std::exchange(slot.share_, nullptr);
   if (std::exchange(slot.parked_, false)) --parked_;
   if (stopping_) {
-    --slots_;
+    GiveSlot(share);
     return ShutDown();
   }
   const JobId id = slot.id_;
   const Rank rank{-job.priority, id};
-  queue_.emplace(rank, Queued{id, std::move(job)});
+  queue_.emplace(rank, Queued{id, share, std::move(job)});
   queued_.emplace(id, rank);
   jobs_waiting_ = true;
   announced_.fetch_add(1, std::memory_order_relaxed);
@@ -230,7 +250,7 @@ void WorkerPool::Cancel(JobId id, absl::StatusCode reason) {
     auto entry = queue_.extract(queued->second);
     queued_.erase(queued);
     job = std::move(entry.mapped().job);
-    --slots_;
+    GiveSlot(entry.mapped().share);
     // Counted as active until its completion has run.
     ++active_;
     // The job behind it may be able to start.
@@ -244,13 +264,6 @@ void WorkerPool::Cancel(JobId id, absl::StatusCode reason) {
   const base::MutexLock lock(mu_);
   --active_;
   if (active_ == 0) idle_.NotifyAll();
-}
-
-int64_t WorkerPool::Position(JobId id) const {
-  const base::MutexLock lock(mu_);
-  const auto queued = queued_.find(id);
-  if (queued == queued_.end()) return -1;
-  return std::distance(queue_.begin(), queue_.find(queued->second));
 }
 
 void WorkerPool::Poke() {
@@ -366,7 +379,7 @@ std::optional<WorkerPool::Queued> WorkerPool::TakeJob() {
     queue_.erase(at);
     queued_.erase(queued.id);
     running_.emplace(queued.id, queued.job.cancellation);
-    --slots_;
+    GiveSlot(queued.share);
     QueueChanged();
     // The job behind it may be able to start too.
     if (!queue_.empty()) work_.NotifyOne();

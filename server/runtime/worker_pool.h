@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -55,6 +56,7 @@ class WorkerPool final : public engine::Executor {
     Slot(Slot&& other) noexcept
         : pool_(std::exchange(other.pool_, nullptr)),
           id_(other.id_),
+          share_(std::exchange(other.share_, nullptr)),
           parked_(std::exchange(other.parked_, false)) {}
     Slot& operator=(Slot&& other) noexcept;
     ~Slot() { Release(); }
@@ -65,9 +67,11 @@ class WorkerPool final : public engine::Executor {
 
    private:
     friend class WorkerPool;
-    Slot(WorkerPool* pool, JobId id) : pool_(pool), id_(id) {}
+    Slot(WorkerPool* pool, JobId id, int* share) : pool_(pool), id_(id), share_(share) {}
     WorkerPool* pool_ = nullptr;
     JobId id_ = 0;
+    // The pool's count of its holder's slots; null where they are not counted.
+    int* share_ = nullptr;
     bool parked_ = false;
   };
 
@@ -109,8 +113,10 @@ class WorkerPool final : public engine::Executor {
   // UNAVAILABLE after Shutdown; then `done` is not called.
   absl::Status Post(Task task) ABSL_LOCKS_EXCLUDED(mu_);
 
-  // RESOURCE_EXHAUSTED with a retry delay if all slots are held, UNAVAILABLE while draining.
-  absl::StatusOr<Slot> Admit() ABSL_LOCKS_EXCLUDED(mu_);
+  // A slot for `holder`, of whom each may have three quarters of them, so that one alone does not
+  // keep others out; "" may have all. RESOURCE_EXHAUSTED with a retry delay if all slots are held,
+  // UNAVAILABLE while draining.
+  absl::StatusOr<Slot> Admit(const std::string& holder = "") ABSL_LOCKS_EXCLUDED(mu_);
   // May pass the limit. It is for jobs that were admitted before a restart.
   Slot AdmitAgain() ABSL_LOCKS_EXCLUDED(mu_);
 
@@ -121,9 +127,6 @@ class WorkerPool final : public engine::Executor {
   // Tells the job to stop for `reason`. A job that waits leaves the queue at once; its completion
   // runs before this returns. Unknown and finished ids are ignored.
   void Cancel(JobId id, absl::StatusCode reason) ABSL_LOCKS_EXCLUDED(mu_);
-
-  // The number of queued jobs that would start before this one; -1 if it does not wait.
-  int64_t Position(JobId id) const ABSL_LOCKS_EXCLUDED(mu_);
 
   // Has the pool call `ready` of queued jobs again.
   void Poke() ABSL_LOCKS_EXCLUDED(mu_);
@@ -170,6 +173,8 @@ class WorkerPool final : public engine::Executor {
   using Rank = std::pair<int, JobId>;
   struct Queued {
     JobId id;
+    // See Slot.
+    int* share;
     Job job;
   };
 
@@ -194,6 +199,8 @@ class WorkerPool final : public engine::Executor {
   // Consumes `queued`: the resources that its functions hold are free before the job counts as
   // done.
   void RunJob(Queued&& queued) ABSL_LOCKS_EXCLUDED(mu_);
+  // A slot that nobody holds any more.
+  void GiveSlot(int* share) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void SetBusy(int change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Publishes the queue's depth.
   void QueueChanged() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -215,6 +222,8 @@ class WorkerPool final : public engine::Executor {
   JobId next_id_ ABSL_GUARDED_BY(mu_) = 1;
   // Slots held: by jobs that are admitted and do not run yet.
   int slots_ ABSL_GUARDED_BY(mu_) = 0;
+  // By their holders; an entry that was made stays where it is.
+  std::map<std::string, int> shares_ ABSL_GUARDED_BY(mu_);
   // The part of them that jobs hold which wait elsewhere.
   int parked_ ABSL_GUARDED_BY(mu_) = 0;
   // Tasks and jobs that run, their completions included.

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -80,7 +81,8 @@ class Catalog {
   // Nothing where the request made none. REQUIRES: !request_id.empty().
   virtual absl::StatusOr<std::optional<CalibrationRecord>> FindCalibrationOfRequest(
       const std::string& tenant, const std::string& request_id) = 0;
-  // At most `count`, newest first, behind `after` where it is given.
+  // At most `count`, newest first, behind `after` where it is given; not more after the record with
+  // which they have more than kMaxPageBytes. So are Jobs.
   virtual absl::StatusOr<std::vector<CalibrationRecord>> Calibrations(
       const CalibrationFilter& filter, const std::optional<PageKey>& after, int64_t count) = 0;
   // Those whose time to live is over.
@@ -112,9 +114,11 @@ class Catalog {
   virtual absl::StatusOr<std::vector<JobRecord>> ExpiredJobs(base::UnixMicros now) = 0;
 
   // The queued job of the highest priority that nobody has claimed, the oldest first; nothing where
-  // there is none. Repeated with the same claim: the job that it claimed, while it has not ended.
-  virtual absl::StatusOr<std::optional<JobRecord>> ClaimJob(const std::string& replica,
-                                                            const std::string& claim) = 0;
+  // there is none. Jobs of the tenants in `without` are passed over. Repeated with the same claim:
+  // the job that it claimed, while it has not ended.
+  virtual absl::StatusOr<std::optional<JobRecord>> ClaimJob(
+      const std::string& replica, const std::string& claim,
+      const std::set<std::string>& without) = 0;
   virtual absl::StatusOr<JobChange> StartJob(const std::string& id, const std::string& claim,
                                              base::UnixMicros now) = 0;
   // Gives a claimed job back to the queue; a start is not counted.

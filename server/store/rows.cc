@@ -121,17 +121,20 @@ absl::Status PutRow(SqlDatabase& database, const JobRecord& record) {
 
 template <typename Record>
 absl::StatusOr<std::vector<Record>> SelectRows(SqlDatabase& database, const char* where,
-                                               absl::FunctionRef<void(SqlStatement&)> bind) {
+                                               absl::FunctionRef<void(SqlStatement&)> bind,
+                                               int64_t max_bytes) {
   const std::string sql = absl::StrCat("SELECT checksum, body, ", Table<Record>::kColumns, " FROM ",
                                        Table<Record>::kName, " ", where);
   ASSIGN_OR_RETURN(SqlStatement select, database.Prepare(sql.c_str()));
   bind(select);
   std::vector<Record> records;
-  for (;;) {
+  int64_t bytes = 0;
+  while (bytes <= max_bytes) {
     ASSIGN_OR_RETURN(const bool more, select.Step());
-    if (!more) return records;
+    if (!more) break;
     const int64_t sum = select.NextInteger();
     const std::string body = select.NextString();
+    bytes += static_cast<int64_t>(body.size());
     Record& record = records.emplace_back();
     bool whole = sum == SumOf(body) && record.ParseFromString(body);
     if (whole) {
@@ -144,11 +147,14 @@ absl::StatusOr<std::vector<Record>> SelectRows(SqlDatabase& database, const char
                                            " is not what was written"));
     }
   }
+  return records;
 }
 template absl::StatusOr<std::vector<CalibrationRecord>> SelectRows(
-    SqlDatabase& database, const char* where, absl::FunctionRef<void(SqlStatement&)> bind);
+    SqlDatabase& database, const char* where, absl::FunctionRef<void(SqlStatement&)> bind,
+    int64_t max_bytes);
 template absl::StatusOr<std::vector<JobRecord>> SelectRows(
-    SqlDatabase& database, const char* where, absl::FunctionRef<void(SqlStatement&)> bind);
+    SqlDatabase& database, const char* where, absl::FunctionRef<void(SqlStatement&)> bind,
+    int64_t max_bytes);
 
 absl::Status CheckLabels(SqlDatabase& database,
                          const std::vector<CalibrationRecord>& calibrations) {

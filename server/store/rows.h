@@ -4,6 +4,7 @@
 #define CERTIQ_STORE_ROWS_H_
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -24,10 +25,12 @@ absl::Status PutRow(SqlDatabase& database, const CalibrationRecord& record);
 absl::Status PutRow(SqlDatabase& database, const JobRecord& record);
 
 // The records of a query; `where` is what follows "FROM <table>", constant SQL; `bind` sets its
-// parameters. DATA_LOSS where a row is not what was written.
+// parameters. Reading stops behind the record with which they have more than `max_bytes`.
+// DATA_LOSS where a row is not what was written.
 template <typename Record>
-absl::StatusOr<std::vector<Record>> SelectRows(SqlDatabase& database, const char* where,
-                                               absl::FunctionRef<void(SqlStatement&)> bind);
+absl::StatusOr<std::vector<Record>> SelectRows(
+    SqlDatabase& database, const char* where, absl::FunctionRef<void(SqlStatement&)> bind,
+    int64_t max_bytes = std::numeric_limits<int64_t>::max());
 
 // The first of them, nothing where there is none.
 template <typename Record>

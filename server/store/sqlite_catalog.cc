@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/mutex.h"
 #include "base/status_macros.h"
+#include "contract/paging.h"
 #include "store/rows.h"
 #include "store/schema.h"
 #include "store/sqlite.h"
@@ -155,7 +156,8 @@ class SqliteCatalog final : public Catalog {
   absl::StatusOr<std::vector<JobRecord>> OverdueJobs(base::UnixMicros now) override;
   absl::StatusOr<std::vector<JobRecord>> ExpiredJobs(base::UnixMicros now) override;
   absl::StatusOr<std::optional<JobRecord>> ClaimJob(const std::string& replica,
-                                                    const std::string& claim) override;
+                                                    const std::string& claim,
+                                                    const std::set<std::string>& without) override;
   absl::StatusOr<JobChange> StartJob(const std::string& id, const std::string& claim,
                                      base::UnixMicros now) override;
   absl::StatusOr<JobChange> ReleaseJob(const std::string& id, const std::string& claim) override;
@@ -285,21 +287,23 @@ absl::StatusOr<std::vector<CalibrationRecord>> SqliteCatalog::Calibrations(
     const CalibrationFilter& filter, const std::optional<PageKey>& after, int64_t count) {
   const PageKey key = after.value_or(PageKey());
   const base::MutexLock lock(mu_);
-  return SelectRows<CalibrationRecord>(*database_, R"sql(
+  return SelectRows<CalibrationRecord>(
+      *database_, R"sql(
 WHERE tenant = ?1
   AND (?2 OR (create_time, id) < (?3, ?4))
   AND (?5 = '' OR EXISTS (SELECT 1 FROM calibration_labels
                           WHERE calibration_id = calibrations.id AND label = ?5))
 ORDER BY create_time DESC, id DESC LIMIT ?6
 )sql",
-                                       [&](SqlStatement& select) {
-                                         select.BindText(filter.tenant);
-                                         select.BindInteger(after.has_value() ? 0 : 1);
-                                         select.BindInteger(key.first);
-                                         select.BindText(key.second);
-                                         select.BindText(filter.label);
-                                         select.BindInteger(count);
-                                       });
+      [&](SqlStatement& select) {
+        select.BindText(filter.tenant);
+        select.BindInteger(after.has_value() ? 0 : 1);
+        select.BindInteger(key.first);
+        select.BindText(key.second);
+        select.BindText(filter.label);
+        select.BindInteger(count);
+      },
+      kMaxPageBytes);
 }
 
 absl::StatusOr<std::vector<CalibrationRecord>> SqliteCatalog::ExpiredCalibrations(
@@ -381,22 +385,24 @@ absl::StatusOr<std::vector<JobRecord>> SqliteCatalog::Jobs(const JobFilter& filt
   int64_t states = filter.states.empty() ? ~int64_t{0} : 0;
   for (const JobState state : filter.states) states |= int64_t{1} << state;
   const base::MutexLock lock(mu_);
-  return SelectRows<JobRecord>(*database_, R"sql(
+  return SelectRows<JobRecord>(
+      *database_, R"sql(
 WHERE tenant = ?1
   AND (?2 OR (create_time, id) < (?3, ?4))
   AND ((?5 >> state) & 1)
   AND (?6 = '' OR calibration_id = ?6)
 ORDER BY create_time DESC, id DESC LIMIT ?7
 )sql",
-                               [&](SqlStatement& select) {
-                                 select.BindText(filter.tenant);
-                                 select.BindInteger(after.has_value() ? 0 : 1);
-                                 select.BindInteger(key.first);
-                                 select.BindText(key.second);
-                                 select.BindInteger(states);
-                                 select.BindText(filter.calibration_id);
-                                 select.BindInteger(count);
-                               });
+      [&](SqlStatement& select) {
+        select.BindText(filter.tenant);
+        select.BindInteger(after.has_value() ? 0 : 1);
+        select.BindInteger(key.first);
+        select.BindText(key.second);
+        select.BindInteger(states);
+        select.BindText(filter.calibration_id);
+        select.BindInteger(count);
+      },
+      kMaxPageBytes);
 }
 
 absl::StatusOr<int64_t> SqliteCatalog::Ahead(const JobRecord& job) {
@@ -424,8 +430,11 @@ absl::StatusOr<std::vector<JobRecord>> SqliteCatalog::ExpiredJobs(base::UnixMicr
                                [&](SqlStatement& select) { select.BindInteger(now); });
 }
 
-absl::StatusOr<std::optional<JobRecord>> SqliteCatalog::ClaimJob(const std::string& replica,
-                                                                 const std::string& claim) {
+absl::StatusOr<std::optional<JobRecord>> SqliteCatalog::ClaimJob(
+    const std::string& replica, const std::string& claim, const std::set<std::string>& without) {
+  std::string first = "WHERE state = 1 AND owner = ''";
+  for (size_t i = 0; i < without.size(); ++i) absl::StrAppend(&first, " AND tenant <> ?");
+  absl::StrAppend(&first, " ORDER BY priority DESC, number LIMIT 1");
   std::optional<JobRecord> claimed;
   RETURN_IF_ERROR(Transact([&](SqlDatabase& database) -> absl::Status {
     // A repetition gets what it has claimed already.
@@ -438,11 +447,10 @@ absl::StatusOr<std::optional<JobRecord>> SqliteCatalog::ClaimJob(const std::stri
       claimed = std::move(job);
       return absl::OkStatus();
     }
-    ASSIGN_OR_RETURN(claimed, SelectRow<JobRecord>(
-                                  database,
-                                  "WHERE state = 1 AND owner = '' ORDER BY priority DESC, number "
-                                  "LIMIT 1",
-                                  [](SqlStatement&) {}));
+    ASSIGN_OR_RETURN(claimed,
+                     SelectRow<JobRecord>(database, first.c_str(), [&](SqlStatement& select) {
+                       for (const std::string& tenant : without) select.BindText(tenant);
+                     }));
     if (!claimed.has_value()) return absl::OkStatus();
     ASSIGN_OR_RETURN(claimed, Claim(*std::move(claimed), replica, claim));
     return PutRow(database, *claimed);

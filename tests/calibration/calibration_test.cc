@@ -208,9 +208,9 @@ TEST_P(CalibrationTest, ImportAddsOnce) {
 
 TEST_P(CalibrationTest, AnExportIsOfOneMoment) {
   const auto calibration = Create();
-  const int64_t before = server_->memory().reserved();
   StreamCall live(calibration, "s");
   ASSERT_TRUE(live.opened().ok());
+  const int64_t before = server_->memory().reserved();
   EXPECT_TRUE(live.Fold(0, Rows(0, 333)).ok());
   auto snapshot = calibration.Export(false);
   ASSERT_TRUE(snapshot.ok()) << snapshot.status();

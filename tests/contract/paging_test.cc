@@ -18,7 +18,9 @@ namespace {
 class Item {
  public:
   Item() = default;
-  Item(base::UnixMicros time, std::string id) : key_(time, std::move(id)) {}
+  Item(base::UnixMicros time, std::string id, int64_t bytes = 10)
+      : key_(time, std::move(id)), bytes_(bytes) {}
+  size_t ByteSizeLong() const { return static_cast<size_t>(bytes_); }
   base::UnixMicros create_time() const { return key_.first; }
   const std::string& id() const { return key_.second; }
   const std::pair<base::UnixMicros, std::string>& key() const { return key_; }
@@ -26,6 +28,7 @@ class Item {
 
  private:
   std::pair<base::UnixMicros, std::string> key_;
+  int64_t bytes_ = 0;
 };
 
 // Every third has the time of the one before.
@@ -49,14 +52,18 @@ struct Page {
   std::string next_page_token;
 };
 
-// What a list answers, whose catalog finds one item more than the page is asked for.
+// What a list answers, whose catalog finds one item more than the page is asked for, and none
+// behind the one with which they have too many bytes.
 absl::StatusOr<Page> Cut(const std::vector<Item>& all, int32_t size, const std::string& token) {
   const absl::StatusOr<PageRequest> request = ReadPageRequest(size, token);
   if (!request.ok()) return request.status();
   Page page;
+  int64_t bytes = 0;
   for (const Item& item : NewestFirst(all)) {
     if (request->after.has_value() && item.key() >= *request->after) continue;
-    if (static_cast<int64_t>(page.items.size()) <= request->size) page.items.push_back(item);
+    if (static_cast<int64_t>(page.items.size()) > request->size || bytes > kMaxPageBytes) break;
+    page.items.push_back(item);
+    bytes += static_cast<int64_t>(item.ByteSizeLong());
   }
   page.next_page_token = CutPage(*request, page.items);
   return page;
@@ -80,6 +87,26 @@ TEST(PagingTest, PagesHoldEverythingOnceNewestFirst) {
       EXPECT_EQ(seen, expected);
       EXPECT_EQ(pages, std::max(1, (count + size - 1) / size));
     }
+  }
+}
+
+TEST(PagingTest, PagesHaveALimitOfBytes) {
+  for (const int64_t bytes : {kMaxPageBytes / 10, kMaxPageBytes / 2, kMaxPageBytes - 1,
+                              kMaxPageBytes, kMaxPageBytes + 1, 3 * kMaxPageBytes}) {
+    std::vector<Item> all;
+    for (int i = 0; i < 25; ++i) all.emplace_back(1000 + i, absl::StrCat("id", i), bytes);
+    std::vector<Item> seen;
+    std::string token;
+    do {
+      const auto page = Cut(all, 1000, token);
+      ASSERT_TRUE(page.ok()) << page.status();
+      const auto items = static_cast<int64_t>(page->items.size());
+      EXPECT_TRUE(items <= 1 || items * bytes <= kMaxPageBytes) << items << " of " << bytes;
+      seen.insert(seen.end(), page->items.begin(), page->items.end());
+      token = page->next_page_token;
+      ASSERT_LE(seen.size(), all.size());
+    } while (!token.empty());
+    EXPECT_EQ(seen, NewestFirst(all));
   }
 }
 

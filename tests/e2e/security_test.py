@@ -352,10 +352,12 @@ def test_files_that_stop_the_start(keys: Keys) -> None:
 
 
 def test_beyond_loopback(start_server: StartServer, keys: Keys) -> None:
-    """TLS needs no leave; tokens in clear text are warned of."""
-    safe = start_server("--listen", "0.0.0.0:0", *keys.server.flags())
-    assert "warning" not in safe.log()
+    """TLS needs no leave; who lets everyone in, or tokens travel in clear text, is warned."""
     tokens = ["--token_file", str(keys.tokens)]
+    safe = start_server("--listen", "0.0.0.0:0", *keys.server.flags(), *tokens)
+    assert "warning" not in safe.log()
+    open_to_all = start_server("--listen", "0.0.0.0:0", *keys.server.flags())
+    assert "everyone is let in" in open_to_all.log()
     refused = run_server("--listen", "0.0.0.0:0", "--metrics_listen", "127.0.0.1:0", *tokens)
     assert refused.returncode == 1
     assert "--allow_cleartext" in refused.stderr

@@ -90,7 +90,7 @@ TEST_P(JobDeskTest, RunsAndKeepsTheResult) {
     const auto result = ResultOf(*server_, id);
     ASSERT_TRUE(result.ok()) << result.status();
     EXPECT_EQ(static_cast<int64_t>(result->tensors.size()), record.result().tensor_bytes());
-    EXPECT_GE(result->tensors.size(), size_t{6 * 32 * 4});
+    EXPECT_GE(result->tensors.size(), size_t{6} * 32 * 4);
     EXPECT_EQ(result->certificate.weights_sha256(), record.weights_sha256());
     EXPECT_EQ(result->certificate.sums_sha256(), calibration().View().record.sums_sha256());
     EXPECT_EQ(result->certificate.calibration_id(), calibration_id_);

@@ -55,7 +55,7 @@ class RunTest : public ::testing::Test {
               return InputFor(layer_);
             },
             .keep =
-                [this, held](engine::QuantizedLayer layer, const CertificateFacts& facts) {
+                [this, held](const engine::QuantizedLayer& layer, const CertificateFacts& facts) {
                   EXPECT_EQ(layer.certificate.rows, layer_.rows);
                   EXPECT_EQ(facts.calibration_id, "calibration");
                   ++kept_;
@@ -114,7 +114,7 @@ TEST_F(RunTest, ErrorsOfEachStepEndIt) {
 
 TEST_F(RunTest, AnErrorOfKeepEndsIt) {
   JobRun::Steps steps = Steps();
-  steps.keep = [held = held_.lock()](engine::QuantizedLayer /*layer*/,
+  steps.keep = [held = held_.lock()](const engine::QuantizedLayer& /*layer*/,
                                      const CertificateFacts& /*facts*/) {
     return absl::ResourceExhaustedError("no room");
   };

@@ -438,9 +438,15 @@ TEST_P(RunnerTest, AJobThatCannotBeGivenBackIsGivenBackLater) {
 }
 
 TEST_P(RunnerTest, AnEndThatFailsIsWrittenLater) {
-  BeforeFirst(StoreWrite::kFinishJob, [&] { server_.plan.FailFrom(2); });
+  // The failures are not those of adding a job.
+  Gate submitted;
+  BeforeFirst(StoreWrite::kFinishJob, [&] {
+    EXPECT_TRUE(submitted.Wait());
+    server_.plan.FailFrom(2);
+  });
   const std::string id = Submit();
   const std::string next = Submit();
+  submitted.Open();
   Settle(*server_);
   EXPECT_EQ(Record(id).state(), v1::JOB_STATE_RUNNING);
   for (const std::string& one : {id, next}) {
@@ -583,6 +589,7 @@ TEST_P(RunnerTest, MemoryDecidesHowManyRun) {
       memory.TryReserve(memory.capacity() - memory.reserved() - need - need / 2, "others");
   ASSERT_TRUE(others.ok()) << others.status();
   std::vector<std::string> ids;
+  ids.reserve(6);
   for (int i = 0; i < 6; ++i) ids.push_back(Submit());
   for (const std::string& id : ids) EXPECT_EQ(End(id), v1::JOB_STATE_SUCCEEDED);
   Settle(*server_);

@@ -53,10 +53,10 @@ TEST_F(AuthTest, WithoutAFileEveryoneIsLetIn) {
   Authenticator auth;
   EXPECT_FALSE(auth.enabled());
   for (const Values& values : {Values{}, Values{"x"}, Values{"Bearer a", "Bearer b"}}) {
-    const auto tenant = auth.Authenticate(values, Scope::kWrite);
-    ASSERT_TRUE(tenant.ok());
-    EXPECT_EQ(tenant->name, "");
-    EXPECT_EQ(tenant->limits, server::TenantLimits{});
+    const auto caller = auth.Authenticate(values, Scope::kWrite);
+    ASSERT_TRUE(caller.ok());
+    EXPECT_EQ(caller->tenant.name, "");
+    EXPECT_EQ(caller->tenant.limits, server::TenantLimits{});
   }
 }
 
@@ -66,10 +66,10 @@ TEST_F(AuthTest, KnowsTokensAndScopes) {
   EXPECT_TRUE(auth->enabled());
   for (const char* value :
        {"Bearer alice-secret-token", "bearer alice-secret-token", "BEARER   alice-secret-token"}) {
-    const auto tenant = auth->Authenticate(Values{value}, Scope::kWrite);
-    ASSERT_TRUE(tenant.ok()) << value;
-    EXPECT_EQ(tenant->name, "alice");
-    EXPECT_EQ(tenant->limits.jobs, 3);
+    const auto caller = auth->Authenticate(Values{value}, Scope::kWrite);
+    ASSERT_TRUE(caller.ok()) << value;
+    EXPECT_EQ(caller->tenant.name, "alice");
+    EXPECT_EQ(caller->tenant.limits.jobs, 3);
   }
   EXPECT_EQ(Code(*auth, "alice-secret-token", Scope::kRead), absl::StatusCode::kOk);
   EXPECT_EQ(Code(*auth, "reader-secret-token", Scope::kRead), absl::StatusCode::kOk);

@@ -23,7 +23,7 @@
 #include "absl/strings/str_cat.h"
 #include "certificates.h"
 #include "certiq/v1/calibration_service.grpc.pb.h"
-#include "rpc/calls/unary_call.h"
+#include "rpc/calls/router.h"
 #include "test_server.h"
 
 namespace certiq::testing {
@@ -33,18 +33,17 @@ using grpc::StatusCode;
 using server::Bytes;
 using server::OnDrain;
 
-constexpr server::RpcMethod kUnary{"s", "Get", "unary"};
-constexpr server::RpcMethod kClientStream{"s", "Import", "client_stream"};
-constexpr server::RpcMethod kServerStream{"s", "Export", "server_stream"};
-constexpr server::RpcMethod kBidi{"s", "Accumulate", "bidi_stream"};
+constexpr char kService[] = "certiq.v1.CalibrationService";
+constexpr server::RpcMethod kUnary{kService, "GetCalibration", server::CallShape::kUnary};
+constexpr server::RpcMethod kClientStream{kService, "ImportStatistics",
+                                          server::CallShape::kClientStream};
+constexpr server::RpcMethod kServerStream{kService, "ExportStatistics",
+                                          server::CallShape::kServerStream};
+constexpr server::RpcMethod kBidi{kService, "Accumulate", server::CallShape::kBidiStream};
 constexpr server::RpcMethod kMethods[] = {kUnary, kClientStream, kServerStream, kBidi};
 
-bool Reads(const server::RpcMethod& method) {
-  return method.method == kClientStream.method || method.method == kBidi.method;
-}
-bool Writes(const server::RpcMethod& method) {
-  return method.method == kServerStream.method || method.method == kBidi.method;
-}
+bool Reads(const server::RpcMethod& method) { return StreamsRequests(method.shape); }
+bool Writes(const server::RpcMethod& method) { return StreamsAnswers(method.shape); }
 
 // The size of every message that a client sends here.
 constexpr size_t kRequestBytes = 3;
@@ -78,21 +77,25 @@ struct Script {
   std::atomic<int> dropped{0};
   std::atomic<int> gone{0};
   std::atomic<int> deleted{0};
+
+  static const server::RpcMethod& method_of(const std::string& name) {
+    for (const server::RpcMethod& method : kMethods) {
+      if (name == method.method) return method;
+    }
+    return kUnary;
+  }
 };
 
-template <typename Reactor>
-class ScriptedCall final : public server::Call<Reactor> {
-  using Base = server::Call<Reactor>;
-
+class ScriptedCall final : public server::Call {
  public:
-  ScriptedCall(const server::CallStart& start, Script& script)
-      : Base(start, script.on_drain), script_(script) {
-    handle_ = {.work_started = [this](auto stop) { this->WorkStarted(std::move(stop)); },
-               .work_ended = [this](absl::Status status) { this->WorkEnded(std::move(status)); },
-               .changed = [this] { this->Changed(); },
-               .fail = [this](absl::Status status) { this->Fail(std::move(status)); },
-               .cancellation = &this->cancellation_,
-               .reads = Base::kReads};
+  ScriptedCall(server::CallStart start, Script* script)
+      : Call(std::move(start), script->on_drain), script_(*script) {
+    handle_ = {.work_started = [this](auto stop) { WorkStarted(std::move(stop)); },
+               .work_ended = [this](absl::Status status) { WorkEnded(std::move(status)); },
+               .changed = [this] { Changed(); },
+               .fail = [this](absl::Status status) { Fail(std::move(status)); },
+               .cancellation = &cancellation_,
+               .reads = Reads(script->method_of(life_.summary.method))};
   }
   ~ScriptedCall() override {
     // A registry that does not wait for this would be seen to be too early.
@@ -101,8 +104,6 @@ class ScriptedCall final : public server::Call<Reactor> {
   }
 
  protected:
-  using typename Base::Produced;
-
   absl::Status Take(const Bytes& message) override {
     EXPECT_FALSE(busy_.exchange(true));
     const absl::Cleanup over = [this] { busy_ = false; };
@@ -114,7 +115,9 @@ class ScriptedCall final : public server::Call<Reactor> {
     EXPECT_FALSE(busy_.exchange(true));
     const absl::Cleanup over = [this] { busy_ = false; };
     absl::Status status = script_.end ? script_.end(handle_) : absl::OkStatus();
-    if (status.ok() && !Base::kWrites) status = this->Respond(v1::Calibration());
+    if (status.ok() && !Writes(script_.method_of(life_.summary.method))) {
+      status = Respond(v1::Calibration());
+    }
     return status;
   }
   absl::StatusOr<Produced> Produce(Bytes* outgoing) override {
@@ -126,7 +129,7 @@ class ScriptedCall final : public server::Call<Reactor> {
     absl::StatusOr<Say> say = Say::kEnd;
     if (script_.produce) {
       say = script_.produce(handle_, produced_);
-    } else if (!this->ended()) {
+    } else if (!ended()) {
       say = Say::kNothingYet;
     }
     if (!say.ok()) return say.status();
@@ -141,7 +144,7 @@ class ScriptedCall final : public server::Call<Reactor> {
     if (script_.post) {
       if (absl::Status status = script_.post(task); !status.ok()) return status;
     }
-    return Base::Post(std::move(task));
+    return Call::Post(std::move(task));
   }
   void Drop() override {
     EXPECT_FALSE(busy_);
@@ -183,50 +186,13 @@ class CountingObserver final : public server::CallObserver {
   std::map<std::string, int> counts_;  // guarded by mu_
 };
 
-class ScriptedService final
-    : public v1::CalibrationService::WithRawCallbackMethod_GetCalibration<
-          v1::CalibrationService::WithRawCallbackMethod_ImportStatistics<
-              v1::CalibrationService::WithRawCallbackMethod_ExportStatistics<
-                  v1::CalibrationService::WithRawCallbackMethod_Accumulate<
-                      v1::CalibrationService::Service>>>> {
- public:
-  ScriptedService(const server::CallEnvironment& environment, Script& script)
-      : env_(environment), script_(script) {}
-
-  server::UnaryReactor* GetCalibration(grpc::CallbackServerContext* context, const Bytes* request,
-                                       Bytes* response) override {
-    return Start<server::UnaryReactor>(context, kUnary, request, response);
-  }
-  server::ClientStreamReactor* ImportStatistics(grpc::CallbackServerContext* context,
-                                                Bytes* response) override {
-    return Start<server::ClientStreamReactor>(context, kClientStream, nullptr, response);
-  }
-  server::ServerStreamReactor* ExportStatistics(grpc::CallbackServerContext* context,
-                                                const Bytes* request) override {
-    return Start<server::ServerStreamReactor>(context, kServerStream, request, nullptr);
-  }
-  server::BidiReactor* Accumulate(grpc::CallbackServerContext* context) override {
-    return Start<server::BidiReactor>(context, kBidi, nullptr, nullptr);
-  }
-
- private:
-  template <typename Reactor>
-  Reactor* Start(grpc::CallbackServerContext* context, const server::RpcMethod& method,
-                 const Bytes* request, Bytes* response) {
-    return server::StartCall<ScriptedCall<Reactor>>(context, env_, method, server::Scope::kRead,
-                                                    request, response, script_);
-  }
-
-  const server::CallEnvironment& env_;
-  Script& script_;
-};
-
 // A client's end of a call of any shape, which a test drives step by step.
 class Client {
  public:
   Client(v1::CalibrationService::Stub& stub, const server::RpcMethod& method,
-         std::chrono::milliseconds timeout = kPatience)
+         std::chrono::milliseconds timeout = kPatience, const std::string& authorization = "")
       : stub_(stub), method_(method) {
+    if (!authorization.empty()) context_.AddMetadata("authorization", authorization);
     context_.set_deadline(std::chrono::system_clock::now() + timeout);
     if (Is(kClientStream)) import_ = stub.ImportStatistics(&context_, &imported_);
     if (Is(kBidi)) accumulate_ = stub.Accumulate(&context_);
@@ -334,6 +300,7 @@ class CallTest : public ::testing::Test {
                                                  .jobs = backend_->jobs(),
                                                  .calls = observer_,
                                                  .registry = registry_,
+                                                 .budget = budget_,
                                                  .log =
                                                      [this](const server::CallSummary& call) {
                                                        EXPECT_GE(call.seconds, 0);
@@ -341,12 +308,15 @@ class CallTest : public ::testing::Test {
                                                        logged_.push_back(call);
                                                      },
                                                  .auth = auth_.get()});
-    service_ = std::make_unique<ScriptedService>(*environment_, script_);
+    router_ = std::make_unique<server::Router>(*environment_);
+    for (const server::RpcMethod& method : kMethods) {
+      router_->Add<ScriptedCall>(method, server::Scope::kRead, limits_, &script_);
+    }
     grpc::ServerBuilder builder;
     int port = 0;
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
     builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
-    builder.RegisterService(service_.get());
+    router_->Register(builder);
     server_ = builder.BuildAndStart();
     ASSERT_NE(server_, nullptr);
     grpc::ChannelArguments arguments;
@@ -385,11 +355,13 @@ class CallTest : public ::testing::Test {
   Script script_;
   CountingObserver observer_;
   server::CallRegistry registry_;
+  server::CallBudget budget_{int64_t{64} << 20};
+  server::CallLimits limits_;
   std::unique_ptr<server::Authenticator> auth_;
   std::mutex mu_;
   std::vector<server::CallSummary> logged_;  // guarded by mu_
   std::optional<server::CallEnvironment> environment_;
-  std::unique_ptr<ScriptedService> service_;
+  std::unique_ptr<server::Router> router_;
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<v1::CalibrationService::Stub> stub_;
 };
@@ -428,6 +400,7 @@ TEST_P(CallShapeTest, ManyAtOnce) {
   };
   std::vector<std::thread> clients;
   std::atomic<int> ok{0};
+  clients.reserve(8);
   for (int c = 0; c < 8; ++c) {
     clients.emplace_back([&] {
       for (int i = 0; i < 20; ++i) ok += Run(GetParam()).ok() ? 1 : 0;
@@ -730,6 +703,7 @@ TEST_P(CallShapeTest, AbortsRaceWithCallsThatStart) {
     }
   });
   std::vector<std::thread> clients;
+  clients.reserve(4);
   for (int c = 0; c < 4; ++c) {
     clients.emplace_back([&] {
       for (int i = 0; i < 50; ++i) {
@@ -971,6 +945,151 @@ TEST_F(CallTest, NothingIsTakenAfterAFailure) {
     EXPECT_EQ(client.Finish().error_code(), StatusCode::INVALID_ARGUMENT);
     EXPECT_EQ(script_.taken, 2);
   }
+}
+
+// Nothing of a message is read before its caller is known.
+TEST_P(CallShapeTest, AStrangersMessageIsNotRead) {
+  const Folder folder;
+  folder.Write("tokens", "alice-secret-token alice read\n");
+  Warnings warnings;
+  auto auth = server::Authenticator::Open(folder.Path("tokens"), warnings.Sink());
+  ASSERT_TRUE(auth.ok()) << auth.status();
+  Start(*std::move(auth));
+  EXPECT_EQ(Run(GetParam()).error_code(), StatusCode::UNAUTHENTICATED);
+  EXPECT_TRUE(Eventually([&] { return logged().size() == 1; }));
+  EXPECT_EQ(observer_.count("received", GetParam()), 0);
+  EXPECT_EQ(logged()[0].received_bytes, 0);
+}
+
+TEST_P(CallShapeTest, AMessageMayBeTooLong) {
+  limits_.message_bytes = static_cast<int64_t>(kRequestBytes);
+  Start(std::make_unique<server::Authenticator>());
+  EXPECT_TRUE(Run(GetParam()).ok());
+  limits_.message_bytes = static_cast<int64_t>(kRequestBytes) - 1;
+  Start(std::make_unique<server::Authenticator>());
+  const grpc::Status status = Run(GetParam());
+  EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(DetailsOf(status).field(), "payload");
+  EXPECT_EQ(script_.taken, 1);
+}
+
+// What a call holds is charged, and given back before its client hears the end.
+TEST_P(CallShapeTest, WhatIsHeldIsCharged) {
+  server::ByteBudget& memory = backend_->memory();
+  limits_.held_bytes = memory.capacity() + 1;
+  if (!Writes(GetParam())) limits_.held_bytes = (int64_t{64} << 20) + 1;
+  Start(std::make_unique<server::Authenticator>());
+  EXPECT_EQ(Run(GetParam()).error_code(), StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(script_.taken, 0);
+  limits_.held_bytes = int64_t{1} << 20;
+  Start(std::make_unique<server::Authenticator>());
+  std::atomic<int64_t> reserved{0};
+  script_.take = [&](Handle& /*call*/, int /*number*/) {
+    reserved = memory.reserved();
+    return absl::OkStatus();
+  };
+  for (int i = 0; i < 100; ++i) {
+    EXPECT_TRUE(Run(GetParam()).ok());
+    EXPECT_EQ(memory.reserved(), 0);
+  }
+  EXPECT_EQ(reserved, Writes(GetParam()) ? limits_.held_bytes : 0);
+}
+
+// A call ends soon after its token was taken back, whatever it is at.
+TEST_P(CallShapeTest, RevokedTokensEndOpenCalls) {
+  const Folder folder;
+  folder.Write("tokens", "alice-secret-token alice read\nbob-secret-token bob read\n");
+  Warnings warnings;
+  auto auth = server::Authenticator::Open(folder.Path("tokens"), warnings.Sink(),
+                                          std::chrono::milliseconds(0));
+  ASSERT_TRUE(auth.ok()) << auth.status();
+  Start(*std::move(auth));
+  Gate working;
+  script_.end = [&](Handle& call) {
+    call.work_started([&call](absl::StatusCode /*reason*/) { call.work_ended(absl::OkStatus()); });
+    working.Open();
+    return absl::OkStatus();
+  };
+  Client client(*stub_, GetParam(), kPatience, "Bearer alice-secret-token");
+  client.Send();
+  client.Close();
+  ASSERT_TRUE(working.Wait());
+  registry_.SuperviseAll(std::chrono::steady_clock::now());
+  EXPECT_TRUE(logged().empty());
+  // Another tenant's token of the same text would not do either.
+  folder.Write("tokens", "alice-secret-token mallory read\nbob-secret-token bob read\n");
+  registry_.SuperviseAll(std::chrono::steady_clock::now());
+  EXPECT_EQ(client.Finish().error_code(), StatusCode::UNAUTHENTICATED);
+  EXPECT_EQ(LoggedCode(), absl::StatusCode::kUnauthenticated);
+}
+
+// Who says nothing is waited for as long as the method allows: the clock is the supervisor's.
+TEST_F(CallTest, SilentClientsAreNotWaitedForForEver) {
+  const auto now = std::chrono::steady_clock::now;
+  for (const bool may_be_silent : {false, true}) {
+    limits_.idle = may_be_silent ? std::chrono::milliseconds(0) : std::chrono::seconds(600);
+    Start(std::make_unique<server::Authenticator>());
+    for (const server::RpcMethod& method : {kClientStream, kBidi}) {
+      for (const bool started : {false, true}) {
+        const int calls = this->started();
+        const int taken = script_.taken;
+        Client client(*stub_, method);
+        if (started) {
+          client.Send();
+          ASSERT_TRUE(Eventually([&] { return script_.taken == taken + 1; }));
+        } else {
+          ASSERT_TRUE(Eventually([&] { return this->started() == calls + 1; }));
+        }
+        // It is taken a little before it counts as taken.
+        EXPECT_TRUE(Eventually([&] {
+          registry_.SuperviseAll(now() + std::chrono::seconds(started && may_be_silent ? 0 : 601));
+          return script_.dropped == calls + 1 || (started && may_be_silent);
+        }));
+        if (started && may_be_silent) {
+          registry_.SuperviseAll(now() + std::chrono::hours(100));
+          EXPECT_EQ(script_.dropped, calls);
+          client.Close();
+          EXPECT_TRUE(client.Finish().ok());
+        } else {
+          const grpc::Status status = client.Finish();
+          EXPECT_EQ(status.error_code(), StatusCode::ABORTED) << status.error_message();
+          EXPECT_TRUE(DetailsOf(status).retry.has_retry_delay());
+        }
+        EXPECT_TRUE(Eventually([&] { return script_.deleted == calls + 1; }));
+      }
+    }
+  }
+}
+
+// An answer that nobody reads does not keep its call for ever.
+TEST_F(CallTest, AnswersThatAreNotReadAreGivenUp) {
+  script_.message_bytes = size_t{1} << 20;
+  script_.produce = [](Handle& /*call*/, int before) {
+    return before < 20 ? Say::kMessage : Say::kEnd;
+  };
+  for (const server::RpcMethod& method : {kServerStream, kBidi}) {
+    const int deleted = script_.deleted;
+    Client client(*stub_, method);
+    client.Send();
+    client.Close();
+    ASSERT_TRUE(Eventually([&] { return script_.produced > 0; }));
+    EXPECT_TRUE(Eventually([&] {
+      registry_.SuperviseAll(std::chrono::steady_clock::now() + std::chrono::seconds(61));
+      return script_.deleted == deleted + 1;
+    }));
+    EXPECT_FALSE(client.Finish().ok());
+    EXPECT_TRUE(absl::IsAborted(logged().back().status)) << logged().back().status;
+    script_.produced = 0;
+  }
+}
+
+TEST_F(CallTest, MethodsThatAreNotOffered) {
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + kPatience);
+  google::protobuf::Empty nothing;
+  const grpc::Status status =
+      stub_->DeleteCalibration(&context, v1::DeleteCalibrationRequest(), &nothing);
+  EXPECT_EQ(status.error_code(), StatusCode::UNIMPLEMENTED);
 }
 
 }  // namespace

@@ -171,8 +171,9 @@ TEST(HttpServerTest, ServesTwoPages) {
 
 TEST(HttpServerTest, RefusesBadAddressesAndPortsInUse) {
   const auto start = [](const std::string& listen) {
-    return server::HttpServer::Start(
-        {.listen = listen, .metrics_text = [] { return ""; }, .healthy = [] { return true; }});
+    return server::HttpServer::Start({.listen = listen,
+                                      .metrics_text = [] { return ""; },
+                                      .health = [] { return absl::OkStatus(); }});
   };
   for (const char* bad : {"", "x", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:80s", "1,2"}) {
     EXPECT_TRUE(absl::IsInvalidArgument(start(bad).status())) << bad;
@@ -183,8 +184,9 @@ TEST(HttpServerTest, RefusesBadAddressesAndPortsInUse) {
 }
 
 TEST(HttpServerTest, EndsQuickly) {
-  auto server = server::HttpServer::Start(
-      {.listen = "127.0.0.1:0", .metrics_text = [] { return ""; }, .healthy = [] { return true; }});
+  auto server = server::HttpServer::Start({.listen = "127.0.0.1:0",
+                                           .metrics_text = [] { return ""; },
+                                           .health = [] { return absl::OkStatus(); }});
   ASSERT_TRUE(server.ok());
   const auto begin = std::chrono::steady_clock::now();
   server->reset();

@@ -80,7 +80,7 @@ TEST(ServerTest, DrainFinishesWhatWasAdmitted) {
   }));
 
   auto drained = std::async(std::launch::async, [&] { return server.server->Drain(kPatience); });
-  ASSERT_TRUE(TestServer::Eventually([&] { return !server.server->serving(); }));
+  ASSERT_TRUE(TestServer::Eventually([&] { return !server.server->health().ok(); }));
   // Health is still answered.
   EXPECT_CONTAINS(server::Probe(AddressOf(server), {}, kPatience).message(), "not serving");
   EXPECT_CONTAINS(server.Http("/healthz"), "draining");
@@ -108,7 +108,7 @@ TEST(ServerTest, HurryEndsADrain) {
   call.Send(HeaderFor(MakeRandomLayer(8, 16, 32)));
   ASSERT_TRUE(call.ReadUntil(v1::PHASE_RECEIVE));
   auto drained = std::async(std::launch::async, [&] { return server.server->Drain(kPatience); });
-  ASSERT_TRUE(TestServer::Eventually([&] { return !server.server->serving(); }));
+  ASSERT_TRUE(TestServer::Eventually([&] { return !server.server->health().ok(); }));
   server.server->Hurry();
   EXPECT_FALSE(drained.get());
   EXPECT_EQ(call.Finish().status.error_code(), StatusCode::UNAVAILABLE);

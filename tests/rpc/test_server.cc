@@ -60,7 +60,7 @@ TestServer::TestServer(const Options& options)
   server = *std::move(started);
   auto http = server::HttpServer::Start({.listen = "127.0.0.1:0",
                                          .metrics_text = [this] { return counters.Text(); },
-                                         .healthy = [this] { return server->serving(); }});
+                                         .health = [this] { return server->health(); }});
   EXPECT_TRUE(http.ok()) << http.status();
   http_ = *std::move(http);
 }

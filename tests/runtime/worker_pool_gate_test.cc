@@ -71,17 +71,12 @@ class WorkerPoolGateTest : public ::testing::Test {
 TEST_F(WorkerPoolGateTest, OnlyWhatNeedsNothingPassesAJobThatIsNotReady) {
   ASSERT_TRUE(pool_.Enqueue(pool_.AdmitAgain(), MakeBlockingJob(pool_, gate_)).ok());
   const auto ready = [this] { return open_.load(); };
-  const WorkerPool::JobId first = Enqueue(1, ready);
-  const WorkerPool::JobId second = Enqueue(2, [] { return true; });
-  const WorkerPool::JobId third = Enqueue(3);
-  EXPECT_EQ(pool_.Position(third), pool_.Position(first) + 2);
+  Enqueue(1, ready);
+  Enqueue(2, [] { return true; });
+  Enqueue(3);
   gate_.Open();
   PassAll();
   EXPECT_EQ(order(), (std::vector<int>{3}));
-  EXPECT_EQ(pool_.Position(first), 0);
-  EXPECT_EQ(pool_.Position(second), 1);
-  EXPECT_EQ(pool_.Position(third), -1);
-  EXPECT_EQ(pool_.Position(12345), -1);
   EXPECT_EQ(pool_.queue_depth(), 2);
   open_ = true;
   pool_.Poke();

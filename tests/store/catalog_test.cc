@@ -73,7 +73,7 @@ class CatalogTest : public ::testing::Test {
   // Adds a job and claims it, which is the only one that waits.
   JobRecord MustClaim(const std::string& id) {
     MustAdd(id);
-    const auto claimed = catalog().ClaimJob("us", absl::StrCat("claim of ", id));
+    const auto claimed = catalog().ClaimJob("us", absl::StrCat("claim of ", id), {});
     EXPECT_TRUE(claimed.ok()) << claimed.status();
     EXPECT_TRUE(claimed.ok() && claimed->has_value() && (*claimed)->id() == id);
     return claimed.ok() && claimed->has_value() ? **claimed : JobRecord();
@@ -586,7 +586,7 @@ TYPED_TEST(CatalogTest, PagesOfJobsByStateAndCalibration) {
 
 TYPED_TEST(CatalogTest, ClaimsByPriorityThenAge) {
   Catalog& catalog = this->catalog();
-  EXPECT_FALSE(catalog.ClaimJob("us", "claim").value().has_value());
+  EXPECT_FALSE(catalog.ClaimJob("us", "claim", {}).value().has_value());
   this->AddFinalized();
   const std::pair<const char*, int> jobs[] = {{"low", -5},   {"first", 0}, {"second", 0},
                                               {"high", 100}, {"third", 0}, {"higher", 101}};
@@ -603,7 +603,7 @@ TYPED_TEST(CatalogTest, ClaimsByPriorityThenAge) {
   }
   for (const std::string& id : order) {
     const std::string claim = absl::StrCat("claim ", id);
-    const auto claimed = catalog.ClaimJob("us", claim);
+    const auto claimed = catalog.ClaimJob("us", claim, {});
     ASSERT_TRUE(claimed.ok() && claimed->has_value()) << claimed.status();
     EXPECT_EQ((*claimed)->id(), id);
     EXPECT_EQ((*claimed)->owner(), "us");
@@ -612,16 +612,16 @@ TYPED_TEST(CatalogTest, ClaimsByPriorityThenAge) {
     EXPECT_EQ((*claimed)->starts(), 0);
     EXPECT_TRUE(Same(this->Stored(id), **claimed));
     // The answer was lost.
-    const auto again = catalog.ClaimJob("us", claim);
+    const auto again = catalog.ClaimJob("us", claim, {});
     ASSERT_TRUE(again.ok() && again->has_value()) << again.status();
     EXPECT_TRUE(Same(**again, **claimed));
   }
-  EXPECT_FALSE(catalog.ClaimJob("us", "claim").value().has_value());
+  EXPECT_FALSE(catalog.ClaimJob("us", "claim", {}).value().has_value());
   // Nor does what was given back lose its place.
   for (const char* id : {"third", "first"}) {
     ASSERT_TRUE(catalog.ReleaseJob(id, absl::StrCat("claim ", id)).ok());
   }
-  EXPECT_EQ(catalog.ClaimJob("us", "claim").value()->id(), "first");
+  EXPECT_EQ(catalog.ClaimJob("us", "claim", {}).value()->id(), "first");
 }
 
 TYPED_TEST(CatalogTest, AheadCountsWhatIsQueued) {
@@ -759,7 +759,7 @@ TYPED_TEST(CatalogTest, ALifeOfAJobRepeated) {
     EXPECT_TRUE(Same(this->Stored("j"), change->job));
   }
   EXPECT_TRUE(absl::IsAborted(catalog.StartJob("j", claim, kNow).status()));
-  ASSERT_TRUE(catalog.ClaimJob("us", "another claim").value().has_value());
+  ASSERT_TRUE(catalog.ClaimJob("us", "another claim", {}).value().has_value());
   // That of before gives nothing back.
   ASSERT_TRUE(catalog.ReleaseJob("j", claim).ok());
   EXPECT_EQ(this->Stored("j").claim(), "another claim");
@@ -895,7 +895,7 @@ TYPED_TEST(CatalogTest, RegisterFencesWhoeverClaimedBefore) {
   }
   // By age, as before.
   for (const char* id : {"running", "claimed", "queued"}) {
-    EXPECT_EQ(this->catalog().ClaimJob("us", id).value()->id(), id);
+    EXPECT_EQ(this->catalog().ClaimJob("us", id, {}).value()->id(), id);
   }
 }
 
@@ -904,7 +904,7 @@ TYPED_TEST(CatalogTest, AJobThatTakesTheServerDownIsGivenUp) {
   this->MustAdd("j");
   for (int start = 1; start <= kMaxStarts; ++start) {
     const std::string claim = absl::StrCat("claim ", start);
-    ASSERT_TRUE(this->catalog().ClaimJob("us", claim).value().has_value()) << start;
+    ASSERT_TRUE(this->catalog().ClaimJob("us", claim, {}).value().has_value()) << start;
     EXPECT_EQ(this->catalog().StartJob("j", claim, kNow)->job.starts(), start);
     this->Reopen();
   }
@@ -913,7 +913,7 @@ TYPED_TEST(CatalogTest, AJobThatTakesTheServerDownIsGivenUp) {
   EXPECT_EQ(job.starts(), kMaxStarts);
   EXPECT_EQ(job.error().code(), static_cast<int>(absl::StatusCode::kInternal));
   EXPECT_FALSE(job.has_weights());
-  EXPECT_FALSE(this->catalog().ClaimJob("us", "claim").value().has_value());
+  EXPECT_FALSE(this->catalog().ClaimJob("us", "claim", {}).value().has_value());
 }
 
 TYPED_TEST(CatalogTest, ThreadsDoNotDisturbEachOther) {
@@ -938,7 +938,7 @@ TYPED_TEST(CatalogTest, ThreadsDoNotDisturbEachOther) {
       }
       for (int claims = 0;; ++claims) {
         const std::string claim = absl::StrCat(t, " ", claims);
-        const auto job = catalog.ClaimJob("us", claim);
+        const auto job = catalog.ClaimJob("us", claim, {});
         ASSERT_TRUE(job.ok()) << job.status();
         if (!job->has_value()) break;
         ran[t].insert((*job)->id());

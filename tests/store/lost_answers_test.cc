@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -83,8 +84,9 @@ class LosesAnswers final : public Catalog {
     return Lose(catalog_.ExpiredJobs(now));
   }
   absl::StatusOr<std::optional<JobRecord>> ClaimJob(const std::string& replica,
-                                                    const std::string& claim) override {
-    return Lose(catalog_.ClaimJob(replica, claim));
+                                                    const std::string& claim,
+                                                    const std::set<std::string>& without) override {
+    return Lose(catalog_.ClaimJob(replica, claim, without));
   }
   absl::StatusOr<JobChange> StartJob(const std::string& id, const std::string& claim,
                                      base::UnixMicros now) override {

@@ -86,7 +86,7 @@ absl::Status AddJob(Scene& scene, const std::string& id, const std::string& weig
 
 // Expects to get `id`.
 absl::Status Claim(Scene& scene, const std::string& id, const std::string& claim) {
-  const absl::StatusOr<std::optional<JobRecord>> job = scene.catalog->ClaimJob(kReplica, claim);
+  const absl::StatusOr<std::optional<JobRecord>> job = scene.catalog->ClaimJob(kReplica, claim, {});
   if (!job.ok()) return job.status();
   if (!job->has_value() || (*job)->id() != id) return absl::InternalError("claimed another");
   scene.model.jobs[id] = **job;
@@ -121,13 +121,13 @@ absl::Status Done(const absl::Status& status) {
 }
 
 absl::Status RemoveJob(Scene& scene, const std::string& id) {
-  const absl::Status status = Done(scene.catalog->RemoveJob(QueuedJob(id).tenant(), id).status());
+  absl::Status status = Done(scene.catalog->RemoveJob(QueuedJob(id).tenant(), id).status());
   if (status.ok()) scene.model.jobs.erase(id);
   return status;
 }
 
 absl::Status RemoveCalibration(Scene& scene, const std::string& id) {
-  const absl::Status status =
+  absl::Status status =
       Done(scene.catalog->RemoveCalibration(OpenCalibration(id).tenant(), id).status());
   if (status.ok()) scene.model.calibrations.erase(id);
   return status;

@@ -333,7 +333,7 @@ TEST_F(UpgradeTest, EveryFieldComesAlong) {
   EXPECT_EQ(catalog.Calibrations({full.tenant(), "same"}, std::nullopt, 9)->size(), 1u);
   EXPECT_EQ(catalog.FindJobOfRequest(ended.tenant(), ended.request_id()).value()->id(), "ended");
   EXPECT_EQ(catalog.UnfinishedJobs("calibration").value_or(-1), 2);
-  EXPECT_EQ(catalog.ClaimJob("replica", "claim").value()->id(), "running");
+  EXPECT_EQ(catalog.ClaimJob("replica", "claim", {}).value()->id(), "running");
 }
 
 TEST_F(UpgradeTest, ADirectoryOfAnEarlierServer) {

@@ -140,9 +140,10 @@ class WatchedCatalog final : public Catalog {
     return inner_->ExpiredJobs(now);
   }
   absl::StatusOr<std::optional<JobRecord>> ClaimJob(const std::string& replica,
-                                                    const std::string& claim) override {
+                                                    const std::string& claim,
+                                                    const std::set<std::string>& without) override {
     RETURN_IF_ERROR(plan_.Write(StoreWrite::kClaimJob));
-    ASSIGN_OR_RETURN(std::optional<JobRecord> claimed, inner_->ClaimJob(replica, claim));
+    ASSIGN_OR_RETURN(std::optional<JobRecord> claimed, inner_->ClaimJob(replica, claim, without));
     if (plan_.lost_claims > 0) {
       --plan_.lost_claims;
       return PlannedFailure(plan_.code);

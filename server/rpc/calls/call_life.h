@@ -14,6 +14,7 @@
 #include "calibration/calibration_desk.h"
 #include "job/job_desk.h"
 #include "observability/call_observer.h"
+#include "rpc/calls/call_budget.h"
 #include "rpc/calls/call_registry.h"
 #include "rpc/calls/call_summary.h"
 #include "rpc/transport/auth.h"
@@ -27,6 +28,7 @@ struct CallEnvironment {
   JobDesk& jobs;
   CallObserver& calls;
   CallRegistry& registry;
+  CallBudget& budget;
   CallLog log;
   Authenticator* auth;
 };

@@ -25,6 +25,11 @@ void CallRegistry::AbortAll(const absl::Status& reason, bool only_waiting) {
   for (LiveCall* const call : calls_) call->Abort(reason, only_waiting);
 }
 
+void CallRegistry::SuperviseAll(std::chrono::steady_clock::time_point now) {
+  const base::MutexLock lock(mu_);
+  for (LiveCall* const call : calls_) call->Supervise(now);
+}
+
 void CallRegistry::WaitEmpty() {
   const base::MutexLock lock(mu_);
   while (!calls_.empty() || going_ > 0) changed_.Wait(mu_);

@@ -19,6 +19,9 @@ class LiveCall {
   // has not been admitted yet. Called with the registry's lock held: it neither blocks nor calls
   // the registry.
   virtual void Abort(const absl::Status& reason, bool only_waiting) = 0;
+  // Ends the call where its token was revoked or its client lets it wait for too long. Called like
+  // Abort.
+  virtual void Supervise(std::chrono::steady_clock::time_point now) = 0;
 };
 
 // Thread-safe. A call adds itself when it starts and removes itself before it is deleted, so that
@@ -31,6 +34,7 @@ class CallRegistry {
   void Deleted() ABSL_LOCKS_EXCLUDED(mu_);
 
   void AbortAll(const absl::Status& reason, bool only_waiting) ABSL_LOCKS_EXCLUDED(mu_);
+  void SuperviseAll(std::chrono::steady_clock::time_point now) ABSL_LOCKS_EXCLUDED(mu_);
 
   // Waits until no call is left, nor anything that one held.
   void WaitEmpty() ABSL_LOCKS_EXCLUDED(mu_);

@@ -8,6 +8,7 @@
 #include <grpcpp/support/proto_buffer_reader.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 
@@ -15,19 +16,24 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "base/status_macros.h"
+#include "contract/check_message.h"
 
 namespace certiq::server {
 
 using Bytes = grpc::ByteBuffer;
 
-// INVALID_ARGUMENT where the bytes are no such message; `name` says what was expected: "a
-// QuantizeRequest".
+// INVALID_ARGUMENT where the bytes are no such message, or one that no message of a client may be
+// (check_message.h); `name` says what was expected: "a QuantizeRequest".
 template <typename Message>
 absl::StatusOr<Message> Parse(const Bytes& buffer, const char* name) {
   Bytes copy = buffer;  // of references; the reader wants one it may change
   grpc::ProtoBufferReader reader(&copy);
   Message message;
-  if (reader.status().ok() && message.ParseFromZeroCopyStream(&reader)) return message;
+  if (reader.status().ok() && message.ParseFromZeroCopyStream(&reader)) {
+    RETURN_IF_ERROR(CheckMessage(message));
+    return message;
+  }
   return base::InvalidField("payload", absl::StrCat("expected ", name, ", got ", buffer.Length(),
                                                     " bytes that do not parse as one"));
 }

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "calibration/partial_sums.h"
 #include "certiq/v1/calibration_service.pb.h"
@@ -26,9 +27,9 @@ absl::StatusOr<StreamHoldings> HoldStream(const Environment& environment, const 
 
 // Chunks are folded in the calibration's strand; after each the position is written, the latest for
 // slow readers. The call ends when everything is durable.
-class AccumulateCall final : public Call<BidiReactor> {
+class AccumulateCall final : public Call {
  public:
-  explicit AccumulateCall(const CallStart& start) : Call(start, OnDrain::kEnd) {}
+  explicit AccumulateCall(CallStart start) : Call(std::move(start), OnDrain::kEnd) {}
 
  protected:
   absl::Status Take(const Bytes& message) override;

@@ -1,5 +1,6 @@
 // CalibrationService.
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -10,7 +11,7 @@
 
 #include "base/status_macros.h"
 #include "calibration/gram_transfer.h"
-#include "certiq/v1/calibration_service.grpc.pb.h"
+#include "certiq/v1/calibration_service.pb.h"
 #include "contract/enums.h"
 #include "rpc/calls/call.h"
 #include "rpc/calls/unary_call.h"
@@ -21,16 +22,14 @@
 namespace certiq::server {
 namespace {
 
-using Context = grpc::CallbackServerContext;
-
 // Float64 elements in one message: 1 MiB.
 constexpr int64_t kExportElements = int64_t{1} << 17;
 
 // Ready-made sums into a calibration, all of them or none. Their bytes are parsed beside other
 // streams' work; only adding them needs the strand.
-class ImportCall final : public Call<ClientStreamReactor> {
+class ImportCall final : public Call {
  public:
-  explicit ImportCall(const CallStart& start) : Call(start, OnDrain::kRefuse) {}
+  explicit ImportCall(CallStart start) : Call(std::move(start), OnDrain::kRefuse) {}
 
  protected:
   absl::Status Take(const Bytes& message) override {
@@ -96,9 +95,9 @@ class ImportCall final : public Call<ClientStreamReactor> {
 };
 
 // The sums of one portion, as they are when the call comes.
-class ExportCall final : public Call<ServerStreamReactor> {
+class ExportCall final : public Call {
  public:
-  explicit ExportCall(const CallStart& start) : Call(start, OnDrain::kIgnore) {}
+  explicit ExportCall(CallStart start) : Call(std::move(start), OnDrain::kIgnore) {}
 
  protected:
   absl::Status Take(const Bytes& message) override {
@@ -109,7 +108,9 @@ class ExportCall final : public Call<ServerStreamReactor> {
     ASSIGN_OR_RETURN(layout_, ReadLayout(request.layout(), MatrixLayout::kUpper));
     ASSIGN_OR_RETURN(partial_, env_.calibrations.Partial(tenant_, request.calibration_id()));
     life_.summary.calibration_id = record_.id();
-    return absl::OkStatus();
+    // A message's values, the message, and one that the client has not read yet.
+    const int64_t elements = std::min(kExportElements, 2 * record_.features() * record_.features());
+    return Hold(limits_.held_bytes + 3 * elements * int64_t{sizeof(double)});
   }
 
   // In the strand while rows may still come.
@@ -163,13 +164,13 @@ class ExportCall final : public Call<ServerStreamReactor> {
 // One request and one answer about a calibration that rows may be folded into: the work is done in
 // its strand.
 template <typename Request, typename Response>
-class CalibrationCall final : public Call<UnaryReactor> {
+class CalibrationCall final : public Call {
  public:
-  using Work = std::function<absl::Status(const Tenant&, const Request&,
+  using Work = std::function<absl::Status(const CallEnvironment&, const Tenant&, const Request&,
                                           const std::shared_ptr<PartialSums>&, Response&)>;
 
-  CalibrationCall(const CallStart& start, Work work)
-      : Call(start, OnDrain::kIgnore), work_(std::move(work)) {}
+  CalibrationCall(CallStart start, Work work)
+      : Call(std::move(start), OnDrain::kIgnore), work_(std::move(work)) {}
 
  protected:
   absl::Status Take(const Bytes& message) override {
@@ -181,7 +182,7 @@ class CalibrationCall final : public Call<UnaryReactor> {
 
   absl::Status End() override {
     Response response;
-    RETURN_IF_ERROR(work_(tenant_, request_, partial_, response));
+    RETURN_IF_ERROR(work_(env_, tenant_, request_, partial_, response));
     return Respond(response);
   }
 
@@ -196,121 +197,78 @@ class CalibrationCall final : public Call<UnaryReactor> {
   std::shared_ptr<PartialSums> partial_;
 };
 
-class CalibrationService final
-    : public v1::CalibrationService::WithRawCallbackMethod_CreateCalibration<
-          v1::CalibrationService::WithRawCallbackMethod_Accumulate<
-              v1::CalibrationService::WithRawCallbackMethod_ImportStatistics<
-                  v1::CalibrationService::WithRawCallbackMethod_ExportStatistics<
-                      v1::CalibrationService::WithRawCallbackMethod_FinalizeCalibration<
-                          v1::CalibrationService::WithRawCallbackMethod_GetCalibration<
-                              v1::CalibrationService::WithRawCallbackMethod_ListCalibrations<
-                                  v1::CalibrationService::WithRawCallbackMethod_DeleteCalibration<
-                                      v1::CalibrationService::Service>>>>>>>> {
- public:
-  explicit CalibrationService(const CallEnvironment& environment) : env_(environment) {}
+absl::Status CreateCalibration(const CallEnvironment& env, const Tenant& tenant,
+                               const v1::CreateCalibrationRequest& asked,
+                               v1::Calibration& calibration) {
+  ASSIGN_OR_RETURN(const CalibrationRequest read, ReadCreateRequest(asked));
+  ASSIGN_OR_RETURN(const CalibrationView made, env.calibrations.Create(tenant, read));
+  calibration = ToProto(made);
+  return absl::OkStatus();
+}
 
-  UnaryReactor* CreateCalibration(Context* context, const Bytes* request,
-                                  Bytes* response) override {
-    return Answer<v1::CreateCalibrationRequest, v1::Calibration>(
-        context, kCreateCalibrationMethod, Scope::kWrite, OnDrain::kRefuse, request, response,
-        [this](const Tenant& tenant, const v1::CreateCalibrationRequest& asked,
-               v1::Calibration& calibration) {
-          ASSIGN_OR_RETURN(const CalibrationRequest read, ReadCreateRequest(asked));
-          ASSIGN_OR_RETURN(const CalibrationView made, env_.calibrations.Create(tenant, read));
-          calibration = ToProto(made);
-          return absl::OkStatus();
-        });
-  }
+absl::Status FinalizeCalibration(const CallEnvironment& env, const Tenant& tenant,
+                                 const v1::FinalizeCalibrationRequest& asked,
+                                 const std::shared_ptr<PartialSums>& partial,
+                                 v1::Calibration& calibration) {
+  FinalizeExpectations expected;
+  if (asked.has_expected_tokens()) expected.tokens = asked.expected_tokens();
+  expected.stream_ids.assign(asked.expected_stream_ids().begin(),
+                             asked.expected_stream_ids().end());
+  RETURN_IF_ERROR(env.calibrations.Finalize(tenant, asked.calibration_id(), partial, expected));
+  ASSIGN_OR_RETURN(const CalibrationView view,
+                   env.calibrations.Get(tenant, asked.calibration_id()));
+  calibration = ToProto(view);
+  return absl::OkStatus();
+}
 
-  BidiReactor* Accumulate(Context* context) override {
-    return StartCall<AccumulateCall>(context, env_, kAccumulateMethod, Scope::kWrite,
-                                     /*request=*/nullptr, /*response=*/nullptr);
-  }
+absl::Status GetCalibration(const CallEnvironment& env, const Tenant& tenant,
+                            const v1::GetCalibrationRequest& asked, v1::Calibration& calibration) {
+  ASSIGN_OR_RETURN(const CalibrationView view,
+                   env.calibrations.Get(tenant, asked.calibration_id()));
+  calibration = ToProto(view);
+  return absl::OkStatus();
+}
 
-  ClientStreamReactor* ImportStatistics(Context* context, Bytes* response) override {
-    return StartCall<ImportCall>(context, env_, kImportStatisticsMethod, Scope::kWrite,
-                                 /*request=*/nullptr, response);
-  }
+absl::Status ListCalibrations(const CallEnvironment& env, const Tenant& tenant,
+                              const v1::ListCalibrationsRequest& asked,
+                              v1::ListCalibrationsResponse& list) {
+  ASSIGN_OR_RETURN(const PageRequest page, ReadPageRequest(asked.page_size(), asked.page_token()));
+  ASSIGN_OR_RETURN(
+      const std::vector<CalibrationView> views,
+      env.calibrations.List(tenant, asked.label(), page, *list.mutable_next_page_token()));
+  for (const CalibrationView& view : views) *list.add_calibrations() = ToProto(view);
+  return absl::OkStatus();
+}
 
-  ServerStreamReactor* ExportStatistics(Context* context, const Bytes* request) override {
-    return StartCall<ExportCall>(context, env_, kExportStatisticsMethod, Scope::kRead, request,
-                                 /*response=*/nullptr);
-  }
-
-  UnaryReactor* FinalizeCalibration(Context* context, const Bytes* request,
-                                    Bytes* response) override {
-    using Request = v1::FinalizeCalibrationRequest;
-    return StartCall<CalibrationCall<Request, v1::Calibration>>(
-        context, env_, kFinalizeCalibrationMethod, Scope::kWrite, request, response,
-        [this](const Tenant& tenant, const Request& asked,
-               const std::shared_ptr<PartialSums>& partial, v1::Calibration& calibration) {
-          FinalizeExpectations expected;
-          if (asked.has_expected_tokens()) expected.tokens = asked.expected_tokens();
-          expected.stream_ids.assign(asked.expected_stream_ids().begin(),
-                                     asked.expected_stream_ids().end());
-          RETURN_IF_ERROR(
-              env_.calibrations.Finalize(tenant, asked.calibration_id(), partial, expected));
-          ASSIGN_OR_RETURN(const CalibrationView view,
-                           env_.calibrations.Get(tenant, asked.calibration_id()));
-          calibration = ToProto(view);
-          return absl::OkStatus();
-        });
-  }
-
-  UnaryReactor* GetCalibration(Context* context, const Bytes* request, Bytes* response) override {
-    return Answer<v1::GetCalibrationRequest, v1::Calibration>(
-        context, kGetCalibrationMethod, Scope::kRead, OnDrain::kIgnore, request, response,
-        [this](const Tenant& tenant, const v1::GetCalibrationRequest& asked,
-               v1::Calibration& calibration) {
-          ASSIGN_OR_RETURN(const CalibrationView view,
-                           env_.calibrations.Get(tenant, asked.calibration_id()));
-          calibration = ToProto(view);
-          return absl::OkStatus();
-        });
-  }
-
-  UnaryReactor* ListCalibrations(Context* context, const Bytes* request, Bytes* response) override {
-    return Answer<v1::ListCalibrationsRequest, v1::ListCalibrationsResponse>(
-        context, kListCalibrationsMethod, Scope::kRead, OnDrain::kIgnore, request, response,
-        [this](const Tenant& tenant, const v1::ListCalibrationsRequest& asked,
-               v1::ListCalibrationsResponse& list) {
-          ASSIGN_OR_RETURN(const PageRequest page,
-                           ReadPageRequest(asked.page_size(), asked.page_token()));
-          ASSIGN_OR_RETURN(
-              const std::vector<CalibrationView> views,
-              env_.calibrations.List(tenant, asked.label(), page, *list.mutable_next_page_token()));
-          for (const CalibrationView& view : views) *list.add_calibrations() = ToProto(view);
-          return absl::OkStatus();
-        });
-  }
-
-  UnaryReactor* DeleteCalibration(Context* context, const Bytes* request,
-                                  Bytes* response) override {
-    using Request = v1::DeleteCalibrationRequest;
-    return StartCall<CalibrationCall<Request, google::protobuf::Empty>>(
-        context, env_, kDeleteCalibrationMethod, Scope::kWrite, request, response,
-        [this](const Tenant& tenant, const Request& asked,
-               const std::shared_ptr<PartialSums>& partial, google::protobuf::Empty& /*nothing*/) {
-          return env_.calibrations.Remove(tenant, asked.calibration_id(), partial);
-        });
-  }
-
- private:
-  template <typename Request, typename Response>
-  UnaryReactor* Answer(Context* context, const RpcMethod& method, Scope scope, OnDrain on_drain,
-                       const Bytes* request, Bytes* response,
-                       typename UnaryCall<Request, Response>::Work work) {
-    return StartCall<UnaryCall<Request, Response>>(context, env_, method, scope, request, response,
-                                                   on_drain, std::move(work));
-  }
-
-  const CallEnvironment& env_;
-};
+absl::Status DeleteCalibration(const CallEnvironment& env, const Tenant& tenant,
+                               const v1::DeleteCalibrationRequest& asked,
+                               const std::shared_ptr<PartialSums>& partial,
+                               google::protobuf::Empty& /*nothing*/) {
+  return env.calibrations.Remove(tenant, asked.calibration_id(), partial);
+}
 
 }  // namespace
 
-std::unique_ptr<grpc::Service> MakeCalibrationService(const CallEnvironment& environment) {
-  return std::make_unique<CalibrationService>(environment);
+void AddCalibrationMethods(Router& router) {
+  router.Add<UnaryCall<v1::CreateCalibrationRequest, v1::Calibration>>(
+      kCreateCalibrationMethod, Scope::kWrite, {}, OnDrain::kRefuse, CreateCalibration);
+  // A stream of rows may be silent for as long as its source computes: it holds little.
+  router.Add<AccumulateCall>(
+      kAccumulateMethod, Scope::kWrite,
+      {.message_bytes = kMaxMessageBytes, .held_bytes = 0, .idle = std::chrono::milliseconds(0)});
+  router.Add<ImportCall>(kImportStatisticsMethod, Scope::kWrite,
+                         {.message_bytes = kMaxMessageBytes});
+  router.Add<ExportCall>(kExportStatisticsMethod, Scope::kRead, {});
+  // It may name every stream of a calibration.
+  router.Add<CalibrationCall<v1::FinalizeCalibrationRequest, v1::Calibration>>(
+      kFinalizeCalibrationMethod, Scope::kWrite,
+      {.message_bytes = int64_t{1} << 20, .held_bytes = int64_t{6} << 20}, FinalizeCalibration);
+  router.Add<UnaryCall<v1::GetCalibrationRequest, v1::Calibration>>(
+      kGetCalibrationMethod, Scope::kRead, {}, OnDrain::kIgnore, GetCalibration);
+  router.Add<UnaryCall<v1::ListCalibrationsRequest, v1::ListCalibrationsResponse>>(
+      kListCalibrationsMethod, Scope::kRead, {}, OnDrain::kIgnore, ListCalibrations);
+  router.Add<CalibrationCall<v1::DeleteCalibrationRequest, google::protobuf::Empty>>(
+      kDeleteCalibrationMethod, Scope::kWrite, {}, DeleteCalibration);
 }
 
 }  // namespace certiq::server

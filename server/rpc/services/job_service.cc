@@ -9,7 +9,7 @@
 
 #include "base/listener.h"
 #include "base/status_macros.h"
-#include "certiq/v1/job_service.grpc.pb.h"
+#include "certiq/v1/job_service.pb.h"
 #include "contract/enums.h"
 #include "job/job_request.h"
 #include "job/result.h"
@@ -21,10 +21,6 @@
 
 namespace certiq::server {
 namespace {
-
-using Context = grpc::CallbackServerContext;
-
-constexpr int64_t kFrameBytes = int64_t{1} << 20;
 
 const char* Name(v1::CreateJobRequest::PayloadCase payload) {
   switch (payload) {
@@ -39,9 +35,9 @@ const char* Name(v1::CreateJobRequest::PayloadCase payload) {
 }
 
 // A job's header and weights; the answer comes when it is queued.
-class CreateJobCall final : public Call<ClientStreamReactor> {
+class CreateJobCall final : public Call {
  public:
-  explicit CreateJobCall(const CallStart& start) : Call(start, OnDrain::kRefuse) {}
+  explicit CreateJobCall(CallStart start) : Call(std::move(start), OnDrain::kRefuse) {}
 
  protected:
   absl::Status Take(const Bytes& message) override {
@@ -88,10 +84,10 @@ class CreateJobCall final : public Call<ClientStreamReactor> {
 };
 
 // A job's state, again and again.
-class WatchJobCall final : public Call<ServerStreamReactor> {
+class WatchJobCall final : public Call {
  public:
-  explicit WatchJobCall(const CallStart& start)
-      : Call(start, OnDrain::kEnd),
+  explicit WatchJobCall(CallStart start)
+      : Call(std::move(start), OnDrain::kEnd),
         listener_(std::make_shared<base::Listener>([this] { Changed(); })) {}
 
  protected:
@@ -132,9 +128,9 @@ class WatchJobCall final : public Call<ServerStreamReactor> {
 };
 
 // A stored result: its header, its bytes, its certificate.
-class ReadResultCall final : public Call<ServerStreamReactor> {
+class ReadResultCall final : public Call {
  public:
-  explicit ReadResultCall(const CallStart& start) : Call(start, OnDrain::kIgnore) {}
+  explicit ReadResultCall(CallStart start) : Call(std::move(start), OnDrain::kIgnore) {}
 
  protected:
   absl::Status Take(const Bytes& message) override {
@@ -142,6 +138,9 @@ class ReadResultCall final : public Call<ServerStreamReactor> {
                      Parse<v1::ReadResultRequest>(message, "a ReadResultRequest"));
     ASSIGN_OR_RETURN(reader_,
                      env_.jobs.OpenResult(tenant_, request.job_id(), request.byte_offset()));
+    // A frame as it is made, and as the client has not read it yet.
+    RETURN_IF_ERROR(
+        Hold(limits_.held_bytes + 2 * std::min(kFrameBytes, reader_->record().tensor_bytes())));
     life_.summary.job_id = request.job_id();
     return absl::OkStatus();
   }
@@ -171,96 +170,54 @@ class ReadResultCall final : public Call<ServerStreamReactor> {
   bool header_sent_ = false;
 };
 
-class JobService final : public v1::JobService::WithRawCallbackMethod_CreateJob<
-                             v1::JobService::WithRawCallbackMethod_GetJob<
-                                 v1::JobService::WithRawCallbackMethod_ListJobs<
-                                     v1::JobService::WithRawCallbackMethod_CancelJob<
-                                         v1::JobService::WithRawCallbackMethod_DeleteJob<
-                                             v1::JobService::WithRawCallbackMethod_WatchJob<
-                                                 v1::JobService::WithRawCallbackMethod_ReadResult<
-                                                     v1::JobService::Service>>>>>>> {
- public:
-  explicit JobService(const CallEnvironment& environment) : env_(environment) {}
+absl::Status GetJob(const CallEnvironment& env, const Tenant& tenant,
+                    const v1::GetJobRequest& asked, v1::Job& job) {
+  ASSIGN_OR_RETURN(const JobView view, env.jobs.Get(tenant, asked.job_id()));
+  job = ToProto(view);
+  return absl::OkStatus();
+}
 
-  ClientStreamReactor* CreateJob(Context* context, Bytes* response) override {
-    return StartCall<CreateJobCall>(context, env_, kCreateJobMethod, Scope::kWrite,
-                                    /*request=*/nullptr, response);
+absl::Status ListJobs(const CallEnvironment& env, const Tenant& tenant,
+                      const v1::ListJobsRequest& asked, v1::ListJobsResponse& list) {
+  std::vector<JobState> states;
+  for (const int state : asked.states()) {
+    ASSIGN_OR_RETURN(states.emplace_back(), ReadJobState(state));
   }
+  ASSIGN_OR_RETURN(const PageRequest page, ReadPageRequest(asked.page_size(), asked.page_token()));
+  ASSIGN_OR_RETURN(const std::vector<JobView> views,
+                   env.jobs.List(tenant, std::move(states), asked.calibration_id(), page,
+                                 *list.mutable_next_page_token()));
+  for (const JobView& view : views) *list.add_jobs() = ToProto(view);
+  return absl::OkStatus();
+}
 
-  UnaryReactor* GetJob(Context* context, const Bytes* request, Bytes* response) override {
-    return Answer<v1::GetJobRequest, v1::Job>(
-        context, kGetJobMethod, Scope::kRead, request, response,
-        [this](const Tenant& tenant, const v1::GetJobRequest& asked, v1::Job& job) {
-          ASSIGN_OR_RETURN(const JobView view, env_.jobs.Get(tenant, asked.job_id()));
-          job = ToProto(view);
-          return absl::OkStatus();
-        });
-  }
+absl::Status CancelJob(const CallEnvironment& env, const Tenant& tenant,
+                       const v1::CancelJobRequest& asked, v1::Job& job) {
+  ASSIGN_OR_RETURN(const JobView view,
+                   env.jobs.Cancel(tenant, asked.job_id(), absl::StatusCode::kCancelled));
+  job = ToProto(view);
+  return absl::OkStatus();
+}
 
-  UnaryReactor* ListJobs(Context* context, const Bytes* request, Bytes* response) override {
-    return Answer<v1::ListJobsRequest, v1::ListJobsResponse>(
-        context, kListJobsMethod, Scope::kRead, request, response,
-        [this](const Tenant& tenant, const v1::ListJobsRequest& asked,
-               v1::ListJobsResponse& list) -> absl::Status {
-          std::vector<JobState> states;
-          for (const int state : asked.states()) {
-            ASSIGN_OR_RETURN(states.emplace_back(), ReadJobState(state));
-          }
-          ASSIGN_OR_RETURN(const PageRequest page,
-                           ReadPageRequest(asked.page_size(), asked.page_token()));
-          ASSIGN_OR_RETURN(const std::vector<JobView> views,
-                           env_.jobs.List(tenant, std::move(states), asked.calibration_id(), page,
-                                          *list.mutable_next_page_token()));
-          for (const JobView& view : views) *list.add_jobs() = ToProto(view);
-          return absl::OkStatus();
-        });
-  }
-
-  UnaryReactor* CancelJob(Context* context, const Bytes* request, Bytes* response) override {
-    return Answer<v1::CancelJobRequest, v1::Job>(
-        context, kCancelJobMethod, Scope::kWrite, request, response,
-        [this](const Tenant& tenant, const v1::CancelJobRequest& asked, v1::Job& job) {
-          ASSIGN_OR_RETURN(const JobView view,
-                           env_.jobs.Cancel(tenant, asked.job_id(), absl::StatusCode::kCancelled));
-          job = ToProto(view);
-          return absl::OkStatus();
-        });
-  }
-
-  UnaryReactor* DeleteJob(Context* context, const Bytes* request, Bytes* response) override {
-    return Answer<v1::DeleteJobRequest, google::protobuf::Empty>(
-        context, kDeleteJobMethod, Scope::kWrite, request, response,
-        [this](const Tenant& tenant, const v1::DeleteJobRequest& asked,
-               google::protobuf::Empty& /*nothing*/) {
-          return env_.jobs.Remove(tenant, asked.job_id());
-        });
-  }
-
-  ServerStreamReactor* WatchJob(Context* context, const Bytes* request) override {
-    return StartCall<WatchJobCall>(context, env_, kWatchJobMethod, Scope::kRead, request,
-                                   /*response=*/nullptr);
-  }
-
-  ServerStreamReactor* ReadResult(Context* context, const Bytes* request) override {
-    return StartCall<ReadResultCall>(context, env_, kReadResultMethod, Scope::kRead, request,
-                                     /*response=*/nullptr);
-  }
-
- private:
-  template <typename Request, typename Response>
-  UnaryReactor* Answer(Context* context, const RpcMethod& method, Scope scope, const Bytes* request,
-                       Bytes* response, typename UnaryCall<Request, Response>::Work work) {
-    return StartCall<UnaryCall<Request, Response>>(context, env_, method, scope, request, response,
-                                                   OnDrain::kIgnore, std::move(work));
-  }
-
-  const CallEnvironment& env_;
-};
+absl::Status DeleteJob(const CallEnvironment& env, const Tenant& tenant,
+                       const v1::DeleteJobRequest& asked, google::protobuf::Empty& /*nothing*/) {
+  return env.jobs.Remove(tenant, asked.job_id());
+}
 
 }  // namespace
 
-std::unique_ptr<grpc::Service> MakeJobService(const CallEnvironment& environment) {
-  return std::make_unique<JobService>(environment);
+void AddJobMethods(Router& router) {
+  router.Add<CreateJobCall>(kCreateJobMethod, Scope::kWrite, {.message_bytes = kMaxMessageBytes});
+  router.Add<UnaryCall<v1::GetJobRequest, v1::Job>>(kGetJobMethod, Scope::kRead, {},
+                                                    OnDrain::kIgnore, GetJob);
+  router.Add<UnaryCall<v1::ListJobsRequest, v1::ListJobsResponse>>(kListJobsMethod, Scope::kRead,
+                                                                   {}, OnDrain::kIgnore, ListJobs);
+  router.Add<UnaryCall<v1::CancelJobRequest, v1::Job>>(kCancelJobMethod, Scope::kWrite, {},
+                                                       OnDrain::kIgnore, CancelJob);
+  router.Add<UnaryCall<v1::DeleteJobRequest, google::protobuf::Empty>>(
+      kDeleteJobMethod, Scope::kWrite, {}, OnDrain::kIgnore, DeleteJob);
+  router.Add<WatchJobCall>(kWatchJobMethod, Scope::kRead, {});
+  router.Add<ReadResultCall>(kReadResultMethod, Scope::kRead, {});
 }
 
 }  // namespace certiq::server

@@ -6,7 +6,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
-#include "certiq/v1/quantization_service.grpc.pb.h"
 #include "contract/enums.h"
 #include "job/job_request.h"
 #include "rpc/services/services.h"
@@ -16,10 +15,6 @@ namespace {
 
 // Progress events held for a slow reader: a few rounds of phases, were a run to repeat them.
 constexpr size_t kMaxProgress = 32;
-
-// Bytes of rows in one frame, unless one row is larger. Clients accept 4 MiB by default; this is
-// small enough that a call's progress shows.
-constexpr int64_t kFrameBytes = int64_t{1} << 20;
 
 const char* Name(v1::QuantizeRequest::PayloadCase payload) {
   switch (payload) {
@@ -179,26 +174,9 @@ void QuantizeCall::Drop() {
   result_.reset();
 }
 
-namespace {
-
-class QuantizationService final : public v1::QuantizationService::WithRawCallbackMethod_Quantize<
-                                      v1::QuantizationService::Service> {
- public:
-  explicit QuantizationService(const CallEnvironment& environment) : env_(environment) {}
-
-  BidiReactor* Quantize(grpc::CallbackServerContext* context) override {
-    return StartCall<QuantizeCall>(context, env_, kQuantizeMethod, Scope::kWrite,
-                                   /*request=*/nullptr, /*response=*/nullptr);
-  }
-
- private:
-  const CallEnvironment& env_;
-};
-
-}  // namespace
-
-std::unique_ptr<grpc::Service> MakeQuantizationService(const CallEnvironment& environment) {
-  return std::make_unique<QuantizationService>(environment);
+void AddQuantizationMethods(Router& router) {
+  router.Add<QuantizeCall>(kQuantizeMethod, Scope::kWrite,
+                           {.message_bytes = kMaxMessageBytes, .held_bytes = 0});
 }
 
 }  // namespace certiq::server

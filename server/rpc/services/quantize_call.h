@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "absl/base/thread_annotations.h"
 #include "base/mutex.h"
@@ -20,9 +21,9 @@ namespace certiq::server {
 // The header is admitted as CreateJob's is; then weights and activations are taken, the layer waits
 // and runs, and the result is sent. Progress is written as it comes; what a slow reader has no room
 // for is coalesced: the latest of each phase.
-class QuantizeCall final : public Call<BidiReactor> {
+class QuantizeCall final : public Call {
  public:
-  explicit QuantizeCall(const CallStart& start) : Call(start, OnDrain::kRefuse) {}
+  explicit QuantizeCall(CallStart start) : Call(std::move(start), OnDrain::kRefuse) {}
 
  protected:
   absl::Status Take(const Bytes& message) override;

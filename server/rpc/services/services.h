@@ -3,18 +3,14 @@
 #ifndef CERTIQ_RPC_SERVICES_SERVICES_H_
 #define CERTIQ_RPC_SERVICES_SERVICES_H_
 
-#include <grpcpp/impl/service_type.h>
-
-#include <memory>
-
-#include "rpc/calls/call_life.h"
+#include "rpc/calls/router.h"
 
 namespace certiq::server {
 
-// The environment outlives the services.
-std::unique_ptr<grpc::Service> MakeQuantizationService(const CallEnvironment& environment);
-std::unique_ptr<grpc::Service> MakeCalibrationService(const CallEnvironment& environment);
-std::unique_ptr<grpc::Service> MakeJobService(const CallEnvironment& environment);
+// Each adds the methods of one service.
+void AddQuantizationMethods(Router& router);
+void AddCalibrationMethods(Router& router);
+void AddJobMethods(Router& router);
 
 }  // namespace certiq::server
 

@@ -25,6 +25,10 @@ absl::Status NoToken(absl::string_view problem) {
       problem));
 }
 
+bool Has(const TokenEntry& entry, Scope scope) {
+  return scope == Scope::kRead ? entry.read : entry.write;
+}
+
 }  // namespace
 
 Authenticator::Authenticator(std::string token_file, Warn warn,
@@ -78,7 +82,7 @@ std::shared_ptr<const Authenticator::Tokens> Authenticator::Current() {
   return tokens_;
 }
 
-absl::StatusOr<Tenant> Authenticator::Authenticate(const grpc::CallbackServerContext& context,
+absl::StatusOr<Caller> Authenticator::Authenticate(const grpc::CallbackServerContext& context,
                                                    Scope scope) {
   const auto [first, last] = context.client_metadata().equal_range(kHeader);
   std::vector<absl::string_view> values;
@@ -88,9 +92,9 @@ absl::StatusOr<Tenant> Authenticator::Authenticate(const grpc::CallbackServerCon
   return Authenticate(values, scope);
 }
 
-absl::StatusOr<Tenant> Authenticator::Authenticate(const std::vector<absl::string_view>& values,
+absl::StatusOr<Caller> Authenticator::Authenticate(const std::vector<absl::string_view>& values,
                                                    Scope scope) {
-  if (!enabled()) return Tenant{};
+  if (!enabled()) return Caller{.tenant = {}, .scope = scope, .token = std::nullopt};
   if (values.empty()) return NoToken("there was none");
   if (values.size() > 1) return NoToken("there were several");
   absl::string_view token = values[0];
@@ -102,17 +106,32 @@ absl::StatusOr<Tenant> Authenticator::Authenticate(const std::vector<absl::strin
   if (!digest.has_value()) return absl::InternalError("SHA-256 is not available");
 
   const std::shared_ptr<const Tokens> tokens = Current();
-  // Every digest is compared, in constant time: the time taken says nothing about a close one.
-  const TokenEntry* found = nullptr;
-  for (const TokenEntry& entry : *tokens) {
-    if (CRYPTO_memcmp(entry.digest.data(), digest->data(), digest->size()) == 0) found = &entry;
-  }
+  const TokenEntry* const found = Find(*tokens, *digest);
   if (found == nullptr) return NoToken("its token was another");
-  if (!(scope == Scope::kRead ? found->read : found->write)) {
+  if (!Has(*found, scope)) {
     return absl::PermissionDeniedError(absl::StrCat(
         "this token is not for the scope \"", scope == Scope::kRead ? "read" : "write", "\""));
   }
-  return found->tenant;
+  return Caller{.tenant = found->tenant, .scope = scope, .token = digest};
+}
+
+absl::Status Authenticator::Recheck(const Caller& caller) {
+  if (!caller.token.has_value()) return absl::OkStatus();
+  const std::shared_ptr<const Tokens> tokens = Current();
+  const TokenEntry* const found = Find(*tokens, *caller.token);
+  if (found != nullptr && found->tenant.name == caller.tenant.name && Has(*found, caller.scope)) {
+    return absl::OkStatus();
+  }
+  return absl::UnauthenticatedError("the token of this call was revoked");
+}
+
+const TokenEntry* Authenticator::Find(const Tokens& tokens, const base::Sha256Digest& digest) {
+  // Every digest is compared, in constant time: the time taken says nothing about a close one.
+  const TokenEntry* found = nullptr;
+  for (const TokenEntry& entry : tokens) {
+    if (CRYPTO_memcmp(entry.digest.data(), digest.data(), digest.size()) == 0) found = &entry;
+  }
+  return found;
 }
 
 }  // namespace certiq::server

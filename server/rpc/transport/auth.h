@@ -11,9 +11,11 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "base/mutex.h"
+#include "base/sha256.h"
 #include "rpc/transport/file.h"
 #include "rpc/transport/token_file.h"
 #include "runtime/tenant.h"
@@ -22,6 +24,14 @@ namespace certiq::server {
 
 // Calls that change nothing need kRead, all others kWrite.
 enum class Scope { kRead, kWrite };
+
+// Who makes a call.
+struct Caller {
+  Tenant tenant;
+  Scope scope = Scope::kRead;
+  // The SHA-256 of the token; none where calls need no token.
+  std::optional<base::Sha256Digest> token;
+};
 
 // Holds the bearer tokens of a file (token_file.h), as digests only. Thread-safe.
 //
@@ -44,14 +54,16 @@ class Authenticator {
   // False if calls need no token.
   bool enabled() const { return !token_file_.empty(); }
 
-  // The tenant of the token in the call's metadata "authorization: Bearer TOKEN". UNAUTHENTICATED
+  // Who has the token in the call's metadata "authorization: Bearer TOKEN". UNAUTHENTICATED
   // if that is missing, repeated or malformed, or its token unknown; PERMISSION_DENIED if the token
   // lacks `scope`.
-  absl::StatusOr<Tenant> Authenticate(const grpc::CallbackServerContext& context, Scope scope)
+  absl::StatusOr<Caller> Authenticate(const grpc::CallbackServerContext& context, Scope scope)
       ABSL_LOCKS_EXCLUDED(mu_);
   // The same for the values of the metadata key "authorization".
-  absl::StatusOr<Tenant> Authenticate(const std::vector<absl::string_view>& values, Scope scope)
+  absl::StatusOr<Caller> Authenticate(const std::vector<absl::string_view>& values, Scope scope)
       ABSL_LOCKS_EXCLUDED(mu_);
+  // OK while the caller's token is still that tenant's and has the scope, else UNAUTHENTICATED.
+  absl::Status Recheck(const Caller& caller) ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -59,6 +71,8 @@ class Authenticator {
 
   Authenticator(std::string token_file, Warn warn, std::chrono::milliseconds check_interval);
   absl::StatusOr<std::shared_ptr<const Tokens>> Load() const;
+  // The entry of a token; null where there is none.
+  static const TokenEntry* Find(const Tokens& tokens, const base::Sha256Digest& digest);
   // The tokens of the file as it is now, or as it was when it last could be read.
   std::shared_ptr<const Tokens> Current() ABSL_LOCKS_EXCLUDED(mu_);
 

@@ -119,16 +119,6 @@ absl::StatusOr<grpc::experimental::IdentityKeyCertPair> ReadIdentity(const TlsFi
                                                  .certificate_chain = std::move(cert_text)};
 }
 
-absl::Status CheckAuthorities(const std::string& path, const Warn& warn) {
-  ASSIGN_OR_RETURN(const std::string text, Read("--tls_client_ca", path));
-  const Certificate first = ReadCertificate(text);
-  if (first == nullptr) return Wrong("--tls_client_ca", path, "expected certificates in PEM");
-  if (const std::string problem = DateProblem(first); warn && !problem.empty()) {
-    warn(absl::StrCat("--tls_client_ca: ", path, ": its first certificate ", problem));
-  }
-  return absl::OkStatus();
-}
-
 // Accepts one certificate only. The handshake has proved that the peer has its key.
 class SameCertificate final : public grpc::experimental::ExternalCertificateVerifier {
  public:
@@ -152,13 +142,24 @@ class SameCertificate final : public grpc::experimental::ExternalCertificateVeri
 
 }  // namespace
 
+absl::Status CheckAuthorities(const TlsFiles& files, const Warn& warn) {
+  const std::string& path = files.client_ca;
+  ASSIGN_OR_RETURN(const std::string text, Read("--tls_client_ca", path));
+  const Certificate first = ReadCertificate(text);
+  if (first == nullptr) return Wrong("--tls_client_ca", path, "expected certificates in PEM");
+  if (const std::string problem = DateProblem(first); warn && !problem.empty()) {
+    warn(absl::StrCat("--tls_client_ca: ", path, ": its first certificate ", problem));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> ServerCredentials(const TlsFiles& files,
                                                                            const Warn& warn) {
   if (!files.enabled()) return grpc::InsecureServerCredentials();
   RETURN_IF_ERROR(CheckFlags(files));
   // gRPC would log an unusable file and listen all the same, so the files are read here first.
   RETURN_IF_ERROR(ReadIdentity(files, warn).status());
-  if (!files.client_ca.empty()) RETURN_IF_ERROR(CheckAuthorities(files.client_ca, warn));
+  if (!files.client_ca.empty()) RETURN_IF_ERROR(CheckAuthorities(files, warn));
   grpc::experimental::TlsServerCredentialsOptions options(
       std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
           files.key, files.cert, files.client_ca, kReloadSeconds));

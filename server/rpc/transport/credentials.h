@@ -34,6 +34,10 @@ struct TlsFiles {
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> ServerCredentials(const TlsFiles& files,
                                                                            const Warn& warn);
 
+// INVALID_ARGUMENT, beginning with the flag, where the file of authorities holds none that can be
+// read now. REQUIRES: files.client_ca is not empty.
+absl::Status CheckAuthorities(const TlsFiles& files, const Warn& warn = nullptr);
+
 // For a client on this machine of a server with these files. It accepts the certificate in
 // files.cert, whatever its name and dates, and no other; it presents that certificate as its own if
 // the server asks for one.

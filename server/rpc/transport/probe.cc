@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/address.h"
 #include "base/status_macros.h"
-#include "rpc/transport/address.h"
 
 namespace certiq::server {
 namespace {
@@ -33,14 +33,16 @@ bool IsServing(const grpc::ByteBuffer& response) {
 
 absl::Status Probe(const std::string& listen, const TlsFiles& tls,
                    std::chrono::milliseconds limit) {
-  ASSIGN_OR_RETURN(const Address address, ParseAddress(listen));
+  ASSIGN_OR_RETURN(const base::Address address, base::ParseAddress(listen));
   ASSIGN_OR_RETURN(const std::shared_ptr<grpc::ChannelCredentials> credentials,
                    ProbeCredentials(tls));
   grpc::ChannelArguments arguments;
   // A proxy that the environment names does not reach this machine's own servers.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  // A connection of its own, made now.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   grpc::GenericStub stub(
-      grpc::CreateCustomChannel(DialTarget(address, listen), credentials, arguments));
+      grpc::CreateCustomChannel(base::DialTarget(address), credentials, arguments));
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + limit);
   // One empty slice: a buffer without slices would not count as a message.

@@ -8,10 +8,12 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "backend.h"
 #include "observability/call_observer.h"
 #include "rpc/calls/call_summary.h"
+#include "rpc/transport/acceptor.h"
 #include "rpc/transport/auth.h"
 #include "rpc/transport/credentials.h"
 #include "rpc/transport/file.h"
@@ -29,6 +31,7 @@ class Server {
     // Serve clear text to other machines too.
     bool allow_cleartext = false;
     bool reflection = true;
+    ConnectionLimits connections = {};
     // All of these outlive the server. The first is needed.
     Backend* backend = nullptr;
     CallObserver* calls = &IgnoreCalls();
@@ -50,8 +53,9 @@ class Server {
   // The port it listens on; 0 for unix.
   int port() const;
 
-  // False from the first Drain or Shutdown on.
-  bool serving() const;
+  // UNAVAILABLE from the first Drain or Shutdown on, and while the own listener does not answer;
+  // the message says which.
+  absl::Status health() const;
 
   // Health answers NOT_SERVING, new calls and those not yet admitted get UNAVAILABLE; waits up to
   // `limit` for the others, then shuts down. True if none had to be cut off.

@@ -1,8 +1,8 @@
-#include "rpc/transport/address.h"
+#include "base/address.h"
 
 #include <gtest/gtest.h>
 
-namespace certiq::server {
+namespace certiq::base {
 namespace {
 
 TEST(AddressTest, Parses) {
@@ -30,12 +30,13 @@ TEST(AddressTest, KnowsLoopback) {
 }
 
 TEST(AddressTest, DialsLoopbackForAny) {
-  const auto dial = [](const char* text) { return DialTarget(*ParseAddress(text), text); };
+  const auto dial = [](const char* text) { return DialTarget(*ParseAddress(text)); };
   EXPECT_EQ(dial("0.0.0.0:7"), "127.0.0.1:7");
   EXPECT_EQ(dial("[::]:7"), "[::1]:7");
   EXPECT_EQ(dial("127.0.0.2:7"), "127.0.0.2:7");
   EXPECT_EQ(dial("unix:/x"), "unix:/x");
+  EXPECT_EQ(dial("[fe80::1]:7"), "[fe80::1]:7");
 }
 
 }  // namespace
-}  // namespace certiq::server
+}  // namespace certiq::base

@@ -1,13 +1,13 @@
 // Listening addresses: parsing, loopback check, dial target.
 
-#ifndef CERTIQ_RPC_TRANSPORT_ADDRESS_H_
-#define CERTIQ_RPC_TRANSPORT_ADDRESS_H_
+#ifndef CERTIQ_BASE_ADDRESS_H_
+#define CERTIQ_BASE_ADDRESS_H_
 
 #include <string>
 
 #include "absl/status/statusor.h"
 
-namespace certiq::server {
+namespace certiq::base {
 
 // HOST:PORT, [IPV6]:PORT or unix:PATH. `port` is -1 for unix.
 struct Address {
@@ -24,9 +24,9 @@ absl::StatusOr<Address> ParseAddress(const std::string& text);
 bool IsLoopback(const Address& address);
 
 // The target that a client on this machine dials for a server that listens on `address`: the
-// loopback address instead of "any". `text` is what ParseAddress parsed.
-std::string DialTarget(const Address& address, const std::string& text);
+// loopback address instead of "any".
+std::string DialTarget(const Address& address);
 
-}  // namespace certiq::server
+}  // namespace certiq::base
 
-#endif  // CERTIQ_RPC_TRANSPORT_ADDRESS_H_
+#endif  // CERTIQ_BASE_ADDRESS_H_

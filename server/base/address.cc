@@ -1,4 +1,4 @@
-#include "rpc/transport/address.h"
+#include "base/address.h"
 
 #include <arpa/inet.h>
 #include <netdb.h>
@@ -11,7 +11,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
-namespace certiq::server {
+namespace certiq::base {
 namespace {
 
 bool IsLoopback(const sockaddr& address) {
@@ -68,13 +68,14 @@ bool IsLoopback(const Address& address) {
   return found != nullptr;
 }
 
-std::string DialTarget(const Address& address, const std::string& text) {
-  if (address.is_unix()) return text;
+std::string DialTarget(const Address& address) {
+  if (address.is_unix()) return absl::StrCat("unix:", address.host);
   if (address.host.empty() || address.host == "0.0.0.0") {
     return absl::StrCat("127.0.0.1:", address.port);
   }
   if (address.host == "::") return absl::StrCat("[::1]:", address.port);
-  return text;
+  const bool v6 = address.host.find(':') != std::string::npos;
+  return absl::StrCat(v6 ? "[" : "", address.host, v6 ? "]:" : ":", address.port);
 }
 
-}  // namespace certiq::server
+}  // namespace certiq::base
