@@ -58,9 +58,13 @@ class CountQuota {
 struct TenantQuota {
   TenantQuota(ByteBudget& whole_memory, ByteBudget& whole_disk)
       : memory(kNoLimit, whole_memory, "this tenant's memory"),
+        answers(whole_memory.capacity() / 2, memory, "this tenant's open answers"),
         disk(kNoLimit, whole_disk, "this tenant's disk space") {}
 
   ByteBudget memory;
+  // The part of it that streams of answers hold, which their clients may leave unread: half of the
+  // server's at most, so that others find room.
+  ByteBudget answers;
   ByteBudget disk;
   CountQuota jobs;
   CountQuota streams;

@@ -22,7 +22,7 @@ class Refused final : public grpc::ServerGenericBidiReactor {
 absl::StatusOr<ByteBudget::Reservation> Hold(const CallEnvironment& environment,
                                              const OfferedMethod& method, const Tenant& tenant) {
   auto held = StreamsAnswers(method.method.shape)
-                  ? environment.environment.quotas.Of(tenant).memory.TryReserve(
+                  ? environment.environment.quotas.Of(tenant).answers.TryReserve(
                         method.limits.held_bytes, "this call")
                   : environment.budget.Take(tenant.name, method.limits.held_bytes);
   if (!held.ok()) environment.environment.observer.Rejected(Rejection::kOverBudget);
