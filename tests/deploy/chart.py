@@ -21,6 +21,8 @@ CUSTOM_KINDS = frozenset({"ServiceMonitor", "PrometheusRule"})
 CLEAR = {"allowCleartext": True}
 TLS = {"tls": {"secretName": "certificate"}}
 MUTUAL = {"tls": {"secretName": "certificate", "clientCASecretName": "authority"}}
+# The server ends TLS itself.
+BARE = {"edge": {"enabled": False}}
 
 Manifest = dict[str, Any]
 

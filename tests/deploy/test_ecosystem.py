@@ -12,14 +12,16 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from http2 import BAD_HEADERS, Connection, call_headers
 from programs import PATIENCE_SECONDS, ROOT, Server, wait_until
-from proxy import Envoy
-from raw import OPTIONS, Layer, Pipe, Result, collect, connect
+from proxy import ROUTER, Envoy, connection_manager, edge_text
+from raw import OPTIONS, AccumulateCall, Calls, Layer, Pipe, Result, collect, connect
 from scripts import script
 from stubs import QUANTIZATION, calibration_pb2, job_pb2, service_pb2, stub
-from sums import made_up
-from work import calibrated, client_of
+from sums import Sums, made_up
+from work import calibrated, client_of, create
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 GUIDE = ROOT / "deploy" / "clients.md"
@@ -119,6 +121,44 @@ def test_envoy_sends_no_new_calls_to_a_server_that_drains(site: Site) -> None:
         pipe.close()
         assert collect(upload).tensors["weight"].shape == layer.W.shape
     assert going.wait() == 0
+
+
+LIMITS = (
+    *("stream_error_on_invalid_http_message", "max_request_headers_kb", "request_headers_timeout"),
+    *("stream_idle_timeout", "stream_flush_timeout"),
+    *("common_http_protocol_options", "http2_protocol_options"),
+)
+
+
+def test_envoy_has_the_limits_of_the_edge() -> None:
+    router, edge = yaml.safe_load(ROUTER.read_text()), yaml.safe_load(edge_text())
+    assert router["layered_runtime"] == edge["layered_runtime"]
+    for config in (router, edge):
+        heap, _ = config["overload_manager"]["resource_monitors"]
+        # It keeps what may have to be sent again.
+        del heap["typed_config"]["max_heap_size_bytes"]
+        for cluster in config["static_resources"]["clusters"]:
+            assert cluster["connection_pool_per_downstream_connection"], cluster["name"]
+    assert router["overload_manager"] == edge["overload_manager"]
+    for limit in LIMITS:
+        assert connection_manager(router)[limit] == connection_manager(edge)[limit]
+
+
+def test_bad_headers_end_nobody_elses_stream(site: Site) -> None:
+    """What ends a whole connection of gRPC 1.51 (CVE-2023-32732) ends one of its sender."""
+    client, calls = client_of(site.envoy), Calls(site.envoy)
+    source = made_up(np.random.default_rng(4), "rank-0", 96, 16)
+    calibration = create(client, 16)
+    stream = AccumulateCall(calls, calibration, source)
+    stream.send(0)
+    stream.wait_received(1)
+    for fields in BAD_HEADERS.values():
+        with Connection(site.envoy.port) as stranger:
+            stranger.open(1, call_headers("/certiq.v1.JobService/GetJob", *fields), end=True)
+            assert stranger.wait(lambda s=stranger: 1 in s.ended or s.closed)
+    stream.send(1, 2)
+    assert stream.finish().received == 3
+    Sums.exported(calibration).assert_equals(Sums.of(source.x))
 
 
 def test_envoy_goes_on_where_a_server_was_killed(site: Site) -> None:

@@ -138,13 +138,18 @@ class AccumulateCall:
     """One open call of a stream."""
 
     def __init__(
-        self, calls: Calls, calibration: certiq.Calibration, source: Source, token: str = ""
+        self,
+        calls: Calls,
+        calibration: certiq.Calibration,
+        source: Source,
+        token: str = "",
+        timeout: float = PATIENCE_SECONDS,
     ) -> None:
         self._source = source
         self._pipe = Pipe()
         self._pipe.send(header(calibration.id, source))
         self._call = calls.calibrations.Accumulate(
-            iter(self._pipe), timeout=PATIENCE_SECONDS, metadata=bearer(token)
+            iter(self._pipe), timeout=timeout, metadata=bearer(token)
         )
         self._last = calibration_pb2.StreamProgress()
 

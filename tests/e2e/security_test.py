@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from certificates import Pair, make_authority, make_pair
 from conftest import StartServer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from http2 import Connection, Kind, call_headers
 from programs import PATIENCE_SECONDS, Server, certiq, http_get, run_server, wait_until
 from raw import OPTIONS, connect, failure, quantize
 from verification import Layer
@@ -212,25 +212,6 @@ def test_old_versions_of_tls_are_refused(safe_server: Server) -> None:
     wait_until(lambda: "unsupported protocol" in safe_server.log(), "the server says why")
 
 
-def http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return (
-        len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-    )
-
-
-def answered_kinds(connection: socket.socket) -> list[int]:
-    """Kinds of the frames that come until the stream or the connection ends."""
-    stream = connection.makefile("rb")
-    kinds = []
-    while len(head := stream.read(9)) == 9:
-        kinds.append(head[3])
-        stream.read(int.from_bytes(head[:3], "big"))
-        # RST_STREAM, GOAWAY, or headers that end the stream.
-        if head[3] in (3, 7) or (head[3] == 1 and head[4] & 1):
-            break
-    return kinds
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -245,26 +226,13 @@ def answered_kinds(connection: socket.socket) -> list[int]:
 def test_hostile_headers(start_server: StartServer, keys: Keys, values: list[bytes]) -> None:
     """HTTP/2 by hand: clients' libraries refuse to send these."""
     server = start_server("--token_file", str(keys.tokens))
-    fields = [
-        (b":method", b"POST"),
-        (b":scheme", b"http"),
-        (b":path", b"/certiq.v1.QuantizationService/Quantize"),
-        (b":authority", b"localhost"),
-        (b"te", b"trailers"),
-        (b"content-type", b"application/grpc"),
+    block = call_headers(
+        "/certiq.v1.QuantizationService/Quantize",
         *((b"authorization", value) for value in values),
-    ]
-    # HPACK: literals without indexing, as they are.
-    block = b"".join(
-        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields
     )
-    with socket.create_connection(("127.0.0.1", server.port), PATIENCE_SECONDS) as connection:
-        connection.sendall(
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-            + http2_frame(4, 0, 0, b"")
-            + http2_frame(1, 4, 1, block)
-        )
-        assert answered_kinds(connection)
+    with Connection(server.port) as connection:
+        connection.open(1, block)
+        assert connection.wait(lambda: 1 in connection.ended or connection.kinds[Kind.GOAWAY] > 0)
     with connect(server) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING

@@ -15,6 +15,12 @@
 {{- if and .Values.tls.clientCASecretName (not .Values.tls.secretName) -}}
 {{- fail "tls.clientCASecretName: client certificates take TLS, expected tls.secretName to be set as well" -}}
 {{- end -}}
+{{- if and (include "certiq.edge" .) (not .Values.tls.secretName) -}}
+{{- fail "edge.enabled: expected auto or false where tls.secretName is not set; the edge is where TLS ends" -}}
+{{- end -}}
+{{- if and (include "certiq.edge" .) (not (dig "limits" "memory" "" .Values.edge.resources)) -}}
+{{- fail "edge.resources.limits.memory: expected to be set, Envoy's heap is a share of it" -}}
+{{- end -}}
 {{- if and (eq .Values.probes.type "grpc") .Values.tls.secretName -}}
 {{- fail "probes.type: expected auto, exec or http with TLS; Kubernetes' gRPC probes speak clear text only" -}}
 {{- end -}}

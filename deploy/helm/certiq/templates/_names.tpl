@@ -40,6 +40,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* "true" or nothing: is Envoy before the server? */}}
+{{- define "certiq.edge" -}}
+{{- if eq (toString .Values.edge.enabled) "auto" -}}
+{{- if .Values.tls.secretName -}}true{{- end -}}
+{{- else if .Values.edge.enabled -}}true{{- end -}}
+{{- end -}}
+
+{{- define "certiq.edgeImage" -}}
+{{- if .Values.edge.image.digest -}}
+{{ .Values.edge.image.repository }}@{{ .Values.edge.image.digest }}
+{{- else -}}
+{{ .Values.edge.image.repository }}:{{ .Values.edge.image.tag }}
+{{- end -}}
+{{- end -}}
+
 {{- define "certiq.image" -}}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}

@@ -11,9 +11,15 @@ metadata:
     {{- with $values.podLabels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- with $settings.podAnnotations }}
+  {{- if or $settings.podAnnotations (include "certiq.edge" $root) }}
   annotations:
+    {{- if include "certiq.edge" $root }}
+    # Envoy reads its configuration once.
+    checksum/edge: {{ include "certiq.edgeConfig" $root | sha256sum }}
+    {{- end }}
+    {{- with $settings.podAnnotations }}
     {{- toYaml . | nindent 4 }}
+    {{- end }}
   {{- end }}
 spec:
   serviceAccountName: {{ include "certiq.serviceAccountName" $root }}
@@ -58,6 +64,10 @@ spec:
         matchLabels:
           {{- include "certiq.componentSelector" . | nindent 10 }}
   {{- end }}
+  {{- if include "certiq.edge" $root }}
+  initContainers:
+    {{- include "certiq.edgeContainer" $root | nindent 4 }}
+  {{- end }}
   containers:
     - name: certiq-server
       image: {{ include "certiq.image" $root | quote }}
@@ -68,8 +78,10 @@ spec:
         capabilities:
           drop: [ALL]
       ports:
+        {{- if not (include "certiq.edge" $root) }}
         - name: grpc
           containerPort: 8470
+        {{- end }}
         - name: metrics
           containerPort: 8471
       env:
@@ -108,7 +120,7 @@ spec:
 {{- $values := .root.Values -}}
 {{- $settings := .settings -}}
 - name: CERTIQ_LISTEN
-  value: "0.0.0.0:8470"
+  value: {{ ternary "unix:/run/certiq/server.sock" "0.0.0.0:8470" (ne (include "certiq.edge" .root) "") | quote }}
 - name: CERTIQ_METRICS_LISTEN
   value: "0.0.0.0:8471"
 - name: CERTIQ_DATA_DIR
@@ -144,13 +156,13 @@ spec:
 - name: CERTIQ_ALLOW_CLEARTEXT
   value: "true"
 {{- end }}
-{{- if $values.tls.secretName }}
+{{- if and $values.tls.secretName (not (include "certiq.edge" .root)) }}
 - name: CERTIQ_TLS_CERT
   value: /etc/certiq/tls/tls.crt
 - name: CERTIQ_TLS_KEY
   value: /etc/certiq/tls/tls.key
 {{- end }}
-{{- if $values.tls.clientCASecretName }}
+{{- if and $values.tls.clientCASecretName (not (include "certiq.edge" .root)) }}
 - name: CERTIQ_TLS_CLIENT_CA
   value: /etc/certiq/client-ca/ca.crt
 {{- end }}
@@ -167,7 +179,9 @@ spec:
 {{- $type := .Values.probes.type -}}
 {{- if eq $type "auto" -}}
 {{- $type = "grpc" -}}
-{{- if .Values.tls.secretName -}}
+{{- if include "certiq.edge" . -}}
+{{- $type = "exec" -}}
+{{- else if .Values.tls.secretName -}}
 {{- $type = ternary "http" "exec" (ne .Values.tls.clientCASecretName "") -}}
 {{- end -}}
 {{- end -}}
@@ -193,15 +207,11 @@ timeoutSeconds: 6
 - name: data
   mountPath: /var/lib/certiq
 {{- end }}
-{{- if $values.tls.secretName }}
-- name: tls
-  mountPath: /etc/certiq/tls
-  readOnly: true
-{{- end }}
-{{- if $values.tls.clientCASecretName }}
-- name: client-ca
-  mountPath: /etc/certiq/client-ca
-  readOnly: true
+{{- if include "certiq.edge" .root }}
+- name: run
+  mountPath: /run/certiq
+{{- else }}
+{{- include "certiq.tlsMounts" .root }}
 {{- end }}
 {{- if $values.tokens.secretName }}
 - name: tokens
@@ -210,7 +220,30 @@ timeoutSeconds: 6
 {{- end }}
 {{- end -}}
 
+{{/* Of who ends TLS: the edge, or else the server. */}}
+{{- define "certiq.tlsMounts" -}}
+{{- if .Values.tls.secretName }}
+- name: tls
+  mountPath: /etc/certiq/tls
+  readOnly: true
+{{- end }}
+{{- if .Values.tls.clientCASecretName }}
+- name: client-ca
+  mountPath: /etc/certiq/client-ca
+  readOnly: true
+{{- end }}
+{{- end -}}
+
 {{- define "certiq.volumes" -}}
+{{- if include "certiq.edge" . }}
+- name: edge
+  configMap:
+    name: {{ include "certiq.fullname" . }}-edge
+# The sockets of the server and of Envoy's own page.
+- name: run
+  emptyDir:
+    sizeLimit: 1Mi
+{{- end }}
 {{- if .Values.tls.secretName }}
 - name: tls
   secret:
