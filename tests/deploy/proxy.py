@@ -157,6 +157,15 @@ class OverSocket(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+def over_socket(path: Path, page: str) -> bytes:
+    connection = OverSocket(path)
+    try:
+        connection.request("GET", f"/{page}")
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
 def edge_text(*, client_ca: bool = False) -> str:
     text = EDGE.read_text()
     return text.replace("#client-ca# ", "") if client_ca else text
@@ -217,12 +226,7 @@ class Edge(Proxy):
                 (self.tls / name).symlink_to(Path("..data") / name)
 
     def _page(self, path: str) -> bytes:
-        connection = OverSocket(self.admin_socket)
-        try:
-            connection.request("GET", f"/{path}")
-            return connection.getresponse().read()
-        finally:
-            connection.close()
+        return over_socket(self.admin_socket, path)
 
     def stats(self, wanted: str) -> dict[str, int]:
         """Counters and gauges whose names have this in them."""

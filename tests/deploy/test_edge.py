@@ -2,9 +2,14 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
+import signal
 import socket
 import ssl
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +25,22 @@ import yaml
 from exposed import MIB, TOKEN, Keys, Memory, Site, Tenant
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from programs import PATIENCE_SECONDS, wait_until
-from proxy import Config, Edge, connection_manager, edge_text
-from raw import OPTIONS, bearer, refusal
+from programs import PATIENCE_SECONDS, ROOT, SERVER, environment, wait_until
+from programs import certiq as run_certiq
+from proxy import (
+    EDGE,
+    SECRETS,
+    Config,
+    Edge,
+    connection_manager,
+    edge_text,
+    over_socket,
+    program,
+)
+from raw import ONCE, OPTIONS, bearer, refusal
 from stubs import calibration_pb2, job_pb2, service_pb2
 from sums import Sums, made_up
+from verification import Layer as CarriedLayer
 from work import create, small
 
 METHODS = {
@@ -204,7 +220,7 @@ def test_each_method_passes_as_its_requests_are(path: str) -> None:
 
 
 def test_a_walk_through_the_api(site: Site) -> None:
-    """Every kind of call, by the package, with the results that there should be."""
+    """Calls of both clients, with the results that there should be."""
     client = site.client()
     request = small(client)
     job = client.submit(**request)
@@ -212,6 +228,18 @@ def test_a_walk_through_the_api(site: Site) -> None:
     assert states[-1] == "succeeded"
     layer = job.result()
     assert layer.tensors["weight"].shape == request["weight"].shape
+    token = site.folder / "my_token"
+    token.write_text(TOKEN + "\n")
+    data = ROOT / "tests" / "data"
+    carried = CarriedLayer(
+        *(data / "weights.safetensors", "encoder.layer.3.attention.output.dense.weight"),
+        *(data / "activations.safetensors", "layer.3.attn_out.x"),
+    )
+    done = run_certiq(
+        *("quantize", "--server", site.address, *carried.flags(), "--bits", "4"),
+        *("--tls_ca", str(site.keys.authority.cert), "--token_file", str(token)),
+    )
+    assert done.returncode == 0, done.stderr
     again = client.submit(**request)
     assert again.result().tensors["weight"].tobytes() == layer.tensors["weight"].tobytes()
     assert {one.id for one in client.jobs()} >= {job.id, again.id}
@@ -338,7 +366,8 @@ def test_a_server_that_was_killed_is_found_again(keys: Keys, tmp_path: Path) -> 
 def test_envoys_own_page_is_for_its_user(site: Site) -> None:
     assert site.edge.admin_socket.is_socket()
     assert site.edge.admin_socket.stat().st_mode & 0o777 == 0o600
-    listeners = json.loads(site.edge._page("listeners?format=json"))["listener_statuses"]
+    page = json.loads(over_socket(site.edge.admin_socket, "listeners?format=json"))
+    listeners = page["listener_statuses"]
     assert [one["name"] for one in listeners] == ["edge"]
 
 
@@ -353,3 +382,73 @@ def test_a_call_with_a_token_of_8_kib_is_answered(site: Site) -> None:
             assert failed.code != grpc.StatusCode.DEADLINE_EXCEEDED
     tenant.works()
     tenant.finish()
+
+
+# The guide.
+
+
+@pytest.mark.parametrize("certified", [False, True], ids=["tokens", "client_certificates"])
+def test_the_commands_of_the_guide(keys: Keys, tmp_path: Path, certified: bool) -> None:
+    """As they stand there; only folders and the port are others."""
+    section = (ROOT / "deploy" / "security.md").read_text().partition("## The edge")[2]
+    prepare_and_start, ask_for_certificates = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)[:2]
+    prepare, server, start = prepare_and_start.partition("certiq-server ")
+    sockets = Path(tempfile.mkdtemp(prefix="certiq-"))
+    here = {
+        "/run/certiq": sockets,
+        "/etc/certiq": tmp_path / "etc",
+        "/var/lib/certiq": tmp_path / "data",
+    }
+    moved = {"0.0.0.0": "127.0.0.1", "port_value: 8470": "port_value: 0"}
+
+    def changed(text: str) -> str:
+        for words, others in (here | moved).items():
+            text = text.replace(words, str(others))
+        return text
+
+    (tmp_path / "deploy" / "envoy").mkdir(parents=True)
+    for file in (EDGE, *SECRETS):
+        (tmp_path / "deploy" / "envoy" / file.name).write_text(changed(file.read_text()))
+    for name, file in (("server", keys.server), ("ca", keys.authority)):
+        (tmp_path / f"{name}.pem").write_bytes(file.cert.read_bytes())
+        (tmp_path / f"{name}.key").write_bytes(file.key.read_bytes())
+    (tmp_path / "tokens").write_text(f"{TOKEN} tenant read,write\n")
+    programs = f"{Path(program()).parent}:{SERVER.parent}:{os.environ['PATH']}"
+    settings = {"PATH": programs, "CERTIQ_METRICS_LISTEN": "127.0.0.1:0"}
+    script = prepare + ask_for_certificates * certified + server + start + "wait\n"
+    with (tmp_path / "log").open("wb") as log:
+        running = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", changed(script)],
+            cwd=tmp_path,
+            env=environment(settings),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        admin = sockets / "edge-admin.sock"
+
+        def listening() -> list[int]:
+            assert running.poll() is None, (tmp_path / "log").read_text()
+            try:
+                found = json.loads(over_socket(admin, "listeners?format=json"))
+            except OSError:
+                return []
+            statuses = found.get("listener_statuses", [])
+            return [one["local_address"]["socket_address"]["port_value"] for one in statuses]
+
+        wait_until(lambda: bool(listening()) and (sockets / "server.sock").exists(), "both listen")
+        (port,) = listening()
+        mine = {"cert": keys.client.cert, "key": keys.client.key} if certified else {}
+        tls = certiq.Tls(ca=keys.authority.cert, **mine)
+        with certiq.Client(f"localhost:{port}", token=TOKEN, tls=tls) as client:
+            assert list(client.jobs()) == []
+        if certified:
+            tls = certiq.Tls(ca=keys.authority.cert)
+            with certiq.Client(f"localhost:{port}", token=TOKEN, tls=tls, retry=ONCE) as client:
+                assert refusal(lambda: list(client.jobs())).code == grpc.StatusCode.UNAVAILABLE
+    finally:
+        os.killpg(running.pid, signal.SIGTERM)
+        running.wait()
+        shutil.rmtree(sockets)
