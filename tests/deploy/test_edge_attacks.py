@@ -114,7 +114,7 @@ def test_a_flood_of_connections(site: Site) -> None:
     block = call_headers(QUANTIZE)
     for _ in range(places + 100):
         try:
-            connection = site.stranger(patience=5.0)
+            connection = site.stranger()
         except OSError:
             refused += 1
             continue
@@ -157,7 +157,8 @@ def test_connections_that_say_nothing(site: Site) -> None:
     # Handshakes and headers that do not end give their places back; who is let in may wait.
     assert all(one.wait(lambda o=one: 1 in o.ended or o.closed) for one in halves[:5])
     for plain in mute[:5]:
-        plain.settimeout(PATIENCE_SECONDS)
+        # Less than a connection may be without a call.
+        plain.settimeout(60)
         assert plain.recv(100) == b""
     assert all(one.alive() for one in idle[:5])
     tenant.works()
@@ -215,36 +216,31 @@ def test_memory_of_the_edge_has_an_end(keys: Keys, tmp_path: Path) -> None:
     streams as there may be. The largest go, and the tenant's stream is none of them."""
     site = Site(tmp_path, keys, change=small_heap)
     body = grpc_message(b"z" * (MIB - 100_000), announced=MIB - 50_000)
+
+    def value(name: str) -> int:
+        (found,) = site.edge.stats(name).values()
+        return found
+
+    def attack(stopped: Callable[[], bool]) -> None:
+        while not stopped():
+            with site.stranger() as connection:
+                for number in range(100):
+                    stream = 2 * number + 1
+                    if stopped() or not connection.open(stream, call_headers(FINALIZE)):
+                        break
+                    connection.send_data(stream, body, patience=1.0)
+
     try:
         tenant = Tenant(site)
-        sent = [0]
-
-        def attack(stopped: Callable[[], bool]) -> None:
-            while not stopped():
-                with site.stranger() as connection:
-                    for number in range(100):
-                        stream = 2 * number + 1
-                        if stopped() or not connection.open(stream, call_headers(FINALIZE)):
-                            break
-                        sent[0] += connection.send_data(stream, body, patience=1.0)
-
         with Attackers(4, attack):
-            wait_until(lambda: sent[0] > 400 * MIB, "strangers have sent a lot")
+            wait_until(lambda: value("reset_high_memory_stream.count") > 50, "streams are ended")
             for _ in range(10):
                 tenant.send()
             peak = site.edge.memory_bytes("VmHWM")
         print("peak MiB", peak // MIB)
-        assert site.edge.stats("reset_high_memory_stream.count").popitem()[1] > 0
+        # The program takes some 70 MiB, and strangers on the same machine are fast.
         assert peak < 320 * MIB
-        wait_until(
-            lambda: (
-                site.edge.stats(
-                    "overload.envoy.overload_actions.stop_accepting_requests.active"
-                ).popitem()[1]
-                == 0
-            ),
-            "new calls are taken again",
-        )
+        wait_until(lambda: value("stop_accepting_requests.active") == 0, "new calls are taken")
         tenant.works()
         tenant.finish()
     finally:

@@ -23,8 +23,8 @@ from http2 import (
 from stubs import calibration_pb2, job_pb2, service_pb2
 
 # At most; a slow machine gets through fewer.
-CASES = 3000
-SECONDS = 40.0
+CASES = 1500
+SECONDS = 20.0
 FEWEST = 150
 
 PATHS = [
