@@ -122,6 +122,19 @@ TEST(ByteBudgetTest, ThreadsNeverPassTheCapacity) {
   EXPECT_EQ(budget.reserved(), 0);
 }
 
+TEST(ByteBudgetTest, RoomOfItsOwnIsNotThatOfTheWhole) {
+  ByteBudget whole(100);
+  ByteBudget share(40, whole, "this tenant's memory");
+  const auto others = whole.TryReserve(90, "others");
+  ASSERT_TRUE(others.ok());
+  EXPECT_TRUE(share.HasRoomOfItsOwn(40));
+  EXPECT_FALSE(share.HasRoomOfItsOwn(41));
+  const auto own = share.TryReserve(10, "this job");
+  ASSERT_TRUE(own.ok());
+  EXPECT_TRUE(share.HasRoomOfItsOwn(30));
+  EXPECT_FALSE(share.HasRoomOfItsOwn(31));
+}
+
 TEST(ByteBudgetTest, AShareTakesFromTheWhole) {
   ByteBudget whole(100);
   ByteBudget share(60, whole, "this tenant's quota");

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/mutex.h"
+#include "base/status.h"
 #include "runtime/worker_pool.h"
 #include "support/gate.h"
 #include "support/layers.h"
@@ -136,6 +137,46 @@ TEST_F(WorkerPoolGateTest, HigherPriorityIsAskedFirst) {
   pool_.Poke();
   EXPECT_TRUE(pool_.Drain(Soon()));
   EXPECT_EQ(order(), (std::vector<int>{2, 1}));
+}
+
+// One holder has three quarters of the places at most; whoever has no name may have all.
+TEST_F(WorkerPoolGateTest, OneHolderLeavesPlacesForOthers) {
+  std::vector<WorkerPool::Slot> slots;
+  for (int i = 0; i < 6; ++i) {
+    auto slot = pool_.Admit("mallory");
+    ASSERT_TRUE(slot.ok()) << i;
+    slots.push_back(*std::move(slot));
+  }
+  const absl::Status refused = pool_.Admit("mallory").status();
+  EXPECT_TRUE(absl::IsResourceExhausted(refused));
+  EXPECT_TRUE(base::RetryAfterOf(refused).has_value());
+  for (int i = 0; i < 2; ++i) {
+    auto slot = pool_.Admit("bob");
+    ASSERT_TRUE(slot.ok()) << i;
+    slots.push_back(*std::move(slot));
+  }
+  EXPECT_TRUE(absl::IsResourceExhausted(pool_.Admit("bob").status()));
+  // A place that is given back is its holder's again; one that moved is given back once.
+  WorkerPool::Slot moved = std::move(slots.front());
+  slots.erase(slots.begin());
+  moved.Release();
+  EXPECT_TRUE(pool_.Admit("mallory").ok());
+  EXPECT_TRUE(pool_.Admit("bob").ok());
+  // So is the place of a job that runs, or that is cancelled while it waits.
+  gate_.Open();
+  while (!slots.empty()) {
+    ASSERT_TRUE(pool_.Enqueue(std::move(slots.back()), MakeBlockingJob(pool_, gate_)).ok());
+    slots.pop_back();
+  }
+  EXPECT_TRUE(pool_.WaitRunning(Soon()));
+  for (int i = 0; i < 8; ++i) {
+    auto slot = pool_.Admit();
+    ASSERT_TRUE(slot.ok()) << i;
+    slots.push_back(*std::move(slot));
+  }
+  EXPECT_TRUE(absl::IsResourceExhausted(pool_.Admit().status()));
+  slots.clear();
+  EXPECT_TRUE(pool_.Drain(Soon()));
 }
 
 TEST_F(WorkerPoolGateTest, PlacesBeyondTheLimitCount) {

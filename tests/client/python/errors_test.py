@@ -110,6 +110,24 @@ def test_details_of_a_status() -> None:
     assert unknown.code == grpc.StatusCode.UNKNOWN
 
 
+@pytest.mark.parametrize(
+    "text", ["\x1b[2J\x1b[31m", "a\nb", "\r", "\x9b2J", "\u202e", "\u2028", "\0"]
+)
+def test_nothing_of_a_server_reaches_a_terminal_as_it_is(text: str) -> None:
+    status = status_pb2.Status(code=3, message=f"é {text}")
+    bad = error_details_pb2.BadRequest()
+    bad.field_violations.add(field=text, description=text)
+    failed_precondition = error_details_pb2.PreconditionFailure()
+    failed_precondition.violations.add(type=text, subject=text, description=text)
+    for detail in (bad, failed_precondition):
+        status.details.add().Pack(detail)
+    error = errors.from_status(status)
+    said = [str(error), error.message, error.reason, str(error.field)]
+    said += [error.preconditions[0].type, error.preconditions[0].subject]
+    assert all(each.isprintable() for each in said), said
+    assert str(error).startswith("é ")
+
+
 def test_every_code_has_a_class() -> None:
     for code in grpc.StatusCode:
         if code != grpc.StatusCode.OK:

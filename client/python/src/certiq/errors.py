@@ -190,6 +190,17 @@ _BY_CODE: dict[grpc.StatusCode, type[Error]] = {
 _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
+def _printable(text: str) -> str:
+    """A text of the server's, fit for a terminal and for one line of a log: it may repeat what
+    another client sent."""
+    return "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape", "backslashreplace").decode()
+        for character in text
+    )
+
+
 class _Details:
     """The google.rpc details that are known; the others and broken ones are left out, for they
     must not hide the error they came with."""
@@ -217,11 +228,14 @@ class _Details:
                 continue
             if isinstance(detail, error_details_pb2.BadRequest):
                 self.violations += [
-                    FieldViolation(v.field, v.description) for v in detail.field_violations
+                    FieldViolation(_printable(v.field), _printable(v.description))
+                    for v in detail.field_violations
                 ]
             elif isinstance(detail, error_details_pb2.PreconditionFailure):
                 self.preconditions += [
-                    PreconditionViolation(v.type, v.subject, v.description)
+                    PreconditionViolation(
+                        _printable(v.type), _printable(v.subject), _printable(v.description)
+                    )
                     for v in detail.violations
                 ]
             else:
@@ -235,7 +249,7 @@ def from_status(status: status_pb2.Status) -> Error:
     code = _BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     details = _Details(status.details)
     return _BY_CODE.get(code, Error)(
-        status.message,
+        _printable(status.message),
         code=code,
         violations=details.violations,
         preconditions=details.preconditions,
