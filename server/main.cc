@@ -78,6 +78,7 @@ struct Flags {
   std::string listen = "127.0.0.1:8470";
   std::string metrics_listen = "127.0.0.1:8471";
   std::string data_dir;
+  std::string accept_loss;
   int workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   int queue_limit = 256;
   int max_connections = DefaultConnections();
@@ -129,6 +130,8 @@ void AddFlags(CLI::App& app, Flags& flags) {
           "/metrics and /healthz over HTTP on HOST:PORT; empty: off");
   AddText(app, "data_dir", flags.data_dir,
           "folder for calibrations, jobs and results; empty: in memory, gone with the process");
+  AddText(app, "accept_loss", flags.accept_loss,
+          "go on without what --data_dir has lost: the code that the refused start named");
   AddFlag(app, "workers", flags.workers, "compute threads")->check(CLI::Range(1, 4096));
   AddFlag(app, "queue_limit", flags.queue_limit, "layers that may upload or wait")
       ->check(CLI::Range(1, 1000000));
@@ -324,9 +327,12 @@ int Serve(const Flags& flags, const server::Log& log) {
   server::Metrics counters({.version = engine::EngineVersion(),
                             .isa = engine::EngineIsa(),
                             .drain_limit = flags.drain_seconds});
-  auto storage = server::OpenStorage(flags.data_dir);
+  auto storage = server::OpenStorage(flags.data_dir, flags.accept_loss);
   if (!storage.ok()) {
     return failed(absl::StrCat("--data_dir: ", storage.status().message()));
+  }
+  for (const std::string& warning : storage->warnings) {
+    log.Warning("data_dir", {{"message", warning}});
   }
   const std::chrono::milliseconds commit(std::llround(flags.commit_seconds * 1000));
   auto backend = server::Backend::Start({.workers = flags.workers,

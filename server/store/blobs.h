@@ -45,6 +45,9 @@ class Blobs {
   virtual absl::StatusOr<std::unique_ptr<BlobWriter>> Create() = 0;
   // DATA_LOSS where there is no such blob: a record promised it.
   virtual absl::StatusOr<std::unique_ptr<BlobReader>> Open(const BlobRef& blob) = 0;
+  // RESOURCE_EXHAUSTED where a blob of so many bytes would find no room as things are. A hint: who
+  // writes one may find that others were faster.
+  virtual absl::Status HasRoom(int64_t /*bytes*/) { return absl::OkStatus(); }
   // Removes a blob that no record names any more. A failure is no error: the next start tries
   // again.
   virtual void Remove(const BlobRef& blob) = 0;

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -78,17 +79,44 @@ absl::StatusOr<std::vector<std::string>> Disk::List(const std::string& directory
   return names;
 }
 
+absl::StatusOr<std::optional<DiskEntry>> Disk::Look(const std::string& name) {
+  struct stat status = {};
+  const ssize_t result = Try("stat", 0, [&](size_t) {
+    return fstatat(AT_FDCWD, Path(name).c_str(), &status, name.empty() ? 0 : AT_SYMLINK_NOFOLLOW);
+  });
+  if (result < 0 && errno == ENOENT) return std::optional<DiskEntry>();
+  if (result < 0) return DiskError(name, "stat", errno);
+  DiskEntry entry;
+  if (S_ISREG(status.st_mode)) entry.kind = DiskEntry::Kind::kFile;
+  if (S_ISDIR(status.st_mode)) entry.kind = DiskEntry::Kind::kDirectory;
+  if (S_ISLNK(status.st_mode)) entry.kind = DiskEntry::Kind::kLink;
+  entry.bytes = status.st_size;
+  entry.owner = status.st_uid;
+  entry.written_by_all = (status.st_mode & S_IWOTH) != 0;
+  return std::optional<DiskEntry>(entry);
+}
+
+absl::StatusOr<int64_t> Disk::Room() {
+  struct statvfs status = {};
+  if (Try("statvfs", 0, [&](size_t) { return statvfs(root_.c_str(), &status); }) < 0) {
+    return DiskError("", "ask for its room", errno);
+  }
+  return static_cast<int64_t>(status.f_bavail) * static_cast<int64_t>(status.f_frsize);
+}
+
 absl::Status Disk::SyncDirectory(const std::string& name) {
   absl::StatusOr<DiskFile> directory = Open(name, O_RDONLY | O_DIRECTORY);
   return directory.ok() ? Sync(*directory) : directory.status();
 }
 
 absl::StatusOr<DiskFile> Disk::Open(const std::string& name, int flags) {
+  // The root may be a link, to which alone this says nothing.
+  const int no_links = name.empty() ? 0 : O_NOFOLLOW;
   const ssize_t descriptor = Try("open", 0, [&](size_t) {
-    return open(Path(name).c_str(), flags | O_CLOEXEC | O_NOCTTY, 0600);
+    return open(Path(name).c_str(), flags | no_links | O_CLOEXEC | O_NOCTTY, 0600);
   });
   if (descriptor >= 0) return DiskFile(static_cast<int>(descriptor), name);
-  if (errno == ENOENT && flags == O_RDONLY) {
+  if (errno == ENOENT && (flags == O_RDONLY || flags == O_RDWR)) {
     return absl::NotFoundError(absl::StrCat(name, ": is not there"));
   }
   return DiskError(name, "open", errno);
@@ -103,6 +131,8 @@ absl::StatusOr<DiskFile> Disk::OpenOrCreate(const std::string& name) {
 }
 
 absl::StatusOr<DiskFile> Disk::OpenToRead(const std::string& name) { return Open(name, O_RDONLY); }
+
+absl::StatusOr<DiskFile> Disk::OpenToChange(const std::string& name) { return Open(name, O_RDWR); }
 
 absl::Status Disk::Lock(const DiskFile& file) {
   if (Try("flock", 0, [&](size_t) { return flock(file.descriptor(), LOCK_EX | LOCK_NB); }) == 0) {
@@ -132,8 +162,27 @@ absl::Status Disk::Write(const DiskFile& file, std::span<const std::byte> bytes)
   return absl::OkStatus();
 }
 
+absl::Status Disk::WriteAt(const DiskFile& file, int64_t offset, std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t written = Try("pwrite", bytes.size(), [&](size_t count) {
+      return pwrite(file.descriptor(), bytes.data(), count, offset);
+    });
+    if (written < 0) return DiskError(file.name(), "write", errno);
+    bytes = bytes.subspan(static_cast<size_t>(written));
+    offset += written;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Disk::Sync(const DiskFile& file) {
   if (Try("fsync", 0, [&](size_t) { return fsync(file.descriptor()); }) == 0) {
+    return absl::OkStatus();
+  }
+  return DiskError(file.name(), "sync", errno);
+}
+
+absl::Status Disk::SyncData(const DiskFile& file) {
+  if (Try("fdatasync", 0, [&](size_t) { return fdatasync(file.descriptor()); }) == 0) {
     return absl::OkStatus();
   }
   return DiskError(file.name(), "sync", errno);

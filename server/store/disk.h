@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -42,8 +43,18 @@ class DiskFile {
   std::string name_;
 };
 
-// Names are relative to `root`, in arguments and in messages; "" is the root itself. Errors are
-// DiskError's unless said otherwise. Thread-safe.
+// What a name stands for.
+struct DiskEntry {
+  enum class Kind { kFile, kDirectory, kLink, kOther };
+  Kind kind = Kind::kOther;
+  int64_t bytes = 0;
+  uint32_t owner = 0;
+  bool written_by_all = false;
+};
+
+// Names are relative to `root`, in arguments and in messages; "" is the root itself, which may be a
+// symbolic link. No other name may be one. Errors are DiskError's unless said otherwise.
+// Thread-safe.
 class Disk {
  public:
   explicit Disk(std::string root) : root_(std::move(root)) {}
@@ -57,6 +68,11 @@ class Disk {
   absl::Status MakeDirectory(const std::string& name);
   // Names of the entries, without "." and "..".
   absl::StatusOr<std::vector<std::string>> List(const std::string& directory);
+  // What is under a name itself, not where a link leads; nothing where there is nothing. "" is the
+  // directory that the root leads to.
+  absl::StatusOr<std::optional<DiskEntry>> Look(const std::string& name);
+  // Bytes that can be written yet, as the file system says.
+  absl::StatusOr<int64_t> Room();
   // Makes creations, renames and removals in it durable.
   absl::Status SyncDirectory(const std::string& name);
 
@@ -65,6 +81,8 @@ class Disk {
   absl::StatusOr<DiskFile> OpenOrCreate(const std::string& name);
   // NOT_FOUND where there is none.
   absl::StatusOr<DiskFile> OpenToRead(const std::string& name);
+  // To read and to change. NOT_FOUND where there is none.
+  absl::StatusOr<DiskFile> OpenToChange(const std::string& name);
   // Until the file is closed. FAILED_PRECONDITION where someone else holds it.
   absl::Status Lock(const DiskFile& file);
 
@@ -72,7 +90,11 @@ class Disk {
   absl::Status Allocate(const DiskFile& file, int64_t bytes);
   // Appends all of `bytes`.
   absl::Status Write(const DiskFile& file, std::span<const std::byte> bytes);
+  // Writes all of `bytes` at `offset`.
+  absl::Status WriteAt(const DiskFile& file, int64_t offset, std::span<const std::byte> bytes);
   absl::Status Sync(const DiskFile& file);
+  // The same without what only tells when the file was changed.
+  absl::Status SyncData(const DiskFile& file);
   absl::StatusOr<int64_t> Size(const DiskFile& file);
   // Fills `to`; DATA_LOSS where the file ends before.
   absl::Status Read(const DiskFile& file, int64_t offset, std::span<std::byte> to);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -48,6 +49,19 @@ int64_t FileBytes(int64_t payload) {
 
 std::string FinishedName(const std::string& name) {
   return absl::StrCat(kBlobDirectory, "/", name);
+}
+
+// The names of the files in `directory` that are blobs by their names.
+absl::StatusOr<std::vector<std::string>> BlobsIn(Disk& disk, const char* directory) {
+  ASSIGN_OR_RETURN(const std::vector<std::string> names, disk.List(directory));
+  std::vector<std::string> blobs;
+  for (const std::string& name : names) {
+    if (!IsBlobName(name)) continue;
+    ASSIGN_OR_RETURN(const std::optional<DiskEntry> entry,
+                     disk.Look(absl::StrCat(directory, "/", name)));
+    if (entry.has_value() && entry->kind == DiskEntry::Kind::kFile) blobs.push_back(name);
+  }
+  return blobs;
 }
 
 class FileWriter final : public BlobWriter {
@@ -180,6 +194,8 @@ class FileBlobs final : public Blobs {
       : disk_(std::move(disk)), reserve_(std::move(reserve)) {}
 
   absl::StatusOr<std::unique_ptr<BlobWriter>> Create() override {
+    RETURN_IF_ERROR(reserve_->Fill());
+    if (!reserve_->held()) return DiskError(kIncomingDirectory, "create", ENOSPC);
     std::string random(kNameBytes, '\0');
     if (getentropy(random.data(), random.size()) != 0) {
       return DiskError(kIncomingDirectory, "random name", errno);
@@ -204,27 +220,36 @@ class FileBlobs final : public Blobs {
     return reader;
   }
 
+  absl::Status HasRoom(int64_t bytes) override {
+    RETURN_IF_ERROR(reserve_->Fill());
+    ASSIGN_OR_RETURN(const int64_t room, disk_->Room());
+    if (reserve_->held() && FileBytes(bytes) <= room) return absl::OkStatus();
+    return DiskError(kIncomingDirectory, absl::StrCat("room for ", bytes, " bytes"), ENOSPC);
+  }
+
   void Remove(const BlobRef& blob) override {
     RemoveFinished(blob.name()).IgnoreError();
     reserve_->Fill().IgnoreError();
   }
 
   absl::Status RemoveAllBut(const std::set<std::string>& names) override {
-    ASSIGN_OR_RETURN(const std::vector<std::string> finished, disk_->List(kBlobDirectory));
-    for (const std::string& name : finished) {
-      if (names.count(name) == 0) RETURN_IF_ERROR(RemoveFinished(name));
-    }
-    ASSIGN_OR_RETURN(const std::vector<std::string> unfinished, disk_->List(kIncomingDirectory));
-    for (const std::string& name : unfinished) {
-      RETURN_IF_ERROR(disk_->Remove(absl::StrCat(kIncomingDirectory, "/", name)));
-    }
-    return absl::OkStatus();
+    RETURN_IF_ERROR(RemoveAllIn(kBlobDirectory, names));
+    return RemoveAllIn(kIncomingDirectory, {});
   }
 
  private:
-  // Files of others are left alone.
   absl::Status RemoveFinished(const std::string& name) {
     return IsBlobName(name) ? disk_->Remove(FinishedName(name)) : absl::OkStatus();
+  }
+
+  // All blobs but these.
+  absl::Status RemoveAllIn(const char* directory, const std::set<std::string>& but) {
+    ASSIGN_OR_RETURN(const std::vector<std::string> names, BlobsIn(*disk_, directory));
+    for (const std::string& name : names) {
+      if (but.count(name) != 0) continue;
+      RETURN_IF_ERROR(disk_->Remove(absl::StrCat(directory, "/", name)));
+    }
+    return absl::OkStatus();
   }
 
   const std::shared_ptr<Disk> disk_;
@@ -241,6 +266,17 @@ bool IsBlobName(const std::string& name) {
 std::unique_ptr<Blobs> MakeFileBlobs(std::shared_ptr<Disk> disk,
                                      std::shared_ptr<DiskReserve> reserve) {
   return std::make_unique<FileBlobs>(std::move(disk), std::move(reserve));
+}
+
+absl::Status SetAsideAllBut(Disk& disk, const std::set<std::string>& names) {
+  ASSIGN_OR_RETURN(const std::vector<std::string> blobs, BlobsIn(disk, kBlobDirectory));
+  RETURN_IF_ERROR(disk.MakeDirectory(kQuarantineDirectory));
+  for (const std::string& name : blobs) {
+    if (names.count(name) != 0) continue;
+    RETURN_IF_ERROR(disk.Rename(FinishedName(name), absl::StrCat(kQuarantineDirectory, "/", name)));
+  }
+  RETURN_IF_ERROR(disk.SyncDirectory(kQuarantineDirectory));
+  return disk.SyncDirectory(kBlobDirectory);
 }
 
 }  // namespace certiq::server

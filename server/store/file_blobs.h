@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 
 #include "store/blobs.h"
@@ -24,6 +25,8 @@ namespace certiq::server {
 // Where finished blobs are, and those still being written.
 inline constexpr char kBlobDirectory[] = "tensors";
 inline constexpr char kIncomingDirectory[] = "incoming";
+// Where blobs are that a loss of records left without one.
+inline constexpr char kQuarantineDirectory[] = "quarantine";
 
 inline constexpr int64_t kBlobBlockBytes = int64_t{1} << 20;
 
@@ -32,9 +35,14 @@ bool IsBlobName(const std::string& name);
 
 // Blobs are written to kIncomingDirectory; Commit moves the file to kBlobDirectory. A Read of a
 // reader reads the blocks it touches whole: ranges of whole blocks are the cheapest. The reserve is
-// filled again where a removal made room. REQUIRES: both directories are there.
+// filled again where a removal made room, and before a blob is written: what is left on a full disk
+// is for deletions. Files of other names, and what is no file, are left alone. REQUIRES: both
+// directories are there.
 std::unique_ptr<Blobs> MakeFileBlobs(std::shared_ptr<Disk> disk,
                                      std::shared_ptr<DiskReserve> reserve);
+
+// Moves every blob but those of these names to kQuarantineDirectory, which is made, durably.
+absl::Status SetAsideAllBut(Disk& disk, const std::set<std::string>& names);
 
 }  // namespace certiq::server
 

@@ -11,6 +11,10 @@ namespace certiq::server {
 // (upgrade.h).
 inline constexpr int64_t kSchemaVersion = 2;
 
+// In PRAGMA application_id, "crtq": a database of this program's. Schema 1 had none.
+inline constexpr int64_t kApplicationId = 0x63727471;
+static_assert(kApplicationId == 1668445297);
+
 // A record is its `body`, the message of stored.proto; every other column but `version` (writes so
 // far) and `checksum` (of the body) repeats a field of it for queries. Index names say what asks.
 inline constexpr char kCreateTables[] = R"sql(
@@ -58,6 +62,46 @@ CREATE INDEX jobs_owner ON jobs (owner) WHERE owner <> '';
 CREATE INDEX jobs_calibration ON jobs (calibration_id) WHERE state < 3;
 CREATE INDEX jobs_deadline ON jobs (deadline_time) WHERE state < 3 AND deadline_time > 0;
 CREATE INDEX jobs_expiry ON jobs (expire_time) WHERE state >= 3;
+)sql";
+
+// Every change of a record changes the one row of `commits` in the same transaction (commits.h):
+// `digest` is the exclusive or of all checksums, which SQL has no operator for. `negative` shows a
+// number that was damaged.
+inline constexpr char kCreateCommits[] = R"sql(
+PRAGMA application_id = 1668445297;
+CREATE TABLE commits (
+  id INTEGER PRIMARY KEY CHECK (id = 1),
+  lineage TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  negative INTEGER NOT NULL CHECK (negative = -number),
+  digest INTEGER NOT NULL
+) STRICT;
+CREATE TRIGGER calibrations_added AFTER INSERT ON calibrations BEGIN
+  UPDATE commits SET number = number + 1, negative = negative - 1,
+    digest = (digest | new.checksum) - (digest & new.checksum);
+END;
+CREATE TRIGGER calibrations_removed AFTER DELETE ON calibrations BEGIN
+  UPDATE commits SET number = number + 1, negative = negative - 1,
+    digest = (digest | old.checksum) - (digest & old.checksum);
+END;
+CREATE TRIGGER calibrations_changed AFTER UPDATE ON calibrations BEGIN
+  UPDATE commits SET digest = (digest | old.checksum) - (digest & old.checksum);
+  UPDATE commits SET number = number + 1, negative = negative - 1,
+    digest = (digest | new.checksum) - (digest & new.checksum);
+END;
+CREATE TRIGGER jobs_added AFTER INSERT ON jobs BEGIN
+  UPDATE commits SET number = number + 1, negative = negative - 1,
+    digest = (digest | new.checksum) - (digest & new.checksum);
+END;
+CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
+  UPDATE commits SET number = number + 1, negative = negative - 1,
+    digest = (digest | old.checksum) - (digest & old.checksum);
+END;
+CREATE TRIGGER jobs_changed AFTER UPDATE ON jobs BEGIN
+  UPDATE commits SET digest = (digest | old.checksum) - (digest & old.checksum);
+  UPDATE commits SET number = number + 1, negative = negative - 1,
+    digest = (digest | new.checksum) - (digest & new.checksum);
+END;
 )sql";
 
 }  // namespace certiq::server

@@ -7,6 +7,8 @@
 #include <system_error>
 #include <utility>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "base/status_macros.h"
@@ -45,6 +47,19 @@ absl::StatusCode CodeOf(int code, int error) {
     default:
       return absl::StatusCode::kInternal;
   }
+}
+
+// A path as a part of a URI.
+std::string UriPath(const std::string& path) {
+  std::string encoded;
+  for (const char c : path) {
+    if (absl::ascii_isalnum(static_cast<unsigned char>(c)) || absl::StrContains("/._-", c)) {
+      encoded += c;
+    } else {
+      absl::StrAppend(&encoded, "%", absl::Hex(static_cast<unsigned char>(c), absl::kZeroPad2));
+    }
+  }
+  return encoded;
 }
 
 }  // namespace
@@ -125,17 +140,45 @@ std::string SqlStatement::NextString() {
 void SqlDatabase::Close::operator()(sqlite3* database) const { sqlite3_close(database); }
 
 absl::StatusOr<std::unique_ptr<SqlDatabase>> SqlDatabase::Open(const std::string& path,
-                                                               std::string name, const char* vfs) {
+                                                               std::string name, const char* vfs,
+                                                               int flags) {
   std::unique_ptr<SqlDatabase> database(new SqlDatabase(std::move(name)));
   sqlite3* handle = nullptr;
   errno = 0;
-  const int code = sqlite3_open_v2(
-      path.c_str(), &handle, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_NOMUTEX, vfs);
+  const int code = sqlite3_open_v2(path.c_str(), &handle,
+                                   flags | SQLITE_OPEN_NOMUTEX | SQLITE_OPEN_NOFOLLOW, vfs);
   database->database_.reset(handle);
   if (code != SQLITE_OK) return database->Error(code);
   sqlite3_extended_result_codes(handle, 1);
   sqlite3_busy_timeout(handle, kBusyMilliseconds);
   return database;
+}
+
+absl::StatusOr<std::unique_ptr<SqlDatabase>> SqlDatabase::Open(const std::string& path,
+                                                               std::string name, const char* vfs) {
+  return Open(path, std::move(name), vfs, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE);
+}
+
+absl::StatusOr<std::unique_ptr<SqlDatabase>> SqlDatabase::OpenToLook(const std::string& path,
+                                                                     std::string name,
+                                                                     const char* vfs,
+                                                                     bool with_log) {
+  if (!with_log) {
+    // Otherwise a log is made where there is none.
+    return Open(absl::StrCat("file:", UriPath(path), "?immutable=1"), std::move(name), vfs,
+                SQLITE_OPEN_READONLY | SQLITE_OPEN_URI);
+  }
+  // To write, as a log is not read otherwise.
+  ASSIGN_OR_RETURN(std::unique_ptr<SqlDatabase> database,
+                   Open(path, std::move(name), vfs, SQLITE_OPEN_READWRITE));
+  database->EmptyLogOnClose(false);
+  // Its index is kept in memory then, and in no file.
+  RETURN_IF_ERROR(database->Run("PRAGMA locking_mode = EXCLUSIVE"));
+  return database;
+}
+
+void SqlDatabase::EmptyLogOnClose(bool empty) {
+  sqlite3_db_config(database_.get(), SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, empty ? 0 : 1, nullptr);
 }
 
 absl::Status SqlDatabase::Run(const char* sql) {

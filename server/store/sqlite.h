@@ -54,9 +54,18 @@ class SqlStatement {
 // A connection. Not thread-safe.
 class SqlDatabase {
  public:
-  // `name` stands for the file in messages. `vfs`: nullptr for the default.
+  // `name` stands for the file in messages. `vfs`: nullptr for the default. No part of the path may
+  // be a symbolic link.
   static absl::StatusOr<std::unique_ptr<SqlDatabase>> Open(const std::string& path,
                                                            std::string name, const char* vfs);
+  // To read what is there and to leave all files as they are. `with_log`: there is a log beside it.
+  static absl::StatusOr<std::unique_ptr<SqlDatabase>> OpenToLook(const std::string& path,
+                                                                 std::string name, const char* vfs,
+                                                                 bool with_log);
+
+  // Whether the log is written into the database and removed when it is closed, as it is unless
+  // said otherwise.
+  void EmptyLogOnClose(bool empty);
 
   // Runs constant SQL that gives no rows.
   absl::Status Run(const char* sql);
@@ -77,6 +86,9 @@ class SqlDatabase {
 
  private:
   explicit SqlDatabase(std::string name) : name_(std::move(name)) {}
+  static absl::StatusOr<std::unique_ptr<SqlDatabase>> Open(const std::string& path,
+                                                           std::string name, const char* vfs,
+                                                           int flags);
   struct Close {
     void operator()(sqlite3* database) const;
   };

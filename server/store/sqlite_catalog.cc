@@ -7,10 +7,10 @@
 #include "base/mutex.h"
 #include "base/status_macros.h"
 #include "contract/paging.h"
+#include "store/commits.h"
+#include "store/open_database.h"
 #include "store/rows.h"
-#include "store/schema.h"
 #include "store/sqlite.h"
-#include "store/upgrade.h"
 
 namespace certiq::server {
 namespace {
@@ -20,56 +20,6 @@ absl::Status NoCalibration(const std::string& id) {
 }
 absl::Status NoJob(const std::string& id) {
   return absl::NotFoundError(absl::StrCat("there is no job ", id));
-}
-
-// The version of the tables, 0 where there are none. Writes nothing.
-absl::StatusOr<int64_t> CheckVersion(SqlDatabase& database) {
-  ASSIGN_OR_RETURN(const int64_t version, database.Number("PRAGMA user_version"));
-  if (version < 0 || version > kSchemaVersion) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(kDatabaseName, ": was written by a newer version of this program (tables ",
-                     version, ", expected at most ", kSchemaVersion, ")"));
-  }
-  ASSIGN_OR_RETURN(const int64_t tables, database.Number("SELECT count(*) FROM sqlite_schema"));
-  if (version == 0 && tables != 0) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(kDatabaseName, ": is the database of another program"));
-  }
-  return version;
-}
-
-absl::Status CreateTables(SqlDatabase& database) {
-  static_assert(kSchemaVersion == 2);
-  RETURN_IF_ERROR(database.Run("BEGIN IMMEDIATE"));
-  RETURN_IF_ERROR(database.Run(kCreateTables));
-  return database.Run("PRAGMA user_version = 2; COMMIT");
-}
-
-absl::StatusOr<std::unique_ptr<SqlDatabase>> OpenDatabase(const std::string& path,
-                                                          const char* vfs) {
-  ASSIGN_OR_RETURN(std::unique_ptr<SqlDatabase> opened,
-                   SqlDatabase::Open(path, kDatabaseName, vfs));
-  SqlDatabase& database = *opened;
-  // Exclusive, before anything is read: without others there is no need for shared memory in a
-  // mapped file, which ends the process where the disk fails.
-  RETURN_IF_ERROR(database.Run("PRAGMA locking_mode = EXCLUSIVE"));
-  ASSIGN_OR_RETURN(const int64_t version, CheckVersion(database));
-  ASSIGN_OR_RETURN(const std::string mode, database.Text("PRAGMA journal_mode = WAL"));
-  if (mode != "wal" && mode != "memory") {
-    return database.Damaged(absl::StrCat("its journal mode stays ", mode));
-  }
-  RETURN_IF_ERROR(
-      database.Run("PRAGMA synchronous = FULL;"
-                   "PRAGMA foreign_keys = ON;"
-                   "PRAGMA cell_size_check = ON;"
-                   "PRAGMA trusted_schema = OFF;"
-                   "PRAGMA temp_store = MEMORY;"));
-  if (version == 0) RETURN_IF_ERROR(CreateTables(database));
-  // Indexes too: a query believes them.
-  ASSIGN_OR_RETURN(const std::string check, database.Text("PRAGMA integrity_check(1)"));
-  if (check != "ok") return database.Damaged(check);
-  if (version == 1) RETURN_IF_ERROR(UpgradeFromSchema1(database));
-  return opened;
 }
 
 // Reads one record; NOT_FOUND where there is none. A null tenant stands for any.
@@ -115,12 +65,14 @@ absl::StatusOr<std::optional<JobRecord>> ReadJobOfRequest(SqlDatabase& database,
 
 class SqliteCatalog final : public Catalog {
  public:
-  SqliteCatalog(std::unique_ptr<SqlDatabase> database, std::shared_ptr<DiskReserve> reserve)
-      : durable_(reserve != nullptr),
-        reserve_(std::move(reserve)),
-        database_(std::move(database)) {}
+  // In memory there are neither a reserve nor a file of commits.
+  SqliteCatalog(std::unique_ptr<SqlDatabase> database, std::shared_ptr<DiskReserve> reserve,
+                std::unique_ptr<CommitsFile> commits)
+      : reserve_(std::move(reserve)),
+        database_(std::move(database)),
+        commits_(std::move(commits)) {}
 
-  bool durable() const override { return durable_; }
+  bool durable() const override { return reserve_ != nullptr; }
   bool settled() const override {
     const base::MutexLock lock(mu_);
     return settled_;
@@ -172,19 +124,28 @@ class SqliteCatalog final : public Catalog {
 
   // Runs `body` as one transaction.
   absl::Status Transact(Body body) ABSL_LOCKS_EXCLUDED(mu_);
-  // The same for a removal, which may spend the reserve.
-  absl::Status TransactRemoval(Body body) ABSL_LOCKS_EXCLUDED(mu_);
+  // The same for what makes room, or lets work end that does: it may spend the reserve.
+  absl::Status TransactFreeing(Body body) ABSL_LOCKS_EXCLUDED(mu_);
+  // Writes the log into the database, so that the next commit is written over it and takes no room.
+  void RewindLog() ABSL_LOCKS_EXCLUDED(mu_);
   void UndoCommit() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What is said beside the database about a transaction that changed something: before and after
+  // it is committed.
+  absl::StatusOr<int64_t> NumberOfCommit() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void NoteCommit(int64_t number) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Those that a crash kept from being told.
+  absl::Status NoteCommits() ABSL_LOCKS_EXCLUDED(mu_);
 
   // Applies an event to a job, and writes the job where the event changed it.
+  using Transaction = absl::Status (SqliteCatalog::*)(Body);
   absl::StatusOr<JobChange> Apply(
-      const std::string* tenant, const std::string& id,
+      Transaction transact, const std::string* tenant, const std::string& id,
       absl::FunctionRef<absl::StatusOr<JobRecord>(const JobRecord&)> event);
 
-  const bool durable_;
   const std::shared_ptr<DiskReserve> reserve_;
   mutable base::Mutex mu_;
   const std::unique_ptr<SqlDatabase> database_ ABSL_PT_GUARDED_BY(mu_);
+  const std::unique_ptr<CommitsFile> commits_ ABSL_PT_GUARDED_BY(mu_);
   bool settled_ ABSL_GUARDED_BY(mu_) = true;
 };
 
@@ -193,16 +154,38 @@ absl::Status SqliteCatalog::Transact(Body body) {
   const int64_t changes = database_->changes();
   absl::Status status = database_->Run("BEGIN IMMEDIATE");
   if (status.ok()) status = body(*database_);
+  const bool changed = database_->changes() != changes;
+  absl::StatusOr<int64_t> number = 0;
+  if (status.ok() && changed) {
+    number = NumberOfCommit();
+    status = number.status();
+  }
   const bool committing = status.ok();
   if (committing) status = database_->Run("COMMIT");
   if (status.ok()) {
-    // What it wrote, if anything, lies over what failed before.
-    if (database_->changes() != changes) settled_ = true;
+    if (!changed) return status;
+    // What it wrote lies over what failed before.
+    settled_ = true;
+    NoteCommit(*number);
     return status;
   }
   if (database_->in_transaction()) database_->Run("ROLLBACK").IgnoreError();
   if (committing) UndoCommit();
   return status;
+}
+
+absl::StatusOr<int64_t> SqliteCatalog::NumberOfCommit() {
+  if (commits_ == nullptr) return 0;
+  // At most one commit at a time is not told beside the database.
+  RETURN_IF_ERROR(commits_->CatchUp());
+  return ReadCommitNumber(*database_);
+}
+
+void SqliteCatalog::NoteCommit(int64_t number) {
+  if (commits_ == nullptr || commits_->Advance(number).ok()) return;
+  // It is durable, and cannot be taken back: who is told that it failed would undo what belongs to
+  // it. Outside the log nothing can drop it either; the next commit begins with its number.
+  database_->Number("PRAGMA wal_checkpoint(TRUNCATE)").status().IgnoreError();
 }
 
 // A commit whose sync failed may lie whole in the log, where a restart after a crash would find
@@ -212,11 +195,21 @@ void SqliteCatalog::UndoCommit() {
   settled_ = busy.ok() && *busy == 0;
 }
 
-absl::Status SqliteCatalog::TransactRemoval(Body body) {
+absl::Status SqliteCatalog::TransactFreeing(Body body) {
   absl::Status status = Transact(body);
-  if (!absl::IsResourceExhausted(status) || reserve_ == nullptr) return status;
-  if (!reserve_->Spend().ok()) return status;
-  return Transact(body);
+  if (reserve_ == nullptr) return status;
+  if (absl::IsResourceExhausted(status)) {
+    if (!reserve_->Spend().ok()) return status;
+    status = Transact(body);
+  }
+  // Others may have taken what the reserve gave up. What the log holds they cannot take.
+  if (!reserve_->held()) RewindLog();
+  return absl::IsResourceExhausted(status) ? Transact(body) : status;
+}
+
+void SqliteCatalog::RewindLog() {
+  const base::MutexLock lock(mu_);
+  database_->Number("PRAGMA wal_checkpoint(RESTART)").status().IgnoreError();
 }
 
 absl::Status SqliteCatalog::Register(const std::string& /*replica*/, base::UnixMicros now,
@@ -226,7 +219,7 @@ absl::Status SqliteCatalog::Register(const std::string& /*replica*/, base::UnixM
   // before is dead.
   std::vector<CalibrationRecord> calibrations;
   std::vector<JobRecord> jobs;
-  RETURN_IF_ERROR(Transact([&](SqlDatabase& database) -> absl::Status {
+  RETURN_IF_ERROR(TransactFreeing([&](SqlDatabase& database) -> absl::Status {
     ASSIGN_OR_RETURN(calibrations,
                      SelectRows<CalibrationRecord>(database, "ORDER BY id", [](SqlStatement&) {}));
     RETURN_IF_ERROR(CheckLabels(database, calibrations));
@@ -240,9 +233,17 @@ absl::Status SqliteCatalog::Register(const std::string& /*replica*/, base::UnixM
     }
     return absl::OkStatus();
   }));
+  RETURN_IF_ERROR(NoteCommits());
   for (const CalibrationRecord& record : calibrations) calibration(record);
   for (const JobRecord& record : jobs) job(record);
   return absl::OkStatus();
+}
+
+absl::Status SqliteCatalog::NoteCommits() {
+  const base::MutexLock lock(mu_);
+  if (commits_ == nullptr) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const int64_t number, ReadCommitNumber(*database_));
+  return number > commits_->number() ? commits_->Advance(number) : commits_->CatchUp();
 }
 
 absl::StatusOr<CalibrationRecord> SqliteCatalog::AddCalibration(const CalibrationRecord& record) {
@@ -332,7 +333,7 @@ absl::StatusOr<int64_t> SqliteCatalog::UnfinishedJobs(const std::string& calibra
 absl::StatusOr<CalibrationRecord> SqliteCatalog::RemoveCalibration(const std::string& tenant,
                                                                    const std::string& id) {
   CalibrationRecord removed;
-  RETURN_IF_ERROR(TransactRemoval([&](SqlDatabase& database) -> absl::Status {
+  RETURN_IF_ERROR(TransactFreeing([&](SqlDatabase& database) -> absl::Status {
     ASSIGN_OR_RETURN(removed, ReadCalibration(database, &tenant, id));
     ASSIGN_OR_RETURN(const int64_t jobs, CountUnfinished(database, id));
     RETURN_IF_ERROR(CheckRemovable(removed, jobs));
@@ -459,10 +460,10 @@ absl::StatusOr<std::optional<JobRecord>> SqliteCatalog::ClaimJob(
 }
 
 absl::StatusOr<JobChange> SqliteCatalog::Apply(
-    const std::string* tenant, const std::string& id,
+    Transaction transact, const std::string* tenant, const std::string& id,
     absl::FunctionRef<absl::StatusOr<JobRecord>(const JobRecord&)> event) {
   JobChange change;
-  RETURN_IF_ERROR(Transact([&](SqlDatabase& database) -> absl::Status {
+  RETURN_IF_ERROR((this->*transact)([&](SqlDatabase& database) -> absl::Status {
     ASSIGN_OR_RETURN(const JobRecord before, ReadJob(database, tenant, id));
     ASSIGN_OR_RETURN(change.job, event(before));
     change.before = before.state();
@@ -475,31 +476,34 @@ absl::StatusOr<JobChange> SqliteCatalog::Apply(
 
 absl::StatusOr<JobChange> SqliteCatalog::StartJob(const std::string& id, const std::string& claim,
                                                   base::UnixMicros now) {
-  return Apply(nullptr, id, [&](const JobRecord& job) { return Start(job, claim, now); });
+  return Apply(&SqliteCatalog::Transact, nullptr, id,
+               [&](const JobRecord& job) { return Start(job, claim, now); });
 }
 
 absl::StatusOr<JobChange> SqliteCatalog::ReleaseJob(const std::string& id,
                                                     const std::string& claim) {
-  return Apply(nullptr, id, [&](const JobRecord& job) { return Release(job, claim); });
+  return Apply(&SqliteCatalog::TransactFreeing, nullptr, id,
+               [&](const JobRecord& job) { return Release(job, claim); });
 }
 
 absl::StatusOr<JobChange> SqliteCatalog::FinishJob(const std::string& id, const std::string& claim,
                                                    const JobOutcome& outcome) {
-  return Apply(nullptr, id, [&](const JobRecord& job) { return Finish(job, claim, outcome); });
+  return Apply(&SqliteCatalog::TransactFreeing, nullptr, id,
+               [&](const JobRecord& job) { return Finish(job, claim, outcome); });
 }
 
 absl::StatusOr<JobChange> SqliteCatalog::CancelJob(const std::string& tenant, const std::string& id,
                                                    const absl::Status& reason,
                                                    base::UnixMicros now) {
-  return Apply(&tenant, id, [&](const JobRecord& job) -> absl::StatusOr<JobRecord> {
-    return Cancel(job, reason, now);
-  });
+  return Apply(
+      &SqliteCatalog::TransactFreeing, &tenant, id,
+      [&](const JobRecord& job) -> absl::StatusOr<JobRecord> { return Cancel(job, reason, now); });
 }
 
 absl::StatusOr<JobRecord> SqliteCatalog::RemoveJob(const std::string& tenant,
                                                    const std::string& id) {
   JobRecord removed;
-  RETURN_IF_ERROR(TransactRemoval([&](SqlDatabase& database) -> absl::Status {
+  RETURN_IF_ERROR(TransactFreeing([&](SqlDatabase& database) -> absl::Status {
     ASSIGN_OR_RETURN(removed, ReadJob(database, &tenant, id));
     RETURN_IF_ERROR(CheckRemovable(removed));
     return DeleteRow<JobRecord>(database, id);
@@ -509,15 +513,21 @@ absl::StatusOr<JobRecord> SqliteCatalog::RemoveJob(const std::string& tenant,
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Catalog>> OpenSqliteCatalog(const std::string& path, const char* vfs,
-                                                           std::shared_ptr<DiskReserve> reserve) {
-  ASSIGN_OR_RETURN(std::unique_ptr<SqlDatabase> database, OpenDatabase(path, vfs));
-  return std::make_unique<SqliteCatalog>(std::move(database), std::move(reserve));
+absl::StatusOr<std::unique_ptr<Catalog>> OpenSqliteCatalog(std::shared_ptr<Disk> disk,
+                                                           const char* vfs,
+                                                           std::shared_ptr<DiskReserve> reserve,
+                                                           const std::string& accepted_loss,
+                                                           absl::FunctionRef<SetAside> set_aside) {
+  auto commits = std::make_unique<CommitsFile>(disk);
+  ASSIGN_OR_RETURN(std::unique_ptr<SqlDatabase> database,
+                   OpenDatabase(*disk, vfs, *commits, accepted_loss, set_aside));
+  return std::make_unique<SqliteCatalog>(std::move(database), std::move(reserve),
+                                         std::move(commits));
 }
 
 absl::StatusOr<std::unique_ptr<Catalog>> OpenMemoryCatalog() {
-  ASSIGN_OR_RETURN(std::unique_ptr<SqlDatabase> database, OpenDatabase(":memory:", nullptr));
-  return std::make_unique<SqliteCatalog>(std::move(database), nullptr);
+  ASSIGN_OR_RETURN(std::unique_ptr<SqlDatabase> database, OpenMemoryDatabase());
+  return std::make_unique<SqliteCatalog>(std::move(database), nullptr, nullptr);
 }
 
 }  // namespace certiq::server

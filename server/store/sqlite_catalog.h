@@ -6,19 +6,22 @@
 #include <memory>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "store/catalog.h"
+#include "store/disk.h"
+#include "store/open_database.h"
 #include "store/reserve.h"
 
 namespace certiq::server {
 
-inline constexpr char kDatabaseName[] = "state.db";
-
-// The catalog in the file `path`, brought up to date where an older version wrote it. `vfs` is
-// SQLite's way to the file system, nullptr for the default; the reserve is given up where a removal
-// finds the disk full. FAILED_PRECONDITION where a newer version or another program wrote it.
-absl::StatusOr<std::unique_ptr<Catalog>> OpenSqliteCatalog(const std::string& path, const char* vfs,
-                                                           std::shared_ptr<DiskReserve> reserve);
+// The catalog in a data directory, as OpenDatabase opens it. The reserve is given up where what
+// makes room finds the disk full.
+absl::StatusOr<std::unique_ptr<Catalog>> OpenSqliteCatalog(std::shared_ptr<Disk> disk,
+                                                           const char* vfs,
+                                                           std::shared_ptr<DiskReserve> reserve,
+                                                           const std::string& accepted_loss,
+                                                           absl::FunctionRef<SetAside> set_aside);
 
 // The catalog of a server without a data directory.
 absl::StatusOr<std::unique_ptr<Catalog>> OpenMemoryCatalog();

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "store/checksum.h"
+#include "store/commits.h"
 #include "store/rows.h"
 #include "store/schema.h"
 
@@ -199,7 +200,7 @@ FROM jobs_1 ORDER BY number
 
 }  // namespace
 
-absl::Status UpgradeFromSchema1(SqlDatabase& database) {
+absl::Status UpgradeFromSchema1(SqlDatabase& database, const std::string& lineage) {
   static_assert(kSchemaVersion == 2);
   const auto upgrade = [&]() -> absl::Status {
     for (const char* const table :
@@ -212,6 +213,7 @@ absl::Status UpgradeFromSchema1(SqlDatabase& database) {
     RETURN_IF_ERROR(database.Run(kCreateTables));
     RETURN_IF_ERROR(UpgradeCalibrations(database));
     RETURN_IF_ERROR(UpgradeJobs(database));
+    RETURN_IF_ERROR(CreateCommits(database, lineage));
     return database.Run(
         "DROP TABLE calibration_labels_1;"
         "DROP TABLE calibration_streams_1;"

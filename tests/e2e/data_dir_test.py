@@ -298,3 +298,81 @@ def test_a_newer_data_directory_is_refused_and_left_as_it_is(tmp_path: Path) -> 
     assert "state.db: was written by a newer version of this program" in said
     assert "1000" in said
     assert contents(data) == before
+
+
+def refused(data: Path) -> str:
+    """What a server says that does not start on it; nothing in it changes."""
+    before = contents(data)
+    done = run_server(
+        *("--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0", "--data_dir", str(data))
+    )
+    assert done.returncode not in (0, None, -6, -11)
+    assert contents(data) == before
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["incoming/thesis.docx", "tensors/model.safetensors", "tensors/" + "0123456789abcdef" * 2],
+        ["incoming/" + "0123456789abcdef" * 2],
+        ["lock", "reserve", "tensors/" + "f" * 32],
+        ["state.db"],
+        [".profile"],
+    ],
+)
+def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(
+    tmp_path: Path, names: list[str]
+) -> None:
+    data = tmp_path / "share"
+    for name in names:
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("years of work")
+    said = refused(data)
+    assert f"{data}: is not a data directory of certiq" in said
+    assert names[0].split("/")[0] in said
+    assert sorted(path.name for path in data.iterdir()) == sorted({n.split("/")[0] for n in names})
+
+
+def test_a_database_of_somebody_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    data = tmp_path / "share"
+    data.mkdir()
+    database = sqlite3.connect(data / "state.db", isolation_level=None)
+    for sql in (
+        "PRAGMA journal_mode = WAL",
+        "CREATE TABLE jobs (id, payload)",
+        "PRAGMA user_version = 1",
+        "INSERT INTO jobs VALUES (1, 'work')",
+    ):
+        database.execute(sql)
+    # As it is while its program runs.
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    database.close()
+    for each in (data, copy):
+        assert "is not a data directory of certiq" in refused(each)
+
+
+def test_strangers_in_it_stay_and_are_named_once(old: Old) -> None:
+    server = old.start()
+    assert server.stop() == 0
+    strangers = ("notes.txt", "tensors/model.safetensors", "incoming/thesis.docx")
+    for name in strangers:
+        (old.data / name).write_text("years of work")
+    (old.data / "incoming" / ("ab" * 16)).write_text("of a crash")
+    server = old.start()
+    check_unended(server, old.expected)
+    assert server.stop() == 0
+    for name in strangers:
+        assert (old.data / name).read_text() == "years of work"
+        assert server.log().count(Path(name).name) == 1
+    assert [path.name for path in (old.data / "incoming").iterdir()] == ["thesis.docx"]
+
+
+@pytest.mark.parametrize("name", ["lock", "state.db", "commits", "tensors", "incoming"])
+def test_links_in_it_are_refused(old: Old, name: str, tmp_path: Path) -> None:
+    assert old.start().stop() == 0
+    elsewhere = tmp_path / "elsewhere"
+    (old.data / name).rename(elsewhere)
+    (old.data / name).symlink_to(elsewhere)
+    assert f"{name} is a symbolic link" in refused(old.data)

@@ -238,6 +238,46 @@ def test_changed_weights(start: StartServer, data: Path) -> None:
     wait_until(lambda: not weights.exists(), "the weights are gone")
 
 
+def lost(start: StartServer, *flags: str) -> str:
+    """What a start says that refuses; the code that would accept."""
+    with pytest.raises(AssertionError, match=r"--accept_loss [0-9a-f]{8}") as refused:
+        start(*flags)
+    said = str(refused.value)
+    assert "state.db" in said
+    return said.split("--accept_loss ")[1][:8]
+
+
+def test_records_do_not_go_back_in_time(start: StartServer, data: Path) -> None:
+    server = start()
+    jobs = [client_of(server).submit(**small(client_of(server), seed=seed)) for seed in range(3)]
+    assert {job.wait().state for job in jobs} == {"succeeded"}
+    server.process.kill()
+    server.wait()
+    log, kept = data / "state.db-wal", tensors(data)
+    whole = log.read_bytes()
+    # Its header, a page, the head of a frame, the last frame; none of it; the first half.
+    damaged = [bytearray(whole) for _ in range(4)]
+    for content, at in zip(damaged, (17, 5000, 32 + 4120 + 9, len(whole) - 100), strict=True):
+        content[at] ^= 4
+    for content in (*damaged, b"", whole[: len(whole) // 2]):
+        log.write_bytes(content)
+        code = lost(start)
+        assert log.read_bytes() == bytes(content)
+        assert tensors(data) == kept
+    lost(start, "--accept_loss", "12345678")
+
+    # Accepted, everything is somewhere still, and the server works on.
+    server = start("--accept_loss", code)
+    left = len(list(client_of(server).jobs()))
+    assert left < 3
+    quarantine = {path.name for path in (data / "quarantine").iterdir()}
+    assert quarantine | {path.name for path in tensors(data)} >= {path.name for path in kept}
+    assert client_of(server).submit(**small(client_of(server), seed=9)).wait().state == "succeeded"
+    assert server.stop() == 0
+    server = start("--accept_loss", code)
+    assert len(list(client_of(server).jobs())) == left + 1
+
+
 def test_jobs_share_factors(start: StartServer) -> None:
     server = start()
     client = client_of(server)

@@ -147,7 +147,7 @@ def test_version_and_help() -> None:
     for flag in (
         *("listen", "metrics_listen", "data_dir", "workers", "queue_limit", "tls_cert", "tls_key"),
         *("memory_budget_bytes", "tls_client_ca", "token_file", "drain_seconds", "log_format"),
-        *("port_file", "allow_cleartext", "probe"),
+        *("port_file", "allow_cleartext", "probe", "accept_loss"),
     ):
         assert f"--{flag}" in done.stdout, flag
 

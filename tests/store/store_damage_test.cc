@@ -339,11 +339,18 @@ TEST_F(StoreDamageTest, LeftoversGoAndStrangersStay) {
     EXPECT_EQ(NamesIn(directory_.data() + "/incoming").size(), 1u);
   }
   EXPECT_TRUE(NamesIn(directory_.data() + "/incoming").empty());
-  WriteFile(directory_.data() + "/incoming/of-a-crash", "bytes");
-  WriteFile(directory_.data() + "/tensors/notes.txt", "not the store's");
+  const std::string name(32, 'a');
+  const std::string folder(32, 'b');
+  for (const char* directory : {"/incoming/", "/tensors/"}) {
+    WriteFile(directory_.data() + directory + name, "of a crash");
+    WriteFile(directory_.data() + directory + "notes.txt", "not the store's");
+    std::filesystem::create_directory(directory_.data() + directory + folder);
+  }
   ASSERT_TRUE(Reload().ok());
-  EXPECT_TRUE(NamesIn(directory_.data() + "/incoming").empty());
-  EXPECT_EQ(NamesIn(directory_.data() + "/tensors"), std::vector<std::string>{"notes.txt"});
+  for (const char* directory : {"/incoming", "/tensors"}) {
+    EXPECT_EQ(NamesIn(directory_.data() + directory),
+              (std::vector<std::string>{folder, "notes.txt"}));
+  }
 }
 
 TEST_F(StoreDamageTest, DirectoryBelongsToOneProcess) {

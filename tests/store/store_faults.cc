@@ -156,7 +156,7 @@ int FaultyDisk::Interfere(absl::string_view call, size_t& bytes) {
   }
   // What lasts is SQLite's.
   if (plan_.struck && plan_.lasting) return 0;
-  if (!plan_.Strikes(std::string(call), call == "write")) return 0;
+  if (!plan_.Strikes(std::string(call), call == "write" || call == "pwrite")) return 0;
   if (plan_.WantsHalf()) {
     bytes /= 2;
     plan_.half_done = true;
