@@ -89,6 +89,13 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CertificateF
     polish->set_passes(from.polish->passes);
     polish->set_damped_squared_error_before(from.polish->damped_before);
   }
+  if (from.underflow.has_value()) {
+    v1::Underflow* const underflow = to.mutable_underflow();
+    underflow->set_groups(from.underflow->groups);
+    underflow->set_rows(from.underflow->rows);
+    underflow->mutable_first_rows()->Add(from.underflow->first_rows.begin(),
+                                         from.underflow->first_rows.end());
+  }
   *to.mutable_spec() = ToProto(from.spec);
   to.set_calibration_id(facts.calibration_id);
   to.set_sums_sha256(facts.sums_sha256);

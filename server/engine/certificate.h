@@ -23,6 +23,16 @@ struct RefineOutcome {
   double damped_before = 0;
 };
 
+// Groups whose scale or levels their type is too coarse for (QuantParams::vanishes).
+struct Underflow {
+  int64_t groups = 0;
+  // Rows that have such a group, and the first of them, at most kNamed.
+  int64_t rows = 0;
+  std::vector<int64_t> first_rows;
+
+  static constexpr int64_t kNamed = 16;
+};
+
 // One run of the damping search (V2).
 struct DampingCandidate {
   double lambda = 0;
@@ -78,6 +88,8 @@ struct LayerCertificate {
   int64_t clipped_rows = 0;
   double worst_overshoot = 0;
   int64_t dead_features = 0;
+  // Unset where there is none.
+  std::optional<Underflow> underflow;
 
   std::optional<double> predicted_squared_error;
   std::optional<double> rate_gap_bits;

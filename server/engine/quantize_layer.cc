@@ -70,6 +70,17 @@ absl::Status CheckProblem(const LayerProblem& problem) {
   return CheckGrid(problem);
 }
 
+// Features that are zero in all tokens, those held out included.
+std::vector<bool> DeadFeatures(const LayerProblem& problem) {
+  std::vector<bool> dead(static_cast<size_t>(problem.weights.features()));
+  for (int64_t j = 0; j < problem.weights.features(); ++j) {
+    dead[static_cast<size_t>(j)] =
+        problem.statistics->gram.at(j, j) == 0 &&
+        (problem.held_out == nullptr || problem.held_out->gram.at(j, j) == 0);
+  }
+  return dead;
+}
+
 // (V3) Qronos without damping in the spec.
 void DecideDamping(const LayerProblem& problem, ResolvedSpec& spec, LayerCertificate& certificate) {
   if (spec.damping_rule.has_value()) return;
@@ -140,6 +151,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   QuantizedLayer result;
   LayerCertificate& certificate = result.certificate;
   ResolvedSpec spec = problem.spec;
+  RETURN_IF_ERROR(CheckRange(spec, problem.weights, DeadFeatures(problem)));
   DecideDamping(problem, spec, certificate);
   certificate.held_out_tokens = problem.held_out != nullptr ? problem.held_out->tokens : 0;
 
@@ -243,7 +255,7 @@ int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool
   const int64_t weights = StripMatrix::BytesFor(rows, features);
   const int64_t wide = BasicStripMatrix<double>::BytesFor(rows, features);
   const int64_t codes = rows * features;
-  const int64_t grid = rows * groups * 8;
+  const int64_t grid = rows * groups * 9;
   // Sums (again in another order, and once more while damping is searched for), factor and its
   // float32 columns.
   const int64_t copies =

@@ -163,6 +163,13 @@ v1::Certificate ToProto(const engine::LayerCertificate& from) {
     to.mutable_polish()->set_passes(from.polish->passes);
     to.mutable_polish()->set_damped_squared_error_before(from.polish->damped_before);
   }
+  if (from.underflow.has_value()) {
+    to.mutable_underflow()->set_groups(from.underflow->groups);
+    to.mutable_underflow()->set_rows(from.underflow->rows);
+    for (const int64_t row : from.underflow->first_rows) {
+      to.mutable_underflow()->add_first_rows(row);
+    }
+  }
   to.mutable_phase_seconds()->set_factor(from.seconds.factor);
   return to;
 }
@@ -214,6 +221,11 @@ absl::StatusOr<VerifiedLayer> QuantizeRandom(const LayerOptions& options,
   std::vector<double> w(static_cast<size_t>(options.rows * n));
   std::vector<double> x(static_cast<size_t>(options.tokens * n));
   for (double& value : w) value = 0.05 * gauss(random);
+  for (const LayerOptions::SmallWeights& small : options.small) {
+    for (int64_t j = small.first; j < std::min(n, small.last); ++j) {
+      w[static_cast<size_t>(small.row * n + j)] *= small.factor;
+    }
+  }
   for (size_t i = 0; i < x.size(); ++i) {
     const auto j = static_cast<int64_t>(i) % n;
     x[i] = options.x_scale * gauss(random);

@@ -2,6 +2,7 @@
 #ifndef CERTIQ_TESTS_CLIENT_VERIFY_LAYERS_H_
 #define CERTIQ_TESTS_CLIENT_VERIFY_LAYERS_H_
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -19,6 +20,14 @@ struct LayerOptions {
   int64_t features = 40;
   int64_t tokens = 160;
   bool mismatched = false;
+  // Weights of a row's features [first, last) that are multiplied by a factor.
+  struct SmallWeights {
+    int64_t row = 0;
+    double factor = 1;
+    int64_t first = 0;
+    int64_t last = std::numeric_limits<int64_t>::max();
+  };
+  std::vector<SmallWeights> small = {};
   // Features whose activations are zero.
   std::vector<int64_t> dead = {};
   double held_out_fraction = 0;

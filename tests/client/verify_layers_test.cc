@@ -217,6 +217,73 @@ TEST(VerifyLayersTest, DeadFeaturesAndClipping) {
     }
   }
 }
+// Rows and groups of a row that are too small for float16 or bfloat16, or that float32 holds as
+// subnormal numbers only.
+TEST(VerifyLayersTest, WeightsTooSmallForTheirScales) {
+  using engine::DType;
+  using engine::Format;
+  struct Types {
+    Format format;
+    DType scales;
+    // Of the normal weights' size, below the least scale.
+    double factor;
+  };
+  const Types all[] = {
+      {Format::kDenseF32, DType::kF16, 1e-8},
+      {Format::kDenseF32, DType::kBF16, 1e-43},
+      {Format::kDenseF16, DType::kF32, 1e-8},
+      {Format::kDenseBF16, DType::kF32, 1e-41},
+      {Format::kGptqV2, DType::kF16, 1e-8},
+      {Format::kCompressedTensors, DType::kF16, 1e-8},
+      {Format::kCompressedTensors, DType::kBF16, 1e-43},
+  };
+  uint64_t seed = 1;
+  for (const Types& types : all) {
+    for (const auto method :
+         {engine::Method::kNearest, engine::Method::kOptq, engine::Method::kQronos}) {
+      for (const auto rule : {engine::ScaleRule::kAbsmax, engine::ScaleRule::kMse,
+                              engine::ScaleRule::kPiso, engine::ScaleRule::kCompensated}) {
+        const bool nearest = method == engine::Method::kNearest;
+        if (rule == engine::ScaleRule::kCompensated && nearest) continue;
+        for (const auto rounding : {engine::Rounding::kNearest, engine::Rounding::kStochastic}) {
+          ResolvedSpec spec;
+          spec.format = types.format;
+          spec.scale_dtype = types.scales;
+          spec.method = method;
+          spec.scale = rule;
+          spec.rounding = rounding;
+          ++seed;
+          spec.bits = seed % 2 == 0 ? 4 : 8;
+          spec.symmetric = seed % 3 != 0;
+          spec.group_size = seed % 4 < 2 ? 0 : 16;
+          // A small group among others takes part in their order of work only where it is static.
+          spec.group_scales =
+              seed % 5 == 0 ? engine::GroupScales::kDynamic : engine::GroupScales::kStatic;
+          spec.order = seed % 7 < 4 ? engine::Order::kDecreasingNorm : engine::Order::kNatural;
+          spec.scale_trials = nearest || seed % 3 == 1 ? 1 : 3;
+          spec.polish = rounding == engine::Rounding::kNearest && seed % 2 == 0 ? 2 : 0;
+          LayerOptions options;
+          options.rows = 32;
+          options.features = 64;
+          options.seed = seed;
+          options.mismatched = seed % 2 == 1;
+          options.small = {{3, types.factor}, {17, types.factor}, {20, types.factor, 16, 32}};
+          SCOPED_TRACE(absl::StrCat("seed ", seed, " format ", static_cast<int>(types.format),
+                                    " scales ", static_cast<int>(types.scales), " method ",
+                                    static_cast<int>(method), " rule ", static_cast<int>(rule),
+                                    " rounding ", static_cast<int>(rounding)));
+          ExpectHolds(options, spec);
+          const auto layer = QuantizeRandom(options, spec);
+          ASSERT_TRUE(layer.ok());
+          EXPECT_GE(layer->certificate.underflow().rows(), 2);
+          EXPECT_EQ(layer->certificate.underflow().first_rows(0), 3);
+          EXPECT_EQ(layer->certificate.underflow().first_rows(1), 17);
+        }
+      }
+    }
+  }
+}
+
 
 TEST(VerifyLayersTest, SmallestLayers) {
   for (const int64_t features : {1, 2}) {

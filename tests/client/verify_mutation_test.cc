@@ -97,6 +97,10 @@ void ForEachChange(
           r->SetInt32(copy, field, r->GetInt32(*copy, field) + 1);
           break;
         case FieldDescriptor::CPPTYPE_INT64: {
+          if (repeated) {
+            r->SetRepeatedInt64(copy, field, 0, r->GetRepeatedInt64(*copy, field, 0) + 1);
+            break;
+          }
           // The largest weight of a group is half a step outside: up to 72 groups count or not.
           const bool slack = field->name() == "clipped_weights" || field->name() == "clipped_rows";
           r->SetInt64(copy, field, r->GetInt64(*copy, field) + (slack ? 80 : 1));
@@ -232,6 +236,24 @@ TEST(VerifyMutationTest, Nearest) {
   options.mismatched = true;
   // Without feedback there is no order, and no damping.
   ExpectEveryChangeCaught(options, spec, {"spec.order", "spec.damping.relative_trace"});
+}
+
+TEST(VerifyMutationTest, Underflow) {
+  engine::ResolvedSpec spec;
+  spec.scale_dtype = engine::DType::kF16;
+  spec.group_size = 16;
+  LayerOptions options;
+  options.small = {{2, 1e-8}, {9, 1e-8, 16, 32}};
+  ExpectEveryChangeCaught(options, spec);
+  // Named nowhere, or a row that has other weights.
+  const auto layer = QuantizeRandom(options, spec);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  v1::Certificate copy = layer->certificate;
+  copy.clear_underflow();
+  EXPECT_FALSE(Holds(*layer, copy));
+  copy = layer->certificate;
+  copy.mutable_underflow()->add_first_rows(11);
+  EXPECT_FALSE(Holds(*layer, copy));
 }
 
 // Half a thousandth more than a bound that follows from e and D: nobody needs to grant it.

@@ -55,6 +55,7 @@ engine::LayerCertificate SomeCertificate(int64_t rows) {
   certificate.warnings = {"careful"};
   certificate.damping_attempts = {{0.5, engine::StabilityCause::kPivot, "pivot 3"},
                                   {5, engine::StabilityCause::kNone, ""}};
+  certificate.underflow = {7, 3, {1, 4, 9}};
   certificate.relative_error = 0.25;
   certificate.nearest_relative_error = 0.5;
   for (int64_t r = 0; r < rows; ++r) {
@@ -94,6 +95,11 @@ TEST(CertificateTest, CertificateSurvivesAnyCut) {
   EXPECT_EQ(message.damping_attempts(1).cause(), v1::STABILITY_CAUSE_NONE);
   EXPECT_EQ(message.nearest_relative_error(), 0.5);
   EXPECT_FALSE(message.has_linf_bound());
+  EXPECT_EQ(message.underflow().groups(), 7);
+  EXPECT_EQ(message.underflow().rows(), 3);
+  ASSERT_EQ(message.underflow().first_rows_size(), 3);
+  EXPECT_EQ(message.underflow().first_rows(2), 9);
+  EXPECT_FALSE(ToProto(engine::LayerCertificate(), {})[0].has_underflow());
   EXPECT_EQ(message.row_error(7), 7);
   EXPECT_EQ(message.row_bound(7), 14);
   EXPECT_EQ(message.phase_seconds().receive(), 1.5);

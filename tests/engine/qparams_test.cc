@@ -98,18 +98,33 @@ TEST(GridTest, ScalesAreRoundedToTheirType) {
   EXPECT_NE(grid->scale[0], 2.0f / 15);
 }
 
-TEST(GridTest, RefusesScalesThatTheirTypeCannotHold) {
-  for (const double magnitude : {1e6, 1e-9}) {
-    textbook::Matrix w(2, 1);
-    w(0, 0) = 1;
-    w(1, 0) = magnitude;
+TEST(GridTest, RefusesScalesThatPassTheirType) {
+  textbook::Matrix w(2, 1);
+  w(0, 0) = 1;
+  w(1, 0) = 1e6;
+  ResolvedSpec spec;
+  spec.scale_dtype = DType::kF16;
+  spec.group_size = 8;
+  const auto grid = GridOf(w, spec);
+  EXPECT_EQ(grid.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(base::FieldOf(grid.status()), "spec.scale_dtype");
+  EXPECT_NE(std::string(grid.status().message()).find("row 1, group 0"), std::string::npos)
+      << grid.status();
+}
+
+TEST(GridTest, WhatItsTypeHoldsNoScaleForVanishes) {
+  textbook::Matrix w(2, 1);
+  w(0, 0) = 1;
+  w(1, 0) = 1e-9;
+  for (const bool symmetric : {true, false}) {
     ResolvedSpec spec;
     spec.scale_dtype = DType::kF16;
+    spec.symmetric = symmetric;
     const auto grid = GridOf(w, spec);
-    EXPECT_EQ(grid.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_EQ(base::FieldOf(grid.status()), "spec.scale_dtype");
-    EXPECT_NE(std::string(grid.status().message()).find("row 1, group 0"), std::string::npos)
-        << grid.status();
+    ASSERT_TRUE(grid.ok()) << grid.status();
+    EXPECT_EQ(grid->vanishes, (std::vector<uint8_t>{0, 1}));
+    EXPECT_EQ(grid->scale[1], 0x1p-14f);
+    EXPECT_EQ(grid->zero[1], 8);
   }
 }
 

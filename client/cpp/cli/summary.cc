@@ -145,6 +145,12 @@ std::string SummaryText(const std::string& layer, v1::DataType weight_dtype,
   for (const std::string& warning : certificate.warnings()) {
     Line(&text, "warning", Printable(warning));
   }
+  if (certificate.has_underflow()) {
+    const v1::Underflow& underflow = certificate.underflow();
+    Line(&text, "underflow",
+         absl::StrFormat("%d scales in %d of %d rows; their weights became zeros",
+                         underflow.groups(), underflow.rows(), rows));
+  }
   return text;
 }
 

@@ -148,6 +148,12 @@ Range LikelyLargest(const Evidence& evidence) {
         widest.high = std::max(widest.high, step * root);
         continue;
       }
+      if (q.Vanishes(r, evidence.Feature(i))) {
+        // Nothing is drawn there.
+        reach.low += error * root;
+        reach.high += error * root;
+        continue;
+      }
       if (beyond < slack) widest.high = std::max(widest.high, step * root);
       if (beyond < -slack) widest.low = std::max(widest.low, step * root);
       if (beyond > slack) reach.low += error * root;

@@ -1,8 +1,10 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "checks.h"
 
 namespace certiq::verify {
@@ -45,6 +47,8 @@ void CheckRounding(const Evidence& evidence, VerificationReport& report) {
   int64_t strange = 0;
   for (Eigen::Index r = 0; r < evidence.e.rows(); ++r) {
     for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
+      // Zeros whatever the target.
+      if (q.Vanishes(r, evidence.Feature(i))) continue;
       const int32_t code = q.Code(r, evidence.Feature(i));
       // An explicit grid may have used fewer codes.
       if (code == 0 || code == q.top || code == *least || code == *most) continue;
@@ -62,6 +66,29 @@ void CheckRounding(const Evidence& evidence, VerificationReport& report) {
                          evidence.nearest() ? "the nearest to its target" : "next to its target")
           : absl::StrCat(strange, " are not what ", v1::Rounding_Name(evidence.spec().rounding()),
                          " gives in this order"));
+}
+
+// Which groups became zeros: the stored result shows them all, the certificate names some.
+void CheckUnderflow(const Evidence& evidence, VerificationReport& report) {
+  constexpr int64_t kNamedRows = 16;
+  const v1::Underflow& underflow = evidence.certificate.underflow();
+  const Quantized& q = evidence.layer.q;
+  int64_t groups = 0;
+  int64_t rows = 0;
+  std::vector<int64_t> named;
+  for (int64_t r = 0; r < q.rows; ++r) {
+    const auto first = q.vanishes.begin() + r * q.groups;
+    const int64_t here = std::count(first, first + q.groups, 1);
+    if (here == 0) continue;
+    groups += here;
+    if (rows++ < kNamedRows) named.push_back(r);
+  }
+  report.Count("underflow.groups", underflow.groups(), groups, groups);
+  report.Count("underflow.rows", underflow.rows(), rows, rows);
+  report.Claim("underflow.first_rows",
+               std::equal(named.begin(), named.end(), underflow.first_rows().begin(),
+                          underflow.first_rows().end()),
+               absl::StrCat("[", absl::StrJoin(underflow.first_rows(), ", "), "]"));
 }
 
 }  // namespace
@@ -101,6 +128,7 @@ void CheckData(const Evidence& evidence, VerificationReport& report) {
   report.Count("dead_features", c.dead_features(), dead, dead);
   CheckGroups(evidence, report);
   CheckRounding(evidence, report);
+  CheckUnderflow(evidence, report);
   if (evidence.feedback.has_value() && evidence.feedback->swapped > 0) {
     report.NotChecked("order", absl::StrCat(evidence.feedback->swapped,
                                             " neighbours of equal norm to 2e-6 were worked on the "

@@ -33,6 +33,8 @@ Clipping CountClipped(const Evidence& evidence) {
     int64_t certain = 0;
     int64_t possible = 0;
     for (Eigen::Index i = 0; i < evidence.e.cols(); ++i) {
+      // What vanishes has no edge.
+      if (q.Vanishes(r, evidence.Feature(i))) continue;
       const double step = evidence.Step(r, i);
       double over = std::abs(evidence.e(r, i)) / step - 0.5;
       double most_over = over;
@@ -125,6 +127,8 @@ double LevelsNeeded(const Evidence& evidence, double shift) {
       high[group] = std::max(high[group], (from + margins(r, i)) / evidence.Step(r, i));
     }
     for (int64_t g = 0; g < q.groups; ++g) {
+      // No bits would give such a group another level than 0.
+      if (q.vanishes[static_cast<size_t>(r * q.groups + g)] != 0) continue;
       const double bottom = low[g] + beyond - shift * std::abs(low[g]);
       const double top = high[g] - beyond + shift * std::abs(high[g]);
       const bool mirrored = 2 * q.zero[static_cast<size_t>(r * q.groups + g)] < q.top;

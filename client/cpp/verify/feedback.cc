@@ -150,7 +150,7 @@ int64_t SettleTies(const Layer& layer, const v1::QuantizationSpec& spec, const F
     const auto beyond = [&](Eigen::Index r, int64_t feature, double e) {
       // Outermost codes may be any distance away; others are in their cell, but for float32.
       const int32_t code = layer.q.Code(r, feature);
-      if (code == 0 || code == layer.q.top) return 0.0;
+      if (code == 0 || code == layer.q.top || layer.q.Vanishes(r, feature)) return 0.0;
       return std::max(0.0, std::abs(e) / layer.q.Step(r, feature) - cell - 2e-5);
     };
     for (Eigen::Index r = 0; r < f.e.rows(); ++r) {

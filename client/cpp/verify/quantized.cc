@@ -234,6 +234,20 @@ void TurnOver(Quantized& q) {
   }
 }
 
+// Finds the groups that stand for zeros because nothing else could be told of them.
+void FindVanished(const v1::QuantizationSpec& spec, Quantized& q) {
+  const float least = spec.scale_dtype() == v1::DATA_TYPE_F16 ? 0x1p-14f : 0x1p-126f;
+  const int32_t middle = 1 << (spec.bits() - 1);
+  for (size_t at = 0; at < q.scale.size(); ++at) {
+    q.vanishes[at] = q.scale[at] == least && q.zero[at] == middle ? 1 : 0;
+  }
+  for (int64_t r = 0; r < q.rows; ++r) {
+    for (int64_t j = 0; j < q.features; ++j) {
+      if (q.Code(r, j) != middle) q.vanishes[q.Cell(r, j)] = 0;
+    }
+  }
+}
+
 }  // namespace
 
 float Quantized::Level(int64_t row, int64_t feature, int32_t code) const {
@@ -278,6 +292,7 @@ absl::StatusOr<Quantized> ReadQuantized(const v1::QuantizationSpec& spec, int64_
   }
   q.scale.assign(static_cast<size_t>(rows * q.groups), 1);
   q.zero.assign(q.scale.size(), 1 << (spec.bits() - 1));
+  q.vanishes.resize(q.scale.size());
   q.codes.resize(static_cast<size_t>(rows * features));
 
   Reader reader(spec, tensor, q);
@@ -309,6 +324,7 @@ absl::StatusOr<Quantized> ReadQuantized(const v1::QuantizationSpec& spec, int64_
                                                    " at ", at));
   }
   TurnOver(q);
+  FindVanished(spec, q);
   q.levels.resize(rows, features);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < features; ++j) {

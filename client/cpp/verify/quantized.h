@@ -28,6 +28,10 @@ struct Quantized {
   // [rows, groups]; scales are positive and finite.
   std::vector<float> scale;
   std::vector<int32_t> zero;
+  // Of the same shape: 1 where the weights were too small for the types (Certificate.underflow):
+  // the scale is the least normal number of its type, and zero and all codes of the group are
+  // 2^(bits-1).
+  std::vector<uint8_t> vanishes;
   // [rows, features].
   std::vector<int32_t> codes;
   // [rows, features], the weights that a reader of the result loads.
@@ -39,6 +43,7 @@ struct Quantized {
   double Step(int64_t row, int64_t feature) const {
     return static_cast<double>(scale[Cell(row, feature)]);
   }
+  bool Vanishes(int64_t row, int64_t feature) const { return vanishes[Cell(row, feature)] != 0; }
   int32_t Code(int64_t row, int64_t feature) const {
     return codes[static_cast<size_t>(row * features + feature)];
   }

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 #include "engine/gram/quadratic_form.h"
 
@@ -132,6 +134,28 @@ void CertifyLargest(const ResolvedSpec& spec, const RoundedLayer& rounded,
   certificate.linf_probability = 1 - spec.failure_probability;
 }
 
+// Counts the groups that vanish, and says so in a warning.
+void CertifyUnderflow(const ResolvedSpec& spec, const Grid& grid, LayerCertificate& certificate) {
+  Underflow underflow;
+  for (int64_t r = 0; r < grid.rows; ++r) {
+    const auto first = grid.vanishes.begin() + r * grid.groups;
+    const int64_t groups = std::count(first, first + grid.groups, 1);
+    if (groups == 0) continue;
+    underflow.groups += groups;
+    if (underflow.rows++ < Underflow::kNamed) underflow.first_rows.push_back(r);
+  }
+  if (underflow.groups == 0) return;
+  const bool half_levels = spec.LevelType() != DType::kF32;
+  const bool more = underflow.rows > Underflow::kNamed;
+  certificate.warnings.push_back(absl::StrCat(
+      "the weights of ", underflow.groups, " of ", grid.scale.size(), " scales are too small for ",
+      Name(spec.scale_dtype),
+      half_levels ? absl::StrCat(" or levels of ", Name(spec.LevelType())) : "",
+      " and became zeros, in ", underflow.rows, underflow.rows == 1 ? " row: " : " rows: ",
+      absl::StrJoin(underflow.first_rows, ", "), more ? " ..." : ""));
+  certificate.underflow = std::move(underflow);
+}
+
 }  // namespace
 
 absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer,
@@ -163,6 +187,7 @@ absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer,
   certificate.l2_bound = std::sqrt(bound);
   certificate.worst_overshoot = rounded.worst_overshoot;
   certificate.bits_needed = rounded.bits_needed;
+  CertifyUnderflow(spec, rounded.grid, certificate);
   certificate.predicted_squared_error = PredictedError(spec, layer, rounded);
   CertifyLargest(spec, rounded, certificate);
   if (rounded.terms.has_value()) {

@@ -57,6 +57,7 @@ class DampingSearch {
     const std::vector<int64_t> rows = EvenlySpaced(SearchRows(all), all);
     layer_ = MakeWorkingLayer(spec, problem.statistics, SelectRows(problem.weights, rows), context);
     layer_.factors = problem.factors;
+    layer_.row_names = rows;
     certificate.held_out_rows = static_cast<int64_t>(rows.size());
     unit_ = MeanDiagonal(layer_.statistics().gram);
     spec_.on_failure = OnFailure::kFail;

@@ -45,10 +45,16 @@ struct WorkingLayer {
   // W as it came, and with zeros at dead features (empty where there are none: use reference).
   StripMatrix reference;
   StripMatrix zeroed;
+  // The row of the whole layer that each row is, where it has some of them only; empty: all.
+  std::vector<int64_t> row_names;
   // Where inputs are mismatched: of `reference`, once a method has needed it.
   std::optional<InitialError> initial;
 
   const Statistics& statistics() const { return *sums; }
+  // What row r is called in messages.
+  int64_t RowName(int64_t r) const {
+    return row_names.empty() ? r : row_names[static_cast<size_t>(r)];
+  }
   bool mismatched() const { return sums->mismatch.has_value(); }
   const StripMatrix& weights() const { return zeroed.rows() > 0 ? zeroed : reference; }
   const InitialError* initial_error() const { return initial.has_value() ? &*initial : nullptr; }

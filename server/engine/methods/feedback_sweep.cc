@@ -67,6 +67,7 @@ struct StripResult {
     for (auto at = static_cast<size_t>(c); at < steps.scale.size(); at += kStripRows) {
       steps.scale[at] = sweep.steps().scale[at];
       steps.zero[at] = sweep.steps().zero[at];
+      steps.inverse[at] = sweep.steps().inverse[at];
     }
   }
 };
@@ -88,8 +89,7 @@ void Collect(const StripSums& sums, const StripGrid& steps, int64_t first_row, i
     for (int64_t g = 0; g < grid.groups; ++g) {
       const auto from = static_cast<size_t>(g * kStripRows + c);
       const auto to = static_cast<size_t>((first_row + c) * grid.groups + g);
-      grid.scale[to] = steps.scale[from];
-      grid.zero[to] = static_cast<int32_t>(steps.zero[from]);
+      grid.Set(to, steps.Params(from));
     }
   }
 }

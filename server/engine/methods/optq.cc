@@ -49,7 +49,7 @@ absl::Status RoundWithFeedback(const MethodInput& input, int64_t first_dynamic_g
   if (corrected_scales) {
     FillQuantParams(input.spec, start, context, result.grid, *input.metric);
     if (context.cancelled()) return context.CancellationStatus();
-    RETURN_IF_ERROR(CheckScales(input.spec, result.grid));
+    RETURN_IF_ERROR(CheckScales(input.spec, result.grid, layer.row_names));
   }
   std::vector<double> moves;
   if (input.certified) {

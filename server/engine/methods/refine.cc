@@ -331,7 +331,7 @@ class RefineTile {
       const auto at = static_cast<size_t>((g0 + g) * kStripRows + c);
       const float old = strip.steps.scale[at];
       QuantParams& to = params[static_cast<size_t>(g)];
-      to = {old, static_cast<int32_t>(strip.steps.zero[at])};
+      to = strip.steps.Params(at);
       const double wanted = (static_cast<double>(old) + moves[g]) / static_cast<double>(old);
       if (a(g, g) > 0 && wanted > 0.25 && wanted < 4) {
         to = StretchedQuantParams(input_.spec, to, static_cast<float>(wanted));

@@ -172,6 +172,8 @@ std::optional<int32_t> RequiredBits(const ResolvedSpec& spec, const Grid& grid,
     for (int64_t c = 0; c < live; ++c) {
       for (int64_t g = 0; g < grid.groups; ++g) {
         const auto cell = static_cast<size_t>(g * kStripRows + c);
+        // No bits would give the group that vanishes another level.
+        if (steps.Vanishes(g, c)) continue;
         // Cells reach half a step beyond the outermost levels; unbiased rounding must stay between
         // these. A weight at the very edge, as absmax puts the largest one, is a tie and no clip.
         const double beyond = nearest ? 0.5 : 0.0;

@@ -24,8 +24,11 @@ inline constexpr int64_t kStripRows = kStrip<float>;
 struct StripGrid {
   std::vector<float> scale;
   std::vector<float> zero;
-  // 1 / scale, or NaN where that could leave float32.
+  // 1 / scale, or NaN where that could leave float32; 0 where the group vanishes: its codes are the
+  // zero point.
   std::vector<float> inverse;
+  // Whether any group vanishes.
+  bool some_vanish = false;
   float lowest;
   float highest;
   DType level_type;
@@ -40,7 +43,7 @@ struct StripGrid {
     for (int64_t r = first_row; r < std::min(first_row + kStripRows, grid.rows); ++r) {
       for (int64_t g = 0; g < grid.groups; ++g) {
         const auto from = static_cast<size_t>(r * grid.groups + g);
-        Set(g, r - first_row, {grid.scale[from], grid.zero[from]});
+        Set(g, r - first_row, grid.Params(from));
       }
     }
   }
@@ -51,6 +54,25 @@ struct StripGrid {
     zero[to] = static_cast<float>(params.zero);
     const bool moderate = params.scale > 0x1p-100f && params.scale < 0x1p100f;
     inverse[to] = moderate ? 1 / params.scale : std::numeric_limits<float>::quiet_NaN();
+    if (!params.vanishes) return;
+    inverse[to] = 0;
+    some_vanish = true;
+  }
+
+  bool Vanishes(int64_t group, int64_t lane) const {
+    return inverse[static_cast<size_t>(group * kStripRows + lane)] == 0;
+  }
+
+  QuantParams Params(size_t at) const {
+    return {scale[at], static_cast<int32_t>(zero[at]), inverse[at] == 0};
+  }
+
+  // Sets the codes of groups that vanish, whatever their targets: feedback may have moved these.
+  void ZeroVanished(int64_t group, float* code) const {
+    if (!some_vanish) return;
+    for (int64_t c = 0; c < kStripRows; ++c) {
+      if (Vanishes(group, c)) code[c] = zero[static_cast<size_t>(group * kStripRows + c)];
+    }
   }
 };
 
@@ -89,9 +111,8 @@ inline bool EasyCodes(const StripGrid& grid, int64_t group, const float* v, floa
   return hard == 0;
 }
 
-// Codes by nearest rounding. Where levels are rounded to a half type they are
-// no longer evenly spaced: the neighbours of the nearest even code are tried too.
-inline void NearestCodes(const StripGrid& grid, int64_t group, const float* v, float* code) {
+// Codes by nearest rounding, where no group vanishes.
+inline void NearestLevels(const StripGrid& grid, int64_t group, const float* v, float* code) {
   const float* scale = grid.scale.data() + group * kStripRows;
   const float* zero = grid.zero.data() + group * kStripRows;
   if (!EasyCodes(grid, group, v, code)) {
@@ -110,6 +131,13 @@ inline void NearestCodes(const StripGrid& grid, int64_t group, const float* v, f
       if (distance(candidate) < distance(code[c])) code[c] = candidate;
     }
   }
+}
+
+// Codes by nearest rounding. Where levels are rounded to a half type they are
+// no longer evenly spaced: the neighbours of the nearest even code are tried too.
+inline void NearestCodes(const StripGrid& grid, int64_t group, const float* v, float* code) {
+  NearestLevels(grid, group, v, code);
+  grid.ZeroVanished(group, code);
 }
 
 // Codes of feature j that are given, row-major [rows, features].
@@ -135,6 +163,7 @@ inline void StochasticCodes(const StripGrid& grid, int64_t group, const float* v
     code[c] =
         ClampCode(static_cast<float>(below + (up ? 1 : 0)) + zero[c], grid.lowest, grid.highest);
   }
+  grid.ZeroVanished(group, code);
 }
 
 // Levels of codes, errors v - q, and the sums. `d` is D_j, 0 for a dead feature.
@@ -181,14 +210,21 @@ inline void AddRounded(const StripGrid& grid, int64_t group, Rounding rounding, 
     }
     return;
   }
+  const double root = std::sqrt(d);
   for (int64_t c = 0; c < kStripRows; ++c) {
+    const double reach = static_cast<double>(std::abs(error[c])) * root;
+    if (grid.Vanishes(group, c)) {
+      // Nothing is drawn, and nothing has an edge.
+      sums.clipped_reach[c] += reach;
+      continue;
+    }
     const float position = v[c] / scale[c] + zero[c];
     const float beyond = std::max(grid.lowest - position, position - grid.highest);
     // Inside the outermost levels rounding is unbiased; a target on one is exact.
     if (beyond > 1e-6f) {
       sums.clipped[c] += 1;
       sums.overshoot[c] = std::max(sums.overshoot[c], beyond);
-      sums.clipped_reach[c] += static_cast<double>(std::abs(error[c])) * std::sqrt(d);
+      sums.clipped_reach[c] += reach;
     } else {
       const double step = scale[c];
       sums.widest[c] = std::max(sums.widest[c], d * step * step);

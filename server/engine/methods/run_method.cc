@@ -91,11 +91,13 @@ absl::Status Round(const MethodInput& input, RoundedLayer& result, const RunCont
     RETURN_IF_ERROR(Qronos(input, result, context));
   }
   // Dynamic groups have new scales.
-  RETURN_IF_ERROR(CheckScales(input.spec, result.grid));
-  for (const double damped : result.damped) {
-    if (std::isfinite(damped)) continue;
-    return base::InvalidField("weight",
-                              "the weights are so large that rounding left the range of float32");
+  RETURN_IF_ERROR(CheckScales(input.spec, result.grid, input.layer.row_names));
+  for (size_t r = 0; r < result.damped.size(); ++r) {
+    if (std::isfinite(result.damped[r])) continue;
+    return base::InvalidField(
+        "weight", absl::StrCat("the weights of row ", input.layer.RowName(static_cast<int64_t>(r)),
+                               " are so large that rounding left the range of ",
+                               Name(result.grid.level_type)));
   }
   return absl::OkStatus();
 }
@@ -180,7 +182,7 @@ absl::StatusOr<RoundedLayer> RunMethod(const ResolvedSpec& spec, WorkingLayer& l
   const ScaleMetric metric = objective.has_value() ? objective->Metric(searched) : ScaleMetric();
   FillQuantParams(spec, weights, context, result.grid, metric);
   if (context.cancelled()) return context.CancellationStatus();
-  RETURN_IF_ERROR(CheckScales(spec, result.grid));
+  RETURN_IF_ERROR(CheckScales(spec, result.grid, layer.row_names));
   if (objective.has_value()) {
     RETURN_IF_ERROR(objective->Improve(spec, searched, weights, context, result.grid));
     // Its memory is for the sweep.

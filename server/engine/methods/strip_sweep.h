@@ -44,8 +44,7 @@ class StripSweep {
     for (int64_t r = first_row; r < std::min(first_row + kStripRows, grid.rows); ++r) {
       for (int64_t g = 0; g < grid.groups; ++g) {
         const auto at = static_cast<size_t>(r * grid.groups + g);
-        steps_.Set(g, r - first_row,
-                   StretchedQuantParams(spec, {grid.scale[at], grid.zero[at]}, multiplier));
+        steps_.Set(g, r - first_row, StretchedQuantParams(spec, grid.Params(at), multiplier));
       }
     }
   }

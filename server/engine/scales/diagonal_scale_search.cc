@@ -360,7 +360,7 @@ QuantParams DiagonalScaleSearch::Find(const float* weights, int64_t count,
   low_ = bottom;
   high_ = top;
   const QuantParams whole = AbsmaxQuantParams(spec_, bottom, top);
-  if (low_ == high_ || !(whole.scale > 0) || !std::isfinite(whole.scale)) return whole;
+  if (low_ == high_ || whole.vanishes || !std::isfinite(whole.scale)) return whole;
   const double largest = std::max(-low_, high_);
   // So that neither weights nor their inverse leave float32.
   unit_ = std::ldexp(1.0, std::clamp(std::ilogb(largest) + 1, -125, 126));

@@ -133,12 +133,12 @@ class PisoTile {
     for (int64_t r = 0; r < rows_; ++r) {
       if (!Active(r)) continue;
       const size_t at = Cell(r, g);
-      const QuantParams params = Search(r).best();
+      const QuantParams start = grid_.Params(at);
+      const QuantParams params = start.vanishes ? start : Search(r).best();
       if (pass == 0 || params.scale != grid_.scale[at] || params.zero != grid_.zero[at]) {
         changed[static_cast<size_t>(r)] = 1;
       }
-      grid_.scale[at] = params.scale;
-      grid_.zero[at] = params.zero;
+      grid_.Set(at, params);
       Round(r, first, size, params);
     }
   }
@@ -179,7 +179,7 @@ class PisoTile {
 
 QuantParams PisoQuantParams(PisoRowSearch& search, const PackedMetric& metric, int64_t group,
                             int64_t count, const double* weights, QuantParams start) {
-  if (!(start.scale > 0) || !std::isfinite(start.scale)) return start;
+  if (start.vanishes || !std::isfinite(start.scale)) return start;
   search.Begin(count, weights, nullptr, start);
   for (int64_t t = 0; t < metric.slices(group); ++t) search.Weigh(metric.own(group, t), t);
   search.Sort();

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -67,15 +68,35 @@ double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, 
 // Neighbouring scale trials lie this factor apart.
 constexpr double kTrialFactor = 1.02;
 
-bool Holds(QuantParams params) { return params.scale > 0 && std::isfinite(params.scale); }
+// Whether there is a scale that a search can start from.
+bool Holds(QuantParams params) {
+  return params.scale > 0 && std::isfinite(params.scale) && !params.vanishes;
+}
+
+double TopCode(const ResolvedSpec& spec) { return std::ldexp(1.0, spec.bits) - 1; }
+
+// What the steps of (S1) have to span together.
+double SpanOf(const ResolvedSpec& spec, float low, float high) {
+  const double bottom = low;
+  const double top = high;
+  return spec.symmetric ? 2 * std::max(-bottom, top) : top - bottom;
+}
+
+std::string GroupName(const ResolvedSpec& spec, int64_t row, int64_t group) {
+  return spec.group_size == 0 ? absl::StrCat("row ", row)
+                              : absl::StrCat("row ", row, ", group ", group);
+}
 
 }  // namespace
 
+float LeastScale(DType scale_dtype) {
+  return scale_dtype == DType::kF16 ? 0x1p-14f : std::numeric_limits<float>::min();
+}
+
 QuantParams AbsmaxQuantParams(const ResolvedSpec& spec, float low, float high) {
-  const double levels = std::ldexp(1.0, spec.bits) - 1;
+  const double levels = TopCode(spec);
   const double bottom = low;
-  const double top = high;
-  const double span = spec.symmetric ? 2 * std::max(-bottom, top) : top - bottom;
+  const double span = SpanOf(spec, low, high);
   QuantParams params;
   params.scale = span == 0 ? 1.0f : RoundTo(spec.scale_dtype, static_cast<float>(span / levels));
   if (spec.symmetric) {
@@ -84,6 +105,10 @@ QuantParams AbsmaxQuantParams(const ResolvedSpec& spec, float low, float high) {
     // The quotient may pass the top code by the rounding of the scale.
     params.zero = static_cast<int32_t>(
         std::clamp(std::nearbyint(-bottom / static_cast<double>(params.scale)), 0.0, levels));
+  }
+  const int32_t furthest = std::max(params.zero, static_cast<int32_t>(levels) - params.zero);
+  if (RoundTo(spec.LevelType(), params.scale * static_cast<float>(furthest)) == 0) {
+    return {LeastScale(spec.scale_dtype), 1 << (spec.bits - 1), /*vanishes=*/true};
   }
   return params;
 }
@@ -122,6 +147,7 @@ QuantParams FitQuantParams(const ResolvedSpec& spec, const float* values, int64_
 }
 
 QuantParams StretchedQuantParams(const ResolvedSpec& spec, QuantParams params, float multiplier) {
+  if (params.vanishes) return params;
   const QuantParams stretched = {RoundTo(spec.scale_dtype, params.scale * multiplier), params.zero};
   return Holds(stretched) ? stretched : params;
 }
@@ -146,6 +172,7 @@ Grid MakeGrid(const ResolvedSpec& spec, int64_t rows, int64_t features,
   grid.level_type = spec.LevelType();
   grid.scale.assign(static_cast<size_t>(rows * grid.groups), 1.0f);
   grid.zero.assign(grid.scale.size(), spec.symmetric ? 1 << (spec.bits - 1) : 0);
+  grid.vanishes.assign(grid.scale.size(), 0);
   grid.group_of.resize(static_cast<size_t>(features));
   for (int64_t j = 0; j < features; ++j) {
     const int64_t at = spec.group_scales == GroupScales::kDynamic || order.empty()
@@ -176,9 +203,7 @@ void FillAbsmax(const ResolvedSpec& spec, const float* strip, int64_t first_row,
     for (int64_t g = 0; g < grid.groups; ++g) {
       const auto from = static_cast<size_t>(g * kWidth + c);
       const auto to = static_cast<size_t>((first_row + c) * grid.groups + g);
-      const QuantParams params = AbsmaxQuantParams(spec, low[from], high[from]);
-      grid.scale[to] = params.scale;
-      grid.zero[to] = params.zero;
+      grid.Set(to, AbsmaxQuantParams(spec, low[from], high[from]));
     }
   }
 }
@@ -241,9 +266,7 @@ void FillQuantParams(const ResolvedSpec& spec, const StripMatrix& weights,
         const QuantParams params = searched && HasMetric(spec.scale)
                                        ? search.Find(values, count, diagonal, begin)
                                        : FitQuantParams(searched ? spec : absmax, values, count);
-        const auto at = static_cast<size_t>((s * width + c) * grid.groups + g);
-        grid.scale[at] = params.scale;
-        grid.zero[at] = params.zero;
+        grid.Set(static_cast<size_t>((s * width + c) * grid.groups + g), params);
       }
     }
   });
@@ -272,14 +295,61 @@ void TurnMirrored(const ResolvedSpec& spec, Executor& executor, Grid& grid,
   });
 }
 
-absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid) {
+absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid,
+                         const std::vector<int64_t>& row_names) {
   for (size_t at = 0; at < grid.scale.size(); ++at) {
     if (grid.scale[at] > 0 && std::isfinite(grid.scale[at])) continue;
     const auto groups = static_cast<size_t>(grid.groups);
+    const size_t row = at / groups;
     return base::InvalidField(
         "spec.scale_dtype",
-        absl::StrCat("the scale of row ", at / groups, ", group ", at % groups, " does not fit ",
-                     Name(spec.scale_dtype), ": it rounds to ", grid.scale[at]));
+        absl::StrCat("the scale of ",
+                     GroupName(spec, row_names.empty() ? static_cast<int64_t>(row) : row_names[row],
+                               static_cast<int64_t>(at % groups)),
+                     " does not fit ", Name(spec.scale_dtype), ": it rounds to ", grid.scale[at]));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckRange(const ResolvedSpec& spec, const StripMatrix& weights,
+                        const std::vector<bool>& dead) {
+  if (spec.grid != nullptr) return absl::OkStatus();
+  // No span is more than twice the largest weight: few layers need a second look.
+  float largest = 0;
+  for (int64_t s = 0; s < weights.strips(); ++s) {
+    const float* values = weights.strip(s);
+    for (int64_t i = 0; i < weights.features() * StripMatrix::StripRows(); ++i) {
+      largest = std::max(largest, std::abs(values[i]));
+    }
+  }
+  const double most = 2 * static_cast<double>(largest) / TopCode(spec);
+  if (std::isfinite(RoundTo(spec.scale_dtype, static_cast<float>(most)))) return absl::OkStatus();
+
+  const bool groups_known = spec.order == Order::kNatural ||
+                            spec.group_scales == GroupScales::kStatic || spec.group_size == 0;
+  const int64_t group_size =
+      !groups_known ? 1 : (spec.group_size == 0 ? weights.features() : spec.group_size);
+  std::vector<float> row(static_cast<size_t>(weights.features()));
+  for (int64_t r = 0; r < weights.rows(); ++r) {
+    weights.GetRow(r, row.data());
+    for (size_t j = 0; j < row.size(); ++j) row[j] = dead[j] ? 0 : row[j];
+    for (int64_t first = 0; first < weights.features(); first += group_size) {
+      const auto begin = row.begin() + first;
+      const auto end = row.begin() + std::min(weights.features(), first + group_size);
+      const float low = std::min(0.0f, *std::min_element(begin, end));
+      const float high = std::max(0.0f, *std::max_element(begin, end));
+      const QuantParams params = AbsmaxQuantParams(spec, low, high);
+      if (std::isfinite(params.scale)) continue;
+      const bool negative = -low > high;
+      const auto at = std::find(begin, end, negative ? low : high);
+      return base::InvalidField(
+          "spec.scale_dtype",
+          absl::StrCat(GroupName(spec, r, groups_known ? first / group_size : 0),
+                       " has a weight of ", *at, " (column ", at - row.begin(),
+                       "), which asks for a scale of ", SpanOf(spec, low, high) / TopCode(spec),
+                       ": ", Name(spec.scale_dtype), " holds less; BF16 and F32, which no GPTQ ",
+                       "format stores, hold it"));
+    }
   }
   return absl::OkStatus();
 }

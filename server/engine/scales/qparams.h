@@ -18,6 +18,15 @@ namespace certiq::engine {
 
 class PackedMetric;
 
+// A scale and its zero point.
+struct QuantParams {
+  float scale = 1;
+  int32_t zero = 0;
+  // Whether the type of scales or levels is too coarse for the weights, so that their only level is
+  // 0: every code is `zero`, and the scale, LeastScale, is there for readers.
+  bool vanishes = false;
+};
+
 // A code u in [lowest_code, highest_code] of row r at feature j stands for
 // scale[r, g] (u - zero[r, g]) with g = group_of[j], rounded to level_type.
 struct Grid {
@@ -29,23 +38,25 @@ struct Grid {
   // Row-major [rows, groups]; positive and finite.
   std::vector<float> scale;
   std::vector<int32_t> zero;
+  // Of the same shape: 1 where every code is the zero point (QuantParams::vanishes).
+  std::vector<uint8_t> vanishes;
   // [features], in the order the features are worked on.
   std::vector<int32_t> group_of;
 
   size_t At(int64_t row, int64_t feature) const {
     return static_cast<size_t>(row * groups + group_of[static_cast<size_t>(feature)]);
   }
+  QuantParams Params(size_t at) const { return {scale[at], zero[at], vanishes[at] != 0}; }
+  void Set(size_t at, QuantParams params) {
+    scale[at] = params.scale;
+    zero[at] = params.zero;
+    vanishes[at] = params.vanishes ? 1 : 0;
+  }
   // The weight a code stands for.
   float Level(int64_t row, int64_t feature, int32_t code) const {
     const size_t at = At(row, feature);
     return RoundTo(level_type, scale[at] * static_cast<float>(code - zero[at]));
   }
-};
-
-// A scale and its zero point.
-struct QuantParams {
-  float scale = 1;
-  int32_t zero = 0;
 };
 
 // The zero points that a search may choose. A symmetric grid has one more level below zero than
@@ -69,9 +80,14 @@ inline float FreeCode(float value, float scale, float zero) {
 // The scale that spans [low, high], low <= 0 <= high (S1):
 //   symmetric   scale = 2 max(-low, high) / (2^b - 1), zero = 2^(b-1);
 //   asymmetric  scale = (high - low) / (2^b - 1), zero = rint(-low / scale).
-// Both 0: scale 1. The scale is rounded to spec.scale_dtype first; it may come out as 0 or
-// infinite, which CheckScales refuses.
+// Both 0: scale 1. The scale is rounded to spec.scale_dtype first. Where that is 0, or every level
+// is in the level type, the group vanishes, with zero = 2^(b-1); where it is infinite, CheckScales
+// refuses it.
 QuantParams AbsmaxQuantParams(const ResolvedSpec& spec, float low, float high);
+
+// The least scale that no reader takes for 0: the least normal number of the type, as processors
+// may flush subnormal ones.
+float LeastScale(DType scale_dtype);
 
 // The scale for these values by a rule that looks at nothing else: (S1), or (S2), the shrink
 // search: of the scales that span p [low, high], p = 1, 0.99 ... 0.21, the first that minimises
@@ -120,8 +136,17 @@ void FillQuantParams(const ResolvedSpec& spec, const StripMatrix& weights,
 void TurnMirrored(const ResolvedSpec& spec, Executor& executor, Grid& grid,
                   UnsetVector<uint8_t>& codes);
 
-// INVALID_ARGUMENT naming the row and group of a scale that its type cannot hold.
-absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid);
+// INVALID_ARGUMENT naming the row (row_names[r] where they are not empty) and group of a scale that
+// passes its type's range.
+absl::Status CheckScales(const ResolvedSpec& spec, const Grid& grid,
+                         const std::vector<int64_t>& row_names = {});
+
+// The same of the scales that (S1) gives `weights`, with which every search starts, naming the
+// weight too; weights of `dead` features count as zeros. All are in their original order. Groups
+// that follow another order are not known yet: then only weights that no group could hold are
+// refused.
+absl::Status CheckRange(const ResolvedSpec& spec, const StripMatrix& weights,
+                        const std::vector<bool>& dead);
 
 }  // namespace certiq::engine
 

@@ -12,7 +12,7 @@ from certiq.layer import unpack_bits
 from certiq.progress import Event, Stage, Upload
 from certiq.spec import FormatName
 from programs import Server
-from verification import check_everything, store
+from verification import check_everything, store, verify
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FORMATS: tuple[FormatName, ...] = (
@@ -132,6 +132,50 @@ def test_groups_in_the_order_of_work(client: certiq.Client, random: np.random.Ge
             format=format_name,
         )
         assert_true(client.quantize(W, X, spec), W, X)
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize(
+    ("format_name", "size"),
+    [
+        *(("gptq", 1e-9), ("gptq_v2", 1e-9), ("compressed_tensors", 1e-9)),
+        *(("dense_f16", 1e-9), ("dense_bf16", 1e-42), ("dense_f32", 2.0**-149)),
+    ],
+)
+def test_weights_too_small_become_zeros_and_are_named(
+    client: certiq.Client,
+    random: np.random.Generator,
+    tmp_path: Path,
+    format_name: FormatName,
+    size: float,
+    group_size: int,
+) -> None:
+    W, X = made_up(random, rows=32, features=96)
+    # A row that training forgot.
+    W[7] = size * np.sign(W[7])
+    spec = certiq.Spec(format=format_name, group_size=group_size, order="decreasing_norm")
+    layer = client.quantize(W, X, spec)
+    underflow = layer.certificate.underflow
+    assert (underflow.rows, list(underflow.first_rows)) == (1, [7])
+    assert underflow.groups == (3 if group_size else 1)
+    assert any("became zeros" in text and "7" in text for text in layer.certificate.warnings)
+    assert not layer.dequantized()[7].any()
+    for name in ("scales", "weight_scale"):
+        if name in layer.tensors:
+            scales = layer.tensors[name].astype(np.float64)
+            assert np.isfinite(scales).all()
+            assert (scales > 0).all()
+    verify(store(tmp_path, W, X, layer))
+
+
+def test_weights_too_large_for_their_scales_are_refused_by_name(
+    client: certiq.Client, random: np.random.Generator
+) -> None:
+    W, X = made_up(random, rows=32, features=96)
+    W[7, 11] = 1e6
+    with pytest.raises(certiq.InvalidArgument, match=r"row 7 .*1e\+06.*column 11") as caught:
+        client.quantize(W, X, certiq.Spec(format="gptq"))
+    assert caught.value.field == "spec.scale_dtype"
 
 
 def test_mismatched_inputs(client: certiq.Client, random: np.random.Generator) -> None:

@@ -228,6 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = quantize_model(
                 client, settings, restart=arguments.restart, bar=not arguments.quiet
             )
+    if totals["underflowed_rows"]:
+        lines.append(
+            f"rows whose weights were too small for their scales and became zeros: "
+            f"{totals['underflowed_rows']} (the certificates' underflow names them)"
+        )
     except (UsageError, OSError) as error:
         print(f"certiq-quantize-model: {error}", file=sys.stderr)
         return 2

@@ -45,6 +45,7 @@ def linear_report(
         "bits_per_weight": float(certificate.get("bits_per_weight", 0.0)),
         "clipped_weights": int(certificate.get("clipped_weights", 0)),
         "dead_features": int(certificate.get("dead_features", 0)),
+        "underflowed_rows": int(certificate.get("underflow", {}).get("rows", 0)),
         "outcome": certificate.get("outcome"),
         "notes": list(notes),
         "warnings": list(certificate.get("warnings", [])),
@@ -86,6 +87,7 @@ def totals(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "with_notes": [item["name"] for item in linears if item["notes"]],
         "clipped_weights": sum(item["clipped_weights"] for item in linears),
         "dead_features": sum(item["dead_features"] for item in linears),
+        "underflowed_rows": sum(item.get("underflowed_rows", 0) for item in linears),
         "worst": [
             item["name"]
             for item in sorted(linears, key=lambda item: -item["relative_error"])[:WORST]
