@@ -1,6 +1,6 @@
 """certiq.torch.record: which linears share an input, what is summed, what comes back."""
 
-from typing import Any
+from typing import Any, Literal
 
 import certiq
 import certiq.torch
@@ -254,15 +254,47 @@ def test_what_cannot_be_recorded_is_said(client: certiq.Client) -> None:
         certiq.torch.record(Parts(), client, sums="gpu")  # type: ignore[arg-type]
 
 
-def test_values_that_are_not_finite_are_refused(client: certiq.Client) -> None:
-    x = torch.randn(8, 16)
-    x[3, 5] = float("nan")
+@pytest.mark.parametrize("sums", ["server", "client"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(
+    client: certiq.Client, sums: Literal["server", "client"], value: float
+) -> None:
+    x = torch.randn(400, 16)
+    x[303, 5] = value
     model = Parts()
     with (
-        pytest.raises(certiq.InvalidArgument, match="row 3"),
-        certiq.torch.record(model, client),
+        pytest.raises(
+            certiq.InvalidArgument, match=rf"^first: .*x.*finite.*{value} at row 303, column 5"
+        ),
+        certiq.torch.record(model, client, sums=sums),
     ):
         model(x, apart=False)
+
+
+def test_values_whose_squares_pass_float32_are_refused(client: certiq.Client) -> None:
+    x = torch.randn(8, 16)
+    x[3, 5] = 1e30
+    model = Parts()
+    with (
+        pytest.raises(
+            certiq.InvalidArgument, match=r"^first: x: .*squares.*e\+30 at row 3, col.* 5"
+        ),
+        certiq.torch.record(model, client, sums="client"),
+    ):
+        model(x, apart=False)
+
+
+def test_weights_that_are_not_finite_name_their_linear(client: certiq.Client) -> None:
+    model = Parts()
+    with certiq.torch.record(model, client) as recording:
+        model(torch.randn(64, 16), apart=False)
+    with torch.no_grad():
+        model.first.weight[2, 3] = float("inf")
+    with pytest.raises(
+        certiq.InvalidArgument, match=r"^first: weight.data: .*inf at row 2, column 3"
+    ):
+        recording.quantize()
+    recording.delete()
 
 
 def test_sums_of_half_precision_rows_are_exact_enough() -> None:

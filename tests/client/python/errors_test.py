@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import certiq
 import grpc
+import ml_dtypes
 import numpy as np
 import pytest
 from certiq import errors
@@ -250,3 +252,68 @@ def test_ctrl_c(start_server: StartServer) -> None:
             assert process.wait() == 0
             assert not job.done()
             job.cancel()
+
+
+def bad_matrix(rows: int, row: int, column: int, kind: str) -> Any:  # noqa: ANN401
+    """Of ones, but for one value that is not finite, in numpy's or torch's types."""
+    values = np.ones((rows, 8))
+    values[row, column] = np.nan if kind != "float64 beyond float32" else 1e300
+    library, _, name = kind.partition(" ")
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        return torch.from_numpy(values).to(getattr(torch, name))
+    if kind == "bfloat16":
+        return values.astype(ml_dtypes.bfloat16)
+    return values.astype(library)
+
+
+KINDS = (
+    *("float16", "float32", "float64", "bfloat16", "float64 beyond float32"),
+    *("torch float32", "torch bfloat16"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_not_finite_are_named_whatever_way_they_come(
+    client: certiq.Client, kind: str
+) -> None:
+    value = "inf" if kind == "float64 beyond float32" else "nan"
+    good_w, good_x = np.ones((6, 8), np.float32), np.ones((300, 8), np.float32)
+
+    def expect(field: str, row: int, call: Callable[[], object]) -> None:
+        with pytest.raises(
+            certiq.InvalidArgument, match=rf"^{field}: .*got {value} at row {row}, column 5$"
+        ) as caught:
+            call()
+        assert caught.value.field == field
+
+    weight, x = bad_matrix(6, 4, 5, kind), bad_matrix(300, 280, 5, kind)
+    expect("weight.data", 4, lambda: client.quantize(weight, good_x))
+    expect("activation.x", 280, lambda: client.quantize(good_w, x))
+    expect(
+        "activation.x_quantized",
+        280,
+        lambda: client.quantize(
+            good_w, good_x, certiq.Spec(method="qronos"), activations_quantized=x
+        ),
+    )
+    with client.calibration(8) as calibration:
+
+        def stream() -> None:
+            with calibration.stream("bad") as sender:
+                # Rows count from the stream\'s first one.
+                sender.send(x[:280])
+                sender.send(x)
+
+        expect("chunk.x", 560, stream)
+        with calibration.stream("good") as sender:
+            sender.send(good_x)
+        calibration.finalize(expected_streams=["good"])
+        expect("weight.data", 4, lambda: client.submit(weight, calibration=calibration).result())
+    if "16" in kind:
+        # Sums are not taken in half types.
+        return
+    with client.calibration(8) as sums:
+        gram = bad_matrix(8, 4, 5, kind)
+        with pytest.raises(certiq.InvalidArgument, match=r"(nan|inf|1e\+300).*row 4.*column 5"):
+            sums.import_statistics(stream_id="bad", gram=gram, tokens=9)

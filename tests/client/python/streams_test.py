@@ -221,10 +221,12 @@ def test_a_value_that_is_not_finite(
     calibration: certiq.Calibration, random: np.random.Generator
 ) -> None:
     X = rows(random, 100)
-    X[70, 5] = np.nan
     stream = calibration.stream("rank-0")
     stream.send(X)
-    with pytest.raises(certiq.InvalidArgument, match="finite"):
+    # The row counts from the stream's first one.
+    X[70, 5] = np.nan
+    stream.send(X)
+    with pytest.raises(certiq.InvalidArgument, match=r"x.*finite.*nan at row 170, column 5"):
         stream.close()
 
 

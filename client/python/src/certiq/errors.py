@@ -78,6 +78,16 @@ class Error(Exception):
             retry_delay=self.retry_delay,
         )
 
+    def of(self, name: str) -> "Error":
+        """The same error, its message beginning with what it is about, such as a linear's name."""
+        return type(self)(
+            f"{name}: {self.message}",
+            code=self.code,
+            violations=self.violations,
+            preconditions=self.preconditions,
+            retry_delay=self.retry_delay,
+        )
+
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.message, self.__dict__.copy())
 

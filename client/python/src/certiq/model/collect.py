@@ -13,6 +13,7 @@ from certiq.calibration import ActivationStream, Calibration
 from certiq.client import Client
 from certiq.model.errors import UsageError
 from certiq.model.levels import Level, is_expert
+from certiq.torch.finite import not_finite
 from certiq.torch.linears import features_of
 from certiq.torch.taps import InputGroup, InputTap
 
@@ -168,8 +169,13 @@ class Collector:
         x: torch.Tensor,
         float_rows: dict[str, torch.Tensor],
     ) -> None:
-        if not bool(torch.isfinite(x).all()):
-            raise UsageError(f"{self._block_name}.{name} reads values that are not finite")
+        for rows, of_model in ((x, "quantized"), (float_rows.get(name), "float")):
+            bad = None if rows is None else not_finite(rows, filling.tokens)
+            if bad is not None:
+                raise UsageError(
+                    f"the input of {self._block_name}.{name} in the {of_model} model is {bad} of "
+                    "the calibration's tokens: expected finite values in float32"
+                )
         if filling.mismatched:
             if name not in float_rows or float_rows[name].shape != x.shape:
                 raise UsageError(

@@ -11,6 +11,7 @@ from torch import nn
 
 from certiq.calibration import Calibration
 from certiq.client import Client
+from certiq.errors import Error
 from certiq.jobs import Job
 from certiq.layer import Layer
 from certiq.model.collect import Collected
@@ -90,15 +91,21 @@ class LevelQuantizer:
                     if calibration is None:
                         calibration = self._identity(group)
                         identities.append(calibration)
-                    job = self._client.submit(
-                        weight_of(linears[member]),
-                        calibration=calibration,
-                        spec=spec,
-                        name=f"{block_name}.{member}"[:256],
-                    )
+                    try:
+                        job = self._client.submit(
+                            weight_of(linears[member]),
+                            calibration=calibration,
+                            spec=spec,
+                            name=f"{block_name}.{member}"[:256],
+                        )
+                    except Error as error:
+                        raise error.of(f"{block_name}.{member}") from error
                     running.append((member, group, notes, job))
             for member, group, notes, job in running:
-                layer = job.result()
+                try:
+                    layer = job.result()
+                except Error as error:
+                    raise error.of(f"{block_name}.{member}") from error
                 self._write(block_name, member, group, notes, layer)
                 job.delete()
             for calibration in identities:

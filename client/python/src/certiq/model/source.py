@@ -25,6 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from certiq.model.checkpoint_files import GgufFiles, TensorFiles, open_folder
 from certiq.model.errors import UsageError
+from certiq.torch.finite import not_finite
 
 
 class ModelSource:
@@ -61,14 +62,19 @@ class ModelSource:
         # Each parameter of the model has the tensors it is made of, and their converter's pattern.
         self._sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
         self.unused: list[str] = []
+        # Tensors of the checkpoint that are parameters; a buffer may be infinite, as a mask is.
+        self._weights: set[str] = set()
         self._map_names()
 
     def tokenizer(self) -> Any:
         folder, arguments = self._arguments
         return AutoTokenizer.from_pretrained(folder, **arguments)
 
-    def load(self, wanted: Callable[[str], bool]) -> None:
-        """Reads the parameters (and persistent buffers) whose names are wanted."""
+    def load(self, wanted: Callable[[str], bool], where: str = "") -> None:
+        """Reads the parameters (and persistent buffers) whose names are wanted.
+
+        UsageError where a parameter is not finite: its name, the place in it, and `where`.
+        """
         names = [
             name
             for target, sources in self._sources.items()
@@ -81,6 +87,12 @@ class ModelSource:
             weight_mapping=copy.deepcopy(self._mapping),
         )
         tensors = {name: self.files.read(name) for name in names}
+        for name, tensor in tensors.items():
+            bad = not_finite(tensor) if name in self._weights else None
+            if bad is not None:
+                raise UsageError(
+                    f"{self.path}: {name}{where} is {bad}: expected finite values in float32"
+                )
         with _quiet_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config, None)
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
@@ -91,7 +103,8 @@ class ModelSource:
 
     def load_shell(self, stack: str) -> None:
         """Everything but the blocks of the stack, tied and moved to the device."""
-        self.load(lambda name: not name.startswith(f"{stack}."))
+        outside = f" (beside {stack}.*, which would read it or be read by it)"
+        self.load(lambda name: not name.startswith(f"{stack}."), outside)
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.device.type == "meta" and not name.startswith(f"{stack}."):
@@ -124,6 +137,7 @@ class ModelSource:
         renamings = [item for item in self._mapping if isinstance(item, WeightRenaming)]
         converters = [item for item in self._mapping if isinstance(item, WeightConverter)]
         state = self.model.state_dict()
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         prefix = self.model.base_model_prefix
         for name in sorted(self.files.names(), key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -131,6 +145,8 @@ class ModelSource:
                 target, pattern = rename_source_key(name, [], [], prefix, state)
             if target in state:
                 self._sources[target].append((name, pattern))
+                if target in parameters:
+                    self._weights.add(name)
             else:
                 self.unused.append(name)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from torch import nn
 
 from certiq.calibration import ActivationStream, Calibration
 from certiq.client import Client
+from certiq.errors import Error
+from certiq.jobs import Job
 from certiq.layer import Layer
 from certiq.spec import SpecLike
 from certiq.torch.linears import Selection, find_linears, set_weight, weight_of
@@ -27,6 +30,15 @@ BLOCK_ROWS = 256
 
 class RecordingError(RuntimeError):
     """Something went wrong on one of the ranks; the message says on which."""
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Errors of the service say which linear they are about."""
+    try:
+        yield
+    except Error as error:
+        raise error.of(name) from error
 
 
 @dataclass
@@ -193,18 +205,19 @@ class Recording:
             if unknown:
                 raise KeyError(f"not recorded: {', '.join(unknown)}")
             wanted = list(names)
-        jobs = {
-            name: self._client.submit(
-                weight_of(self._linears[name]),
-                calibration=self.calibration_of(name),
-                spec=spec,
-                name=name[:256],
-            )
-            for name in wanted
-        }
+        jobs: dict[str, Job] = {}
+        for name in wanted:
+            with _about(name):
+                jobs[name] = self._client.submit(
+                    weight_of(self._linears[name]),
+                    calibration=self.calibration_of(name),
+                    spec=spec,
+                    name=name[:256],
+                )
         layers: dict[str, Layer] = {}
         for name, job in jobs.items():
-            layers[name] = job.result()
+            with _about(name):
+                layers[name] = job.result()
             job.delete()
             if done is not None:
                 done(name, layers[name])
@@ -226,14 +239,15 @@ class Recording:
         self._tap.mask = mask.bool() if partial and mask is not None else None
 
     def _take(self, name: str, x: torch.Tensor) -> None:
-        local = self._local.get(name)
-        if local is None:
-            local = self._local[name] = self._open(name, x)
-        local.tokens += x.shape[0]
-        if local.stream is not None:
-            local.stream.send(x)
-        if local.sums is not None:
-            local.sums.add(x)
+        with _about(name):
+            local = self._local.get(name)
+            if local is None:
+                local = self._local[name] = self._open(name, x)
+            local.tokens += x.shape[0]
+            if local.stream is not None:
+                local.stream.send(x)
+            if local.sums is not None:
+                local.sums.add(x)
 
     def _open(self, name: str, x: torch.Tensor) -> _Local:
         local = _Local(self._calibration(name, x.shape[-1]))
@@ -265,7 +279,8 @@ class Recording:
         group = self._tap.groups[name]
         told = _Told(group.features, tuple(group.members), local.tokens)
         if local.stream is not None:
-            local.stream.close()
+            with _about(name):
+                local.stream.close()
             told.stream_ids = (self._stream_id,)
         if local.sums is not None:
             told.stream_ids = tuple(self._import(local.calibration, local.sums))

@@ -7,6 +7,9 @@ from functools import lru_cache
 
 import torch
 
+from certiq.errors import FieldViolation, InvalidArgument
+from certiq.torch.finite import not_finite
+
 # One float32 product takes so many rows: over so few its error stays below 1e-6 of sqrt(H_ii H_jj),
 # which is what the service promises for its own sums; the products are added up in float64.
 PRODUCT_ROWS = 256
@@ -90,14 +93,30 @@ class GramAccumulator:
             self._rows += take
 
     def _add_to(self, portion: Portion, rows: torch.Tensor) -> None:
+        before = self._rows
         for piece in rows.split(PRODUCT_ROWS):
             values = piece.float()
             with _full_precision(values.device):
                 product = values.t() @ values
             if not bool(torch.isfinite(product).all()):
-                raise ValueError("activations: expected finite values whose squares are finite")
+                raise _refused(piece, before)
             portion.gram += product.to(self._home, torch.float64)
+            before += piece.shape[0]
         portion.tokens += rows.shape[0]
+
+
+def _refused(rows: torch.Tensor, first_row: int) -> InvalidArgument:
+    """What is wrong with rows whose product is not finite, in the service's words."""
+    bad = not_finite(rows, first_row)
+    if bad is not None:
+        reason = f"expected finite values within float32's range, got {bad}"
+    else:
+        row, column = divmod(int(rows.abs().argmax()), rows.shape[1])
+        reason = (
+            "expected values whose sums of squares stay within float32's range, got "
+            f"{float(rows[row, column])} at row {first_row + row}, column {column}"
+        )
+    return InvalidArgument(f"x: {reason}", violations=[FieldViolation("x", reason)])
 
 
 class _full_precision:  # noqa: N801 - reads as a word of the language
