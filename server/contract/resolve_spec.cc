@@ -330,12 +330,14 @@ absl::Status CheckFormat(const engine::ResolvedSpec& spec) {
         "FORMAT_GPTQ stores the zero point minus one, which cannot express a zero "
         "point of 0: expected FORMAT_GPTQ_V2 for an asymmetric grid");
   }
-  if (spec.format == engine::Format::kCompressedTensors && spec.bits != 2 && spec.bits != 4 &&
-      spec.bits != 8) {
-    return base::InvalidField("spec.bits",
-                              absl::StrCat("expected 2, 4 or 8 with FORMAT_COMPRESSED_TENSORS (its "
-                                           "readers disagree about the layout of others), got ",
-                                           spec.bits));
+  const bool reordered = spec.group_size != 0 && spec.order != engine::Order::kNatural &&
+                         spec.group_scales == engine::GroupScales::kDynamic;
+  if (spec.format == engine::Format::kCompressedTensors && reordered) {
+    return base::InvalidField(
+        "spec.group_scales",
+        "expected GROUP_SCALES_STATIC for groups of FORMAT_COMPRESSED_TENSORS in "
+        "ORDER_DECREASING_NORM, got GROUP_SCALES_DYNAMIC: its readers know groups of neighbouring "
+        "columns only, without weight_g_idx. Use static scales, ORDER_NATURAL, or FORMAT_GPTQ_V2");
   }
   return absl::OkStatus();
 }

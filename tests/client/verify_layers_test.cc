@@ -77,7 +77,6 @@ TEST(VerifyLayersTest, EveryFormat) {
     for (const int bits : {2, 3, 4, 8}) {
       for (const bool symmetric : {true, false}) {
         for (const bool dynamic : {false, true}) {
-          if (format == engine::Format::kCompressedTensors && bits == 3) continue;
           if (format == engine::Format::kGptq && !symmetric) continue;
           ResolvedSpec spec;
           spec.format = format;
@@ -217,6 +216,7 @@ TEST(VerifyLayersTest, DeadFeaturesAndClipping) {
     }
   }
 }
+
 // Rows and groups of a row that are too small for float16 or bfloat16, or that float32 holds as
 // subnormal numbers only.
 TEST(VerifyLayersTest, WeightsTooSmallForTheirScales) {
@@ -283,7 +283,6 @@ TEST(VerifyLayersTest, WeightsTooSmallForTheirScales) {
     }
   }
 }
-
 
 TEST(VerifyLayersTest, SmallestLayers) {
   for (const int64_t features : {1, 2}) {

@@ -343,10 +343,20 @@ TEST(ResolveSpecTest, RefusesWhatDoesNotSuitTheLayer) {
          s.set_format(v1::FORMAT_GPTQ_V2);
          s.set_scale_dtype(v1::DATA_TYPE_BF16);
        }},
-      {"spec.bits", 64,
+      {"spec.group_scales", 64,
        [](auto& s) {
          s.set_format(v1::FORMAT_COMPRESSED_TENSORS);
-         s.set_bits(3);
+         s.set_group_size(32);
+         s.set_group_scales(v1::GROUP_SCALES_DYNAMIC);
+         s.set_order(v1::ORDER_DECREASING_NORM);
+       }},
+      {"spec.group_scales", 64,
+       [](auto& s) {
+         s.set_format(v1::FORMAT_COMPRESSED_TENSORS);
+         s.set_group_size(32);
+         s.set_group_scales(v1::GROUP_SCALES_DYNAMIC);
+         // Its order is decreasing_norm.
+         s.set_quality(v1::QUALITY_FAST);
        }},
       {"spec.group_size", 64,
        [](auto& s) {
@@ -369,6 +379,30 @@ TEST(ResolveSpecTest, RefusesWhatDoesNotSuitTheLayer) {
         resolved.ok() ? CheckSpecForLayer(*resolved, 32, refusal.features) : resolved.status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     EXPECT_EQ(base::FieldOf(status), refusal.field) << status;
+  }
+}
+
+// compressed-tensors takes every width, with zero points too, and whatever order has contiguous
+// groups.
+TEST(ResolveSpecTest, CompressedTensorsTakesEveryWidth) {
+  for (int bits = 2; bits <= 8; ++bits) {
+    for (const bool symmetric : {true, false}) {
+      v1::QuantizationSpec spec;
+      spec.set_format(v1::FORMAT_COMPRESSED_TENSORS);
+      spec.set_bits(bits);
+      spec.set_symmetric(symmetric);
+      spec.set_group_size(32);
+      spec.set_order(v1::ORDER_DECREASING_NORM);
+      auto resolved = ResolveSpec(spec);
+      ASSERT_TRUE(resolved.ok()) << resolved.status();
+      EXPECT_TRUE(CheckSpecForLayer(*resolved, 21, 96).ok());
+      spec.set_order(v1::ORDER_NATURAL);
+      spec.set_group_scales(v1::GROUP_SCALES_DYNAMIC);
+      EXPECT_TRUE(ResolveSpec(spec).ok());
+      spec.set_order(v1::ORDER_DECREASING_NORM);
+      spec.set_group_size(0);
+      EXPECT_TRUE(ResolveSpec(spec).ok());
+    }
   }
 }
 

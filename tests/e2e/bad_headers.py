@@ -225,7 +225,17 @@ BAD: dict[str, Bad] = {
         both(GPTQ, spec_with(scale_dtype=tensor_pb2.DATA_TYPE_F32)), "spec.scale_dtype"
     ),
     "GPTQ, asymmetric": Bad(both(GPTQ, spec_with(symmetric=False)), "spec.format"),
-    "compressed-tensors, 3 bits": Bad(both(PACKED, spec_with(bits=3)), "spec.bits"),
+    "compressed-tensors, groups in another order": Bad(
+        both(
+            PACKED,
+            spec_with(
+                group_size=8,
+                group_scales=S.GROUP_SCALES_DYNAMIC,
+                order=S.ORDER_DECREASING_NORM,
+            ),
+        ),
+        "spec.group_scales",
+    ),
     "GPTQ: rows that fill no word": Bad(both(GPTQ, lambda r: r.resize(7, 32)), "spec.format"),
     "GPTQ: features that fill no word": Bad(
         both(GPTQ, lambda r: r.resize(8, 28)), "spec.format", WITH_X

@@ -139,8 +139,8 @@ def test_compressed_tensors_is_theirs(server: Server, vector: Vector) -> None:
 
 def test_every_layout_has_its_vectors() -> None:
     names = {vector.name for vector in VECTOR_LIST}
-    assert len(names) == len(VECTOR_LIST) == 32
-    for packer, widths in (("gptq", (2, 3, 4, 8)), ("ct", (2, 4, 8))):
+    assert len(names) == len(VECTOR_LIST) == 48
+    for packer, widths in (("gptq", (2, 3, 4, 8)), ("ct", (2, 3, 4, 5, 6, 7, 8))):
         for bits in widths:
             for grid in ("sym_channel", "asym_channel"):
                 assert f"{packer}_{bits}bit_{grid}" in names

@@ -283,6 +283,7 @@ GOOD: dict[str, Change] = {
     "GPTQ": GPTQ,
     "GPTQ v2": spec_with(format=S.FORMAT_GPTQ_V2, symmetric=False),
     "compressed-tensors": both(PACKED, spec_with(group_size=16)),
+    "compressed-tensors, 5 bits, zeros": both(PACKED, spec_with(bits=5, symmetric=False)),
     "stochastic": both(STOCHASTIC, spec_with(seed=3)),
     "nearest": NEAREST,
     "PiSO": PISO,

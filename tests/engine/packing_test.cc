@@ -115,7 +115,6 @@ TEST_P(PackedFormats, GptqUnpacksToTheDenseWeights) {
 
 TEST_P(PackedFormats, CompressedTensorsUnpacksToTheDenseWeights) {
   const int bits = GetParam().bits;
-  if (bits != 2 && bits != 4 && bits != 8) return;
   const auto dense = testing::Quantize(problem_, Spec(Format::kDenseF32));
   const auto packed = testing::Quantize(problem_, Spec(Format::kCompressedTensors));
   ASSERT_TRUE(dense.ok() && packed.ok()) << packed.status();

@@ -1,7 +1,7 @@
-"""Packed tensors of whole checkpoints against compressed-tensors' packer.
+"""Packed tensors against compressed-tensors' own compressor and decompressor.
 
-The bytes of GPTQModel's packer are in tests/e2e/packing_test.py. At 2, 4 and 8 bits both layouts
-hold the same words, transposed.
+What it and GPTQModel's packer made of known codes is in tests/e2e/packing_test.py. GPTQ's words are
+those of compressed-tensors, transposed.
 """
 
 from pathlib import Path
@@ -10,11 +10,14 @@ from typing import Any
 import certiq
 import certiq.torch
 import models
+import numpy as np
 import pytest
 import torch
 import unpack
 from certiq.model.cli import main
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from programs import Server
 
 
@@ -50,3 +53,57 @@ def test_gptq_words_are_those_of_a_packer(
         assert torch.equal(codes.float() * scales.t()[:, index], torch.from_numpy(weights))
         original = certiq.torch.weight_of(models.make("llama").get_submodule(name))
         assert (torch.from_numpy(weights) - original).norm() < 0.2 * original.norm()
+
+
+@pytest.mark.parametrize("group_size", [0, 24])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_compressed_tensors_reads_and_would_write_it(
+    client: certiq.Client, bits: int, symmetric: bool, group_size: int
+) -> None:
+    """Rows and features that end within a word, so that codes and zero points straddle words."""
+    random = np.random.default_rng(bits)
+    W = random.standard_normal((21, 72), dtype=np.float32)
+    X = random.standard_normal((200, 72), dtype=np.float32)
+    layer = client.quantize(
+        W,
+        X,
+        certiq.Spec(
+            bits=bits,
+            symmetric=symmetric,
+            group_size=group_size,
+            order="decreasing_norm",
+            format="compressed_tensors",
+            scale_dtype="f32",
+        ),
+    )
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(
+            num_bits=bits,
+            type="int",
+            symmetric=symmetric,
+            strategy="group" if group_size else "channel",
+            group_size=group_size or None,
+        ),
+    )
+    tensors = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in layer.torch().items()
+    }
+    read = PackedQuantizationCompressor.decompress(dict(tensors), scheme)["weight"]
+    assert torch.equal(read, torch.from_numpy(layer.dequantized()))
+    assert (read - torch.from_numpy(W)).norm() < 0.7 * np.linalg.norm(W)
+
+    # Our levels, packed by them.
+    state = {"weight": read, "weight_scale": tensors["weight_scale"]}
+    if not symmetric:
+        groups = tensors["weight_scale"].shape[1]
+        zeros = unpack_from_int32(
+            tensors["weight_zero_point"], bits, torch.Size((21, groups)), packed_dim=0
+        )
+        state["weight_zero_point"] = zeros.to(torch.int8)
+    packed = PackedQuantizationCompressor.compress(state, scheme)
+    assert set(packed) == set(tensors)
+    for name, expected in packed.items():
+        assert torch.equal(tensors[name], expected), name

@@ -68,8 +68,12 @@ def names_of(report: dict[str, Any]) -> list[str]:
         (4, ["--group-size", "32", "--asymmetric"]),
         (8, []),
         (2, ["--group-size", "16", "--asymmetric"]),
+        (3, ["--group-size", "32"]),
+        (5, []),
+        (6, ["--asymmetric"]),
+        (7, ["--group-size", "32", "--asymmetric"]),
     ],
-    ids=["4_g32", "4_g32_asymmetric", "8_channel", "2_g16_asymmetric"],
+    ids=lambda value: str(value) if isinstance(value, int) else "_".join(value) or "channel",
 )
 def test_compressed_tensors_loads_in_transformers(
     bits: int, flags: list[str], quantize: Quantize

@@ -86,7 +86,7 @@ def test_every_format_is_dequantized(
 ) -> None:
     W, X = made_up(random, rows=32, features=96)
     spec = certiq.Spec(
-        bits=4 if format_name == "compressed_tensors" else 3,
+        bits=3,
         symmetric=symmetric,
         group_size=group_size,
         order="decreasing_norm",
@@ -111,7 +111,7 @@ def test_every_number_of_bits_is_unpacked(random: np.random.Generator, bits: int
     np.testing.assert_array_equal(unpack_bits(array, bits, 67), codes)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_features_that_end_within_a_word(
     client: certiq.Client, random: np.random.Generator, bits: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_features_that_end_within_a_word(
 
 def test_groups_in_the_order_of_work(client: certiq.Client, random: np.random.Generator) -> None:
     W, X = made_up(random, rows=32, features=96)
-    formats: list[FormatName] = ["gptq_v2", "compressed_tensors", "dense_f32"]
+    formats: list[FormatName] = ["gptq_v2", "dense_f32"]
     for format_name in formats:
         spec = certiq.Spec(
             bits=4,
@@ -132,6 +132,20 @@ def test_groups_in_the_order_of_work(client: certiq.Client, random: np.random.Ge
             format=format_name,
         )
         assert_true(client.quantize(W, X, spec), W, X)
+
+
+def test_compressed_tensors_has_no_groups_in_another_order(
+    client: certiq.Client, random: np.random.Generator
+) -> None:
+    W, X = made_up(random, rows=32, features=96)
+    for given in ({"order": "decreasing_norm"}, {"quality": "fast"}):
+        spec = certiq.Spec(
+            format="compressed_tensors", group_size=32, group_scales="dynamic", **given
+        )
+        with pytest.raises(certiq.InvalidArgument, match=r"GROUP_SCALES_STATIC.*got.*DYNAMIC") as e:
+            client.quantize(W, X, spec)
+        assert e.value.field == "spec.group_scales"
+        assert "FORMAT_GPTQ_V2" in e.value.reason
 
 
 @pytest.mark.parametrize("group_size", [0, 32])
