@@ -313,6 +313,8 @@ void RegisterShape(const Shape& shape, int64_t tokens, int workers) {
              [=](benchmark::State& state) { BenchScales(state, shape, tokens, spec, workers); });
   };
   scales("scales_mse", engine::ScaleRule::kMse, true, 0);
+  scales("scales_mse_asymmetric", engine::ScaleRule::kMse, false, 0);
+  scales("scales_mse_asymmetric_groups", engine::ScaleRule::kMse, false, 64);
   scales("scales_compensated", engine::ScaleRule::kCompensated, true, 0);
   scales("scales_compensated_asymmetric", engine::ScaleRule::kCompensated, false, 0);
   scales("scales_compensated_groups", engine::ScaleRule::kCompensated, true, 64);

@@ -1,6 +1,7 @@
 #include "engine/scales/qparams.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -36,34 +37,124 @@ inline float Power24(float x) {
   return e * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
 }
 
-// sum |w - q|^2.4 in units of `unit`.
-double ShrinkLoss(const ResolvedSpec& spec, const float* values, int64_t count, QuantParams params,
-                  float unit) {
-  const auto zero = static_cast<float>(params.zero);
-  const auto top = static_cast<float>((1 << spec.bits) - 1);
-  const float inverse = 1 / params.scale;
-  const float scaled = params.scale / unit;
-  // Independent partial sums: a float sum of a few thousand terms loses no
-  // digit that decides between candidates.
-  constexpr int64_t kParts = 16;
-  float parts[kParts] = {};
-  int64_t i = 0;
-  for (; i + kParts <= count; i += kParts) {
-    for (int64_t k = 0; k < kParts; ++k) {
-      const float x = values[i + k] * inverse;
-      const float code = std::clamp(std::nearbyint(x) + zero, 0.0f, top);
-      parts[k] += Power24(std::abs(x - (code - zero)) * scaled);
+// Values that are summed side by side. Independent partial sums: a float sum of a few thousand
+// terms loses no digit that decides between candidates.
+constexpr int64_t kParts = 16;
+
+// Sum of |term(i)|^2.4 over [0, count), given up as soon as it has reached `enough`. `term` may be
+// asked for up to kParts more.
+template <typename Term>
+double SumOfPowers(int64_t count, double enough, const Term& term) {
+  // Terms between two looks at what the sum has reached.
+  constexpr int64_t kChunk = 512;
+  double sum = 0;
+  for (int64_t i = 0; i < count;) {
+    float parts[kParts] = {};
+    const int64_t stop = std::min(count, i + kChunk);
+    for (; i + kParts <= stop; i += kParts) {
+      for (int64_t k = 0; k < kParts; ++k) parts[k] += Power24(std::abs(term(i + k)));
+    }
+    if (i < stop) {
+      for (int64_t k = 0; k < kParts; ++k) {
+        const float power = Power24(std::abs(term(i + k)));
+        parts[k] += i + k < stop ? power : 0.0f;
+      }
+      i = stop;
+    }
+    for (const float part : parts) sum += static_cast<double>(part);
+    if (sum >= enough) break;
+  }
+  return sum;
+}
+
+// The values in rising order, and kParts zeros. They are compared as integers, which have an order
+// even where a value is not a number.
+std::vector<float> Sorted(const float* values, int64_t count) {
+  std::vector<uint32_t> keys(static_cast<size_t>(count));
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const auto bits = std::bit_cast<uint32_t>(values[i]);
+    keys[i] = bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
+  }
+  // By counting, a byte after the other; short runs are not worth the counters.
+  constexpr size_t kWorthCounting = 256;
+  if (keys.size() < kWorthCounting) {
+    std::sort(keys.begin(), keys.end());
+  } else {
+    constexpr int kBytes = 4;
+    std::array<std::array<uint32_t, 256>, kBytes> starts{};
+    for (const uint32_t key : keys) {
+      for (int b = 0; b < kBytes; ++b) ++starts[b][(key >> (8 * b)) & 255];
+    }
+    std::vector<uint32_t> moved(keys.size());
+    for (int b = 0; b < kBytes; ++b) {
+      uint32_t start = 0;
+      for (uint32_t& at : starts[b]) start += std::exchange(at, start);
+      for (const uint32_t key : keys) moved[starts[b][(key >> (8 * b)) & 255]++] = key;
+      keys.swap(moved);
     }
   }
-  double loss = 0;
-  for (; i < count; ++i) {
-    const float x = values[i] * inverse;
-    const float code = std::clamp(std::nearbyint(x) + zero, 0.0f, top);
-    loss += static_cast<double>(Power24(std::abs(x - (code - zero)) * scaled));
+  std::vector<float> sorted(keys.size() + kParts);
+  for (size_t i = 0; i < keys.size(); ++i) {
+    sorted[i] = std::bit_cast<float>(keys[i] ^ (keys[i] >> 31 != 0 ? 0x80000000u : 0xffffffffu));
   }
-  for (const float part : parts) loss += static_cast<double>(part);
-  return loss;
+  return sorted;
 }
+
+// sum |w - q|^2.4 over values on grids of one scale, in units of a larger one. Weights that a grid
+// clips are the first and the last of the sorted values; what the others cost does not depend on
+// the zero point, and neither does which of the levels a weight would take on a grid without end.
+class ShrinkLoss {
+ public:
+  // `sorted` as Sorted makes it.
+  ShrinkLoss(const std::vector<float>& sorted, int bits, float scale, float unit)
+      : values_(sorted.data()),
+        count_(std::ssize(sorted) - kParts),
+        top_((1 << bits) - 1),
+        inverse_(1 / scale),
+        scaled_(scale / unit) {}
+
+  // What weights below the lowest level, and those above the highest, cost with this zero point.
+  double Below(int32_t zero) const { return Clipped(0, First(-zero), -zero); }
+  double Above(int32_t zero) const { return Clipped(First(top_ - zero + 1), count_, top_ - zero); }
+  // What the others cost, given up where it has reached `enough`.
+  double Inside(int32_t zero, double enough) const {
+    const int64_t begin = First(-zero);
+    return SumOfPowers(First(top_ - zero + 1) - begin, enough, [&](int64_t i) {
+      const float x = values_[begin + i] * inverse_;
+      return (x - std::nearbyint(x)) * scaled_;
+    });
+  }
+
+  // How much the loss changes from one zero point to the next larger one: weights that were below
+  // come nearer, those that the highest level was nearest to, or that were above, go farther away.
+  double Step(int32_t zero) const {
+    const int64_t below = First(-zero);
+    const int64_t highest = First(top_ - zero);
+    return Clipped(0, below, -zero - 1) - Clipped(0, below, -zero) +
+           Clipped(highest, count_, top_ - zero - 1) - Clipped(highest, count_, top_ - zero);
+  }
+
+ private:
+  // The first value nearest to level `level` or one above it.
+  int64_t First(int32_t level) const {
+    const auto least = static_cast<float>(level);
+    return std::partition_point(
+               values_, values_ + count_,
+               [&](float value) { return std::nearbyint(value * inverse_) < least; }) -
+           values_;
+  }
+  double Clipped(int64_t begin, int64_t end, int32_t level) const {
+    const auto at = static_cast<float>(level);
+    return SumOfPowers(end - begin, std::numeric_limits<double>::infinity(),
+                       [&](int64_t i) { return (values_[begin + i] * inverse_ - at) * scaled_; });
+  }
+
+  const float* values_;
+  int64_t count_;
+  int32_t top_;
+  float inverse_;
+  float scaled_;
+};
 
 // Neighbouring scale trials lie this factor apart.
 constexpr double kTrialFactor = 1.02;
@@ -128,20 +219,42 @@ QuantParams FitQuantParams(const ResolvedSpec& spec, const float* values, int64_
   }
   const QuantParams whole = AbsmaxQuantParams(spec, low, high);
   if (spec.scale != ScaleRule::kMse || !Holds(whole) || low == high) return whole;
+  const std::vector<float> sorted = Sorted(values, count);
+  const ZeroPoints allowed = AllowedZeroPoints(spec);
   QuantParams best = whole;
   double least = std::numeric_limits<double>::infinity();
+  int32_t zero = whole.zero;
   for (int shrink = 0; shrink < 80; ++shrink) {
     const float p = 1 - static_cast<float>(shrink) / 100;
-    QuantParams params = AbsmaxQuantParams(spec, p * low, p * high);
-    if (!Holds(params)) break;
-    const int32_t mirrored = spec.signed_scales ? params.zero - 1 : params.zero;
-    for (; params.zero >= mirrored; --params.zero) {
-      const double loss = ShrinkLoss(spec, values, count, params, whole.scale);
-      if (loss < least) {
-        least = loss;
-        best = params;
-      }
+    const float scale = AbsmaxQuantParams(spec, p * low, p * high).scale;
+    // Of a scale and its mirror image the former is preferred.
+    if (spec.symmetric) zero = whole.zero;
+    if (!Holds({scale, zero})) break;
+    const ShrinkLoss loss(sorted, spec.bits, scale, whole.scale);
+    const double below = loss.Below(zero);
+    const double above = loss.Above(zero);
+    // A grid of this or a smaller scale that moves up from here clips at least what is below now,
+    // one that moves down at least what is above; one that stays both.
+    const bool stays = allowed.first == allowed.last;
+    if ((stays ? below + above : std::min(below, above)) >= least) break;
+    // Nor does a zero point save more than what the grid clips on one side.
+    const double saved = std::max(below, above);
+    const double inside = loss.Inside(zero, least + saved - below - above);
+    double total = below + above + inside;
+    if (total - saved >= least) continue;
+    // What clipping adds to a weight's loss is convex in the zero point, and so is the sum: a zero
+    // point that neither neighbour betters is the best one for the scale.
+    const int32_t from = zero;
+    if (total - below < least) {
+      while (zero < allowed.last && loss.Step(zero) < 0) ++zero;
     }
+    if (zero == from && total - above < least) {
+      while (zero > allowed.first && loss.Step(zero - 1) > 0) --zero;
+    }
+    if (zero != from) total = loss.Below(zero) + loss.Above(zero) + loss.Inside(zero, least);
+    if (total >= least) continue;
+    least = total;
+    best = {scale, zero};
   }
   return best;
 }

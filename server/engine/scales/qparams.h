@@ -90,9 +90,11 @@ QuantParams AbsmaxQuantParams(const ResolvedSpec& spec, float low, float high);
 float LeastScale(DType scale_dtype);
 
 // The scale for these values by a rule that looks at nothing else: (S1), or (S2), the shrink
-// search: of the scales that span p [low, high], p = 1, 0.99 ... 0.21, the first that minimises
-// sum |w - q|^2.4 (as in the GPTQ authors' code); of a scale and its mirror image, where both are
-// allowed, the former.
+// search: of the scales that span p [low, high], p = 1, 0.99 ... 0.21, and the zero points that the
+// spec allows, the first pair that minimises sum |w - q|^2.4 (scales and exponent as in the GPTQ
+// authors' code, which leaves the zero point where the range has it); of a scale and its mirror
+// image, where both are allowed, the former. A scale costs less than a rounding of all values, as
+// those that cannot be the best are given up early.
 QuantParams FitQuantParams(const ResolvedSpec& spec, const float* values, int64_t count);
 
 // Whether the rule looks at a metric too.
