@@ -1,6 +1,7 @@
 #include "job/runner.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <set>
 #include <span>
@@ -19,6 +20,12 @@
 
 namespace certiq::server {
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Each run for nothing costs what the first did; who makes room on a disk takes minutes.
+constexpr int kRunsWithoutRoom = 4;
+constexpr std::chrono::minutes kRoomPatience{10};
 
 bool MayPassByItself(const absl::Status& status) {
   return absl::IsResourceExhausted(status) || absl::IsUnavailable(status);
@@ -58,7 +65,7 @@ void Runner::Poke(std::optional<int32_t> priority) {
         outranked = claimed->run;
       }
     }
-    if (!posted_ && !resting_) post = posted_ = true;
+    if (!posted_ && !resting_ && !room_wanted_.has_value()) post = posted_ = true;
   }
   // It is given back, and whoever is first now is claimed after it.
   if (outranked != nullptr) outranked->Cancel(absl::StatusCode::kAborted);
@@ -75,7 +82,7 @@ absl::Status Runner::ClaimNext() {
   {
     const base::MutexLock lock(mu_);
     posted_ = false;
-    if (stopped_ || resting_) return absl::OkStatus();
+    if (stopped_ || resting_ || room_wanted_.has_value()) return absl::OkStatus();
     for (const auto& [id, claimed] : claimed_) {
       if (claimed->waiting) return absl::OkStatus();
     }
@@ -257,7 +264,11 @@ absl::StatusOr<engine::StripMatrix> Runner::ReadWeights(const JobRecord& job) co
 
 absl::Status Runner::Keep(const ClaimedPtr& claimed, engine::QuantizedLayer layer,
                           const CertificateFacts& facts) {
-  ASSIGN_OR_RETURN(claimed->result, WriteResult(layer, facts, *env_.storage.blobs));
+  absl::StatusOr<ResultRecord> written = WriteResult(layer, facts, *env_.storage.blobs);
+  if (absl::IsResourceExhausted(written.status())) {
+    claimed->missing_bytes = DescribeResult(layer).tensor_bytes();
+  }
+  ASSIGN_OR_RETURN(claimed->result, std::move(written));
   claimed->certificate = std::move(layer.certificate);
   return absl::OkStatus();
 }
@@ -273,7 +284,8 @@ void Runner::Done(const ClaimedPtr& claimed, const absl::Status& status) {
     const base::MutexLock lock(mu_);
     resting_ = true;
   }
-  if (cut_short || (claimed->start_failed && !asked)) {
+  const bool no_room = claimed->missing_bytes > 0 && cancelled == absl::StatusCode::kOk;
+  if (cut_short || (claimed->start_failed && !asked) || (no_room && WaitsForRoom(*claimed))) {
     Release(claimed);
   } else if (absl::IsAborted(status) && cancelled == absl::StatusCode::kOk) {
     // The claim is not ours any more: whoever has it ends the job.
@@ -282,6 +294,32 @@ void Runner::Done(const ClaimedPtr& claimed, const absl::Status& status) {
     End(claimed, claimed->start_failed ? claimed->run->cancelled() : status);
   }
   Poke();
+}
+
+bool Runner::WaitsForRoom(const Claimed& claimed) {
+  const base::MutexLock lock(mu_);
+  const Clock::time_point now = Clock::now();
+  NoRoom& found =
+      no_room_.try_emplace(claimed.job.id(), NoRoom{.runs = 0, .since = now}).first->second;
+  ++found.runs;
+  if (found.runs >= kRunsWithoutRoom || now - found.since >= kRoomPatience) return false;
+  room_wanted_ = {.bytes = claimed.missing_bytes, .until = found.since + kRoomPatience};
+  return true;
+}
+
+void Runner::LookForRoom() {
+  std::optional<RoomWanted> wanted;
+  {
+    const base::MutexLock lock(mu_);
+    wanted = room_wanted_;
+  }
+  if (!wanted.has_value()) return;
+  if (Clock::now() < wanted->until &&
+      absl::IsResourceExhausted(env_.storage.blobs->HasRoom(wanted->bytes))) {
+    return;
+  }
+  const base::MutexLock lock(mu_);
+  room_wanted_.reset();
 }
 
 void Runner::Release(const ClaimedPtr& claimed) {
@@ -312,10 +350,18 @@ void Runner::Release(const ClaimedPtr& claimed) {
   claimed->retry = resting_ = true;
 }
 
-void Runner::End(const ClaimedPtr& claimed, const absl::Status& status) {
+void Runner::End(const ClaimedPtr& claimed, const absl::Status& ended) {
+  absl::Status status = ended;
   {
     const base::MutexLock lock(mu_);
     claimed->waiting = false;
+    const auto no_room = no_room_.extract(claimed->job.id());
+    if (claimed->missing_bytes > 0 && absl::IsResourceExhausted(ended)) {
+      status = absl::ResourceExhaustedError(absl::StrCat(
+          "the server's disk had no room for the result, in ",
+          no_room.empty() ? 1 : no_room.mapped().runs,
+          " runs; the job may be submitted again once there is some (", ended.message(), ")"));
+    }
     claimed->outcome =
         JobOutcome{.status = status, .result = claimed->result, .end_time = base::Now()};
     if (!status.ok()) claimed->outcome->result.reset();
@@ -380,6 +426,11 @@ absl::StatusOr<JobRecord> Runner::Cancel(const std::string& tenant, const std::s
     ReportFinished(spec, why, Seconds(job.create_time(), job.end_time()), nullptr, env_.observer);
     holdings_.Release(id);
     holdings_.stored().ShrinkTo(id, EndedBytes(job));
+    {
+      // Nobody else waits for this room.
+      const base::MutexLock lock(mu_);
+      if (!no_room_.extract(id).empty()) room_wanted_.reset();
+    }
     env_.storage.Forget(change.weights);
     events_.Changed(change);
     if (env_.job_log) env_.job_log(job, why);
@@ -398,6 +449,7 @@ void Runner::Tick() {
   // In the strand: an end is written by one at a time.
   static_cast<void>(strand_->Post({.run =
                                        [this] {
+                                         LookForRoom();
                                          std::vector<ClaimedPtr> unwritten;
                                          {
                                            const base::MutexLock lock(mu_);

@@ -3,6 +3,7 @@
 #ifndef CERTIQ_JOB_RUNNER_H_
 #define CERTIQ_JOB_RUNNER_H_
 
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -36,7 +37,9 @@ struct JobProgress {
 // process and no other, and a job of a higher priority that comes meanwhile goes first. One that
 // waits for its own tenant's memory is given back, and holds up that tenant alone. A run that
 // the process itself cuts short is given back, uncounted; an end that cannot be written is written
-// later. Thread-safe.
+// later. Where the disk has no room for a result, the job waits in the queue until there is some,
+// its weights kept; it ends as RESOURCE_EXHAUSTED only after several runs for nothing, or minutes.
+// Thread-safe.
 class Runner {
  public:
   Runner(const Environment& environment, CalibrationDesk& calibrations, JobEvents& events,
@@ -73,6 +76,8 @@ class Runner {
     std::optional<ResultRecord> result;
     std::optional<engine::LayerCertificate> certificate;
     bool start_failed = false;
+    // What its result takes, where the disk had no room for it; else 0.
+    int64_t missing_bytes = 0;
     // The end that is to be written, once there is one, and whether it was told to the metrics.
     std::optional<JobOutcome> outcome;
     bool reported = false;
@@ -80,6 +85,17 @@ class Runner {
     bool retry = false;
   };
   using ClaimedPtr = std::shared_ptr<Claimed>;
+
+  // Of a job whose result found no room.
+  struct NoRoom {
+    int runs = 0;
+    std::chrono::steady_clock::time_point since;
+  };
+  // What there is to be room for before a job is claimed, and how long that is waited for.
+  struct RoomWanted {
+    int64_t bytes = 0;
+    std::chrono::steady_clock::time_point until;
+  };
 
   // In the strand.
   absl::Status ClaimNext();
@@ -99,6 +115,10 @@ class Runner {
                     const CertificateFacts& facts);
   void Done(const ClaimedPtr& claimed, const absl::Status& status);
 
+  // Whether a job whose result found no room is to run again; what is claimed waits for room then.
+  bool WaitsForRoom(const Claimed& claimed);
+  // Ends the wait for room where there is some, or it took too long.
+  void LookForRoom();
   absl::StatusOr<engine::StripMatrix> ReadWeights(const JobRecord& job) const;
   // Gives a claimed job back to the queue.
   void Release(const ClaimedPtr& claimed);
@@ -120,6 +140,8 @@ class Runner {
   bool stopped_ ABSL_GUARDED_BY(mu_) = false;
   // A claim or a start failed: the next tick tries again.
   bool resting_ ABSL_GUARDED_BY(mu_) = false;
+  std::map<std::string, NoRoom> no_room_ ABSL_GUARDED_BY(mu_);
+  std::optional<RoomWanted> room_wanted_ ABSL_GUARDED_BY(mu_);
   bool posted_ ABSL_GUARDED_BY(mu_) = false;
   // Tenants whose next job waits for memory of their own, and how much it needs.
   std::map<std::string, int64_t> short_ ABSL_GUARDED_BY(mu_);

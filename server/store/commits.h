@@ -54,8 +54,6 @@ class CommitsFile {
   // Makes it anew, durably. The old one stays until the new one is whole.
   absl::Status Create(const Commits& commits);
 
-  // Empty until it was read or created.
-  const std::string& lineage() const { return commits_.lineage; }
   // The number that the file holds, or would hold had Advance not failed.
   int64_t number() const { return commits_.number; }
   // Writes a number, durably; it takes no space. REQUIRES: it was read or created.

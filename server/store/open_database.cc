@@ -127,20 +127,34 @@ absl::Status AcceptLoss(SqlDatabase& database, CommitsFile& commits,
   return commits.Create(next);
 }
 
+// The database as it is, to be looked at. Null where it is empty or not there, or where SQLite
+// would first play a journal back: none of ours outlives the moment in which the tables are made.
+absl::StatusOr<std::unique_ptr<SqlDatabase>> OpenToLook(Disk& disk, const char* vfs) {
+  ASSIGN_OR_RETURN(const std::optional<DiskEntry> file, disk.Look(kDatabaseName));
+  ASSIGN_OR_RETURN(const std::optional<DiskEntry> journal, disk.Look(kJournalName));
+  if (!file.has_value() || file->bytes == 0 || journal.has_value()) return nullptr;
+  ASSIGN_OR_RETURN(const std::optional<DiskEntry> log, disk.Look(kLogName));
+  ASSIGN_OR_RETURN(const std::string path, DatabasePath(disk));
+  return SqlDatabase::OpenToLook(path, kDatabaseName, vfs, log.has_value() && log->bytes > 0);
+}
+
+// The version of the tables, where nothing keeps this start from going on with them.
+absl::StatusOr<int64_t> Examine(SqlDatabase& database,
+                                const absl::StatusOr<std::optional<Commits>>& beside,
+                                const std::string& accepted_loss, std::optional<Loss>& loss) {
+  ASSIGN_OR_RETURN(const int64_t version, CheckVersion(database));
+  ASSIGN_OR_RETURN(loss, FindLoss(database, beside));
+  if (loss.has_value() && loss->code != accepted_loss) return LossError(*loss, accepted_loss);
+  return version;
+}
+
 }  // namespace
 
 absl::StatusOr<DatabaseOwner> LookAtDatabase(Disk& disk, const char* vfs) {
   ASSIGN_OR_RETURN(const std::optional<DiskEntry> file, disk.Look(kDatabaseName));
   if (!file.has_value() || file->bytes == 0) return DatabaseOwner::kNobody;
-  ASSIGN_OR_RETURN(const std::optional<DiskEntry> journal, disk.Look(kJournalName));
-  // A journal would be played back before anything is read. None of ours outlives the moment in
-  // which the tables are made.
-  if (journal.has_value()) return DatabaseOwner::kOthers;
-  ASSIGN_OR_RETURN(const std::optional<DiskEntry> log, disk.Look(kLogName));
-  ASSIGN_OR_RETURN(const std::string path, DatabasePath(disk));
-  ASSIGN_OR_RETURN(
-      std::unique_ptr<SqlDatabase> database,
-      SqlDatabase::OpenToLook(path, kDatabaseName, vfs, log.has_value() && log->bytes > 0));
+  ASSIGN_OR_RETURN(const std::unique_ptr<SqlDatabase> database, OpenToLook(disk, vfs));
+  if (database == nullptr) return DatabaseOwner::kOthers;
   absl::StatusOr<DatabaseOwner> owner = OwnerOf(*database);
   // No database, or one of which nothing can be told.
   if (absl::IsDataLoss(owner.status())) return DatabaseOwner::kOthers;
@@ -154,17 +168,27 @@ absl::StatusOr<std::unique_ptr<SqlDatabase>> OpenDatabase(Disk& disk, const char
   const absl::StatusOr<std::optional<Commits>> beside = commits.Read();
   if (!beside.ok() && !absl::IsDataLoss(beside.status())) return beside.status();
   const bool counted = !beside.ok() || beside->has_value();
-  std::string lineage = beside.ok() && counted ? (*beside)->lineage : NewLineage();
   ASSIGN_OR_RETURN(const std::optional<DiskEntry> file, disk.Look(kDatabaseName));
+  std::optional<Loss> loss;
   if (!file.has_value() || file->bytes == 0) {
     // Before SQLite removes the log of a database that is empty.
-    const std::optional<Loss> loss = FindLossOfAll(beside);
+    loss = FindLossOfAll(beside);
     if (loss.has_value() && loss->code != accepted_loss) return LossError(*loss, accepted_loss);
-    // Before the database, so that one that counts is never without it.
-    if (!counted) RETURN_IF_ERROR(commits.Create({.lineage = lineage, .number = 0}));
-    // SQLite would let everyone read it, and its log after it.
-    RETURN_IF_ERROR(disk.OpenOrCreate(kDatabaseName).status());
+  } else {
+    // Opening it for good makes a log where there is none.
+    ASSIGN_OR_RETURN(const std::unique_ptr<SqlDatabase> database, OpenToLook(disk, vfs));
+    if (database != nullptr) {
+      RETURN_IF_ERROR(Examine(*database, beside, accepted_loss, loss).status());
+    }
   }
+  const std::string lineage = beside.ok() && counted ? (*beside)->lineage : NewLineage();
+  // Before the tables, so that a database that counts is never without it. One of an earlier
+  // version did not count.
+  if (!counted && !loss.has_value()) {
+    RETURN_IF_ERROR(commits.Create({.lineage = lineage, .number = 0}));
+  }
+  // SQLite would let everyone read it, and its log after it.
+  RETURN_IF_ERROR(disk.OpenOrCreate(kDatabaseName).status());
   ASSIGN_OR_RETURN(const std::string path, DatabasePath(disk));
   ASSIGN_OR_RETURN(std::unique_ptr<SqlDatabase> opened,
                    SqlDatabase::Open(path, kDatabaseName, vfs));
@@ -174,13 +198,7 @@ absl::StatusOr<std::unique_ptr<SqlDatabase>> OpenDatabase(Disk& disk, const char
   // Exclusive, before anything is read: without others there is no need for shared memory in a
   // mapped file, which ends the process where the disk fails.
   RETURN_IF_ERROR(database.Run("PRAGMA locking_mode = EXCLUSIVE"));
-  ASSIGN_OR_RETURN(const int64_t version, CheckVersion(database));
-  ASSIGN_OR_RETURN(const std::optional<Loss> loss, FindLoss(database, beside));
-  if (loss.has_value() && loss->code != accepted_loss) return LossError(*loss, accepted_loss);
-  // One of an earlier version, which did not count.
-  if (!counted && !loss.has_value() && commits.lineage().empty()) {
-    RETURN_IF_ERROR(commits.Create({.lineage = lineage, .number = 0}));
-  }
+  ASSIGN_OR_RETURN(const int64_t version, Examine(database, beside, accepted_loss, loss));
   RETURN_IF_ERROR(SetUp(database));
   RETURN_IF_ERROR(Complete(database, version, lineage));
   if (loss.has_value()) RETURN_IF_ERROR(AcceptLoss(database, commits, set_aside));

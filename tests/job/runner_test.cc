@@ -480,6 +480,99 @@ TEST_P(RunnerTest, AResultThatCannotBeWrittenEndsTheJob) {
   ExpectNothingHeld(2);
 }
 
+// The disk is full when the result is to be written, `runs` times; what starts is counted.
+class NoRoomForResults {
+ public:
+  NoRoomForResults(StorePlan& plan, int runs) : plan_(plan) {
+    plan_.code = static_cast<int>(absl::StatusCode::kResourceExhausted);
+    plan_.before = [this, runs](StoreWrite coming) {
+      if (coming == StoreWrite::kStartJob) armed_ = ++started_ <= runs;
+      if (coming == StoreWrite::kCreateBlob && armed_.exchange(false)) plan_.FailFrom(1);
+    };
+  }
+  ~NoRoomForResults() { plan_.before = nullptr; }
+  NoRoomForResults(const NoRoomForResults&) = delete;
+  NoRoomForResults& operator=(const NoRoomForResults&) = delete;
+
+  int started() const { return started_; }
+
+ private:
+  StorePlan& plan_;
+  std::atomic<int> started_{0};
+  std::atomic<bool> armed_{false};
+};
+
+TEST_P(RunnerTest, AResultWaitsForRoomOnTheDisk) {
+  Block();
+  const std::string id = Submit();
+  {
+    const NoRoomForResults full(server_.plan, 1);
+    server_.plan.no_room = true;
+    gate_.Open();
+    Settle(*server_);
+    const std::string next = Submit();
+    for (int tick = 0; tick < 3; ++tick) {
+      EXPECT_EQ(Record(id).state(), v1::JOB_STATE_QUEUED);
+      EXPECT_EQ(Record(id).owner(), "");
+      EXPECT_EQ(Record(id).starts(), 0);
+      EXPECT_TRUE(Record(id).has_weights());
+      EXPECT_EQ(full.started(), 1) << "nothing runs for nothing";
+      desk().Tick();
+      Settle(*server_);
+    }
+    server_.plan.no_room = false;
+    desk().Tick();
+    EXPECT_EQ(End(id), v1::JOB_STATE_SUCCEEDED);
+    EXPECT_EQ(End(next), v1::JOB_STATE_SUCCEEDED);
+    Settle(*server_);
+    EXPECT_EQ(Record(id).starts(), 1);
+  }
+  EXPECT_TRUE(ResultOf(*server_, id).ok());
+  ExpectNothingHeld(2);
+}
+
+TEST_P(RunnerTest, AResultThatNeverFindsRoomEndsTheJob) {
+  Block();
+  const std::string id = Submit();
+  {
+    const NoRoomForResults full(server_.plan, 100);
+    gate_.Open();
+    Settle(*server_);
+    // There seems to be room each time.
+    while (!IsFinal(Record(id).state())) {
+      ASSERT_LT(full.started(), 10);
+      desk().Tick();
+      Settle(*server_);
+    }
+    EXPECT_EQ(full.started(), 4);
+  }
+  EXPECT_EQ(Record(id).state(), v1::JOB_STATE_FAILED);
+  EXPECT_EQ(Record(id).error().code(), static_cast<int>(absl::StatusCode::kResourceExhausted));
+  EXPECT_CONTAINS(Record(id).error().message(), "no room for the result, in 4 runs");
+  EXPECT_FALSE(Record(id).has_weights());
+  EXPECT_EQ(End(Submit()), v1::JOB_STATE_SUCCEEDED);
+  ExpectNothingHeld(2);
+}
+
+TEST_P(RunnerTest, WhatWaitsForRoomCanBeCancelled) {
+  Block();
+  const std::string id = Submit();
+  const NoRoomForResults full(server_.plan, 1);
+  server_.plan.no_room = true;
+  gate_.Open();
+  Settle(*server_);
+  const std::string next = Submit();
+  Settle(*server_);
+  EXPECT_EQ(full.started(), 1);
+  EXPECT_EQ(Record(id).state(), v1::JOB_STATE_QUEUED);
+  EXPECT_TRUE(Cancel(id).ok());
+  EXPECT_EQ(Record(id).state(), v1::JOB_STATE_CANCELLED);
+  // What waited behind it does not wait for its room.
+  desk().Tick();
+  EXPECT_EQ(End(next), v1::JOB_STATE_SUCCEEDED);
+  ExpectNothingHeld(2);
+}
+
 TEST_P(RunnerTest, AShutdownGivesBackWhatRunsUncounted) {
   if (GetParam() == StoreKind::kMemory) return;  // Nothing survives.
   Gate started;

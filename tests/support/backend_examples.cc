@@ -56,6 +56,10 @@ class WatchedBlobs final : public Blobs {
   absl::StatusOr<std::unique_ptr<BlobReader>> Open(const BlobRef& blob) override {
     return inner_->Open(blob);
   }
+  absl::Status HasRoom(int64_t bytes) override {
+    return plan_.no_room ? absl::ResourceExhaustedError("no room, as planned")
+                         : inner_->HasRoom(bytes);
+  }
   void Remove(const BlobRef& blob) override { inner_->Remove(blob); }
   absl::Status RemoveAllBut(const std::set<std::string>& names) override {
     return inner_->RemoveAllBut(names);

@@ -50,6 +50,8 @@ struct StorePlan {
   std::atomic<int> code{static_cast<int>(absl::StatusCode::kUnavailable)};
   // So many of the next reads of single records fail.
   std::atomic<int64_t> failing_reads{0};
+  // There is no room for another blob.
+  std::atomic<bool> no_room{false};
   // So many of the next claims are written and fail nevertheless, as if the answer were lost.
   std::atomic<int64_t> lost_claims{0};
   // Before a write, and before the plan fails it.
