@@ -43,7 +43,7 @@ POSIX = (
     "termios.h",
     "unistd.h",
 )
-FILE_CALLS = ("fcntl.h", "sys/file.h", "sys/stat.h", "sys/types.h", "unistd.h")
+FILE_CALLS = ("fcntl.h", "sys/file.h", "sys/stat.h", "sys/statvfs.h", "sys/types.h", "unistd.h")
 SOCKETS = (
     *("arpa/inet.h", "netdb.h", "netinet/in.h", "netinet/tcp.h", "sys/socket.h", "sys/un.h"),
     "unistd.h",

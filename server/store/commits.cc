@@ -16,15 +16,15 @@
 namespace certiq::server {
 namespace {
 
-constexpr absl::string_view kMagic = "certiqC1";
+constexpr absl::string_view kCommitsMagic = "certiqC1";
 constexpr size_t kLineageBytes = 32;
 constexpr size_t kNumberAt = 8 + kLineageBytes;
 constexpr size_t kSumAt = kNumberAt + 8;
 constexpr size_t kCopyBytes = kSumAt + 8;
 // More than what a disk writes at once.
-constexpr int64_t kStride = 4096;
+constexpr int64_t kCopyStride = 4096;
 constexpr int64_t kCopies = 2;
-constexpr int64_t kFileBytes = kCopies * kStride;
+constexpr int64_t kFileBytes = kCopies * kCopyStride;
 
 using Copy = std::array<std::byte, kCopyBytes>;
 
@@ -42,8 +42,8 @@ uint64_t SumOf(const Copy& copy) { return Checksum(std::span(copy).first(kSumAt)
 
 Copy Encode(const Commits& commits) {
   Copy copy = {};
-  std::memcpy(copy.data(), kMagic.data(), kMagic.size());
-  std::memcpy(copy.data() + kMagic.size(), commits.lineage.data(),
+  std::memcpy(copy.data(), kCommitsMagic.data(), kCommitsMagic.size());
+  std::memcpy(copy.data() + kCommitsMagic.size(), commits.lineage.data(),
               std::min(kLineageBytes, commits.lineage.size()));
   PutInteger(static_cast<uint64_t>(commits.number), copy.data() + kNumberAt);
   PutInteger(SumOf(copy), copy.data() + kSumAt);
@@ -51,12 +51,13 @@ Copy Encode(const Commits& commits) {
 }
 
 std::optional<Commits> Decode(const Copy& copy) {
-  if (std::memcmp(copy.data(), kMagic.data(), kMagic.size()) != 0 ||
+  if (std::memcmp(copy.data(), kCommitsMagic.data(), kCommitsMagic.size()) != 0 ||
       GetInteger(copy.data() + kSumAt) != SumOf(copy)) {
     return std::nullopt;
   }
   Commits commits;
-  commits.lineage.assign(reinterpret_cast<const char*>(copy.data()) + kMagic.size(), kLineageBytes);
+  commits.lineage.assign(reinterpret_cast<const char*>(copy.data()) + kCommitsMagic.size(),
+                         kLineageBytes);
   commits.number = static_cast<int64_t>(GetInteger(copy.data() + kNumberAt));
   return commits;
 }
@@ -95,11 +96,11 @@ std::string NewLineage() { return base::NewId(""); }
 absl::StatusOr<bool> CommitsFile::IsOne(Disk& disk) {
   ASSIGN_OR_RETURN(const DiskFile file, disk.OpenToRead(kCommitsName));
   ASSIGN_OR_RETURN(const int64_t size, disk.Size(file));
-  for (int64_t at = 0; at < kFileBytes && at + static_cast<int64_t>(kMagic.size()) <= size;
-       at += kStride) {
-    std::array<std::byte, kMagic.size()> magic;
+  for (int64_t at = 0; at < kFileBytes && at + static_cast<int64_t>(kCommitsMagic.size()) <= size;
+       at += kCopyStride) {
+    std::array<std::byte, kCommitsMagic.size()> magic;
     RETURN_IF_ERROR(disk.Read(file, at, magic));
-    if (std::memcmp(magic.data(), kMagic.data(), kMagic.size()) == 0) return true;
+    if (std::memcmp(magic.data(), kCommitsMagic.data(), kCommitsMagic.size()) == 0) return true;
   }
   return false;
 }
@@ -110,13 +111,13 @@ absl::StatusOr<std::optional<Commits>> CommitsFile::Read() {
   if (!file.ok()) return file.status();
   ASSIGN_OR_RETURN(const int64_t size, disk_->Size(*file));
   std::optional<Commits> newest;
-  for (int64_t at = 0; at + kStride <= size && at < kFileBytes; at += kStride) {
+  for (int64_t at = 0; at + kCopyStride <= size && at < kFileBytes; at += kCopyStride) {
     Copy copy;
     RETURN_IF_ERROR(disk_->Read(*file, at, copy));
     const std::optional<Commits> found = Decode(copy);
     if (!found.has_value() || (newest.has_value() && newest->number >= found->number)) continue;
     newest = found;
-    next_ = (at + kStride) % kFileBytes;
+    next_ = (at + kCopyStride) % kFileBytes;
   }
   if (!newest.has_value()) {
     return absl::DataLossError(absl::StrCat(kCommitsName, ": both of its copies are damaged"));
@@ -142,7 +143,7 @@ absl::Status CommitsFile::Create(const Commits& commits) {
   RETURN_IF_ERROR(disk_->SyncDirectory(""));
   file_ = std::move(file);
   commits_ = commits;
-  next_ = kStride;
+  next_ = kCopyStride;
   behind_ = false;
   return absl::OkStatus();
 }
@@ -153,7 +154,7 @@ absl::Status CommitsFile::Advance(int64_t number) {
   RETURN_IF_ERROR(disk_->WriteAt(file_, next_, Encode(commits_)));
   RETURN_IF_ERROR(disk_->SyncData(file_));
   behind_ = false;
-  next_ = (next_ + kStride) % kFileBytes;
+  next_ = (next_ + kCopyStride) % kFileBytes;
   return absl::OkStatus();
 }
 
