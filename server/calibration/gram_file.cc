@@ -70,6 +70,39 @@ absl::Status WriteStatistics(const engine::Statistics& sums, const ByteSink& sin
       BytesOf(sums.mismatch->cross.data(), static_cast<int64_t>(sums.mismatch->cross.size())));
 }
 
+// The squares of massive tokens follow all sums, those of each portion in the same order, where any
+// portion has some: N float64, and N of P where mismatched; zeros for a portion that has none.
+bool HasMassive(const engine::Statistics& sums) {
+  return !sums.massive_squares.empty() ||
+         (sums.mismatch.has_value() && !sums.mismatch->massive_squares.empty());
+}
+
+absl::Status WriteMassive(const engine::Statistics& sums, const ByteSink& sink) {
+  const auto write = [&](std::vector<double> squares) {
+    squares.resize(static_cast<size_t>(sums.features()));
+    return sink(BytesOf(squares.data(), sums.features()));
+  };
+  RETURN_IF_ERROR(write(sums.massive_squares));
+  if (!sums.mismatch.has_value()) return absl::OkStatus();
+  return write(sums.mismatch->massive_squares);
+}
+
+// Reads N squares, none where all are zero.
+absl::Status ReadSquares(Reader& reader, int64_t features, std::vector<double>& squares) {
+  squares.resize(static_cast<size_t>(features));
+  RETURN_IF_ERROR(reader.Fill(squares.data(), features));
+  if (std::all_of(squares.begin(), squares.end(), [](double square) { return square == 0; })) {
+    squares.clear();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadMassive(Reader& reader, engine::Statistics& sums) {
+  RETURN_IF_ERROR(ReadSquares(reader, sums.features(), sums.massive_squares));
+  if (!sums.mismatch.has_value()) return absl::OkStatus();
+  return ReadSquares(reader, sums.features(), sums.mismatch->massive_squares);
+}
+
 absl::StatusOr<engine::Statistics> ReadStatistics(const BlobReader& blob, int64_t offset,
                                                   int64_t features, bool mismatched) {
   Reader reader(blob, offset);
@@ -107,6 +140,10 @@ absl::StatusOr<StoredSums> WriteSums(Blobs& blobs, const engine::Statistics& fit
   };
   RETURN_IF_ERROR(WriteStatistics(fit, sink));
   if (held_out != nullptr) RETURN_IF_ERROR(WriteStatistics(*held_out, sink));
+  if (HasMassive(fit) || (held_out != nullptr && HasMassive(*held_out))) {
+    RETURN_IF_ERROR(WriteMassive(fit, sink));
+    if (held_out != nullptr) RETURN_IF_ERROR(WriteMassive(*held_out, sink));
+  }
   StoredSums sums;
   ASSIGN_OR_RETURN(sums.blob, writer->Commit());
   sums.sha256 = digest.Finish();
@@ -125,6 +162,11 @@ absl::StatusOr<LoadedSums> ReadSums(Blobs& blobs, const CalibrationRecord& calib
         sums.held_out,
         ReadStatistics(*reader, StatisticsBlobBytes(features, mismatched), features, mismatched));
     sums.held_out->tokens = calibration.held_out_tokens();
+  }
+  if (const int64_t end = SumsBytes(calibration); end < reader->bytes()) {
+    Reader massive(*reader, end);
+    RETURN_IF_ERROR(ReadMassive(massive, sums.fit));
+    if (sums.held_out.has_value()) RETURN_IF_ERROR(ReadMassive(massive, *sums.held_out));
   }
   return sums;
 }

@@ -19,7 +19,8 @@ namespace certiq::server {
 // mismatched then that of P^T P and all of P^T X~.
 int64_t StatisticsBlobBytes(int64_t features, bool mismatched);
 
-// The bytes of all sums of a calibration: those to fit, then those held out where there are any.
+// The bytes of all sums of a calibration: those to fit, then those held out where there are any. A
+// blob of sums with massive tokens has a row or two more for each portion.
 int64_t SumsBytes(const CalibrationRecord& calibration);
 
 // Sums in the blob store.

@@ -12,9 +12,11 @@
 namespace certiq::server {
 namespace {
 
-// Appends [begin, end) of `from` to a repeated field.
+// Appends what there is of [begin, end) of `from` to a repeated field.
 void AppendRange(const std::vector<double>& from, size_t begin, size_t end,
                  google::protobuf::RepeatedField<double>* to) {
+  begin = std::min(begin, from.size());
+  end = std::min(end, from.size());
   to->Add(from.begin() + static_cast<std::ptrdiff_t>(begin),
           from.begin() + static_cast<std::ptrdiff_t>(end));
 }
@@ -59,6 +61,8 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CertificateF
   to.set_relative_error(from.relative_error);
   SetIfPresent(from.nearest_relative_error, [&](double v) { to.set_nearest_relative_error(v); });
   to.set_l2_bound(from.l2_bound);
+  to.set_squared_error_rounding(from.squared_error_rounding);
+  to.set_reference_energy_rounding(from.reference_energy_rounding);
   to.set_identity_residual(from.identity_residual);
   to.set_c2(from.c2);
   to.set_c_inf(from.c_inf);
@@ -126,6 +130,7 @@ std::vector<v1::Certificate> ToProto(const engine::LayerCertificate& certificate
     const size_t end = std::min(rows, begin + step);
     AppendRange(certificate.row_error, begin, end, messages.back().mutable_row_error());
     AppendRange(certificate.row_bound, begin, end, messages.back().mutable_row_bound());
+    AppendRange(certificate.row_rounding, begin, end, messages.back().mutable_row_rounding());
   }
   return messages;
 }

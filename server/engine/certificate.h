@@ -83,6 +83,10 @@ struct LayerCertificate {
   // One a row; kept even if the spec's per_row is off.
   std::vector<double> row_error;
   std::vector<double> row_bound;
+  // (R1), squared norms.
+  double squared_error_rounding = 0;
+  double reference_energy_rounding = 0;
+  std::vector<double> row_rounding;
 
   int64_t clipped_weights = 0;
   int64_t clipped_rows = 0;

@@ -4,6 +4,7 @@
 #include <exception>
 #include <new>
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +13,7 @@
 #include "base/stopwatch.h"
 #include "engine/certify/certify.h"
 #include "engine/damping/damping_search.h"
+#include "engine/gram/form_rounding.h"
 #include "engine/gram/quadratic_form.h"
 #include "engine/kernels/simd.h"
 #include "engine/linalg/feedback_columns.h"
@@ -124,9 +126,15 @@ absl::Status CertifyReference(const RunContext& context, const WorkingLayer& lay
                               LayerCertificate& certificate) {
   const base::Stopwatch watch(certificate.seconds.reference);
   context.Report(Phase::kReference, 0);
-  ASSIGN_OR_RETURN(const auto energies, ReferenceEnergies(layer.statistics(), layer.reference,
-                                                          Phase::kReference, context));
+  ASSIGN_OR_RETURN(
+      std::vector<double> energies,
+      ReferenceEnergies(layer.statistics(), layer.reference, Phase::kReference, context));
+  // |X w|^2 is the error of a layer without weights.
+  ASSIGN_OR_RETURN(const FormRounding rounding,
+                   SettleErrors(layer.statistics(), layer.reference, layer.reference,
+                                Phase::kReference, context, energies));
   certificate.reference_energy = Sum(energies);
+  certificate.reference_energy_rounding = Sum(rounding.sums);
   return absl::OkStatus();
 }
 
@@ -139,9 +147,12 @@ absl::Status CompareNearest(const ResolvedSpec& spec, const WorkingLayer& layer,
   RoundedLayer plain;
   plain.grid = rounded.grid;
   RoundAlone(nearest, layer, std::vector<double>(layer.dead.size()), nullptr, context, plain);
-  ASSIGN_OR_RETURN(const std::vector<double> errors,
+  ASSIGN_OR_RETURN(std::vector<double> errors,
                    SquaredErrors(layer.statistics(), layer.reference, plain.change,
                                  layer.initial_error(), Phase::kReference, context));
+  RETURN_IF_ERROR(SettleErrors(layer.statistics(), layer.reference, plain.change, Phase::kReference,
+                               context, errors)
+                      .status());
   certificate.nearest_relative_error = RelativeError(Sum(errors), certificate.reference_energy);
   return absl::OkStatus();
 }
@@ -209,7 +220,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     RETURN_IF_ERROR(Certify(spec, layer, rounded, context, certificate));
     if (held.has_value()) {
       ASSIGN_OR_RETURN(certificate.held_out_relative_error,
-                       HeldOutError(*held, layer, rounded, context));
+                       HeldOutError(*held, layer, rounded.change, context));
       certificate.held_out_rows = certificate.rows;
     }
   }
@@ -239,7 +250,15 @@ absl::StatusOr<QuantizedLayer> QuantizeLayer(LayerProblem problem, const RunCont
   // Eigen and the standard library throw std::bad_alloc; nothing else is
   // expected, and nothing may cross this border.
   try {
-    return Quantize(std::move(problem), context);
+    const std::string calibration = problem.calibration;
+    absl::StatusOr<QuantizedLayer> layer = Quantize(std::move(problem), context);
+    const std::optional<base::Precondition> missing = base::PreconditionOf(layer.status());
+    if (!calibration.empty() && missing.has_value() && missing->type == kImpossibleSums) {
+      return base::PreconditionError(
+          missing->type, missing->subject,
+          absl::StrCat("calibration ", calibration, ": ", layer.status().message()));
+    }
+    return layer;
   } catch (const std::bad_alloc&) {
     return absl::ResourceExhaustedError("memory ran out while quantizing the layer");
   } catch (const std::exception& error) {
@@ -273,9 +292,9 @@ int64_t PeakBytes(const ResolvedSpec& spec, int64_t rows, int64_t features, bool
                            codes + grid + groups * features * 8 + refining +
                            ScaleObjectiveTerms::BytesFor(spec, rows, features, mismatched);
   const int64_t packing = codes + 2 * grid + rows * features * 8 + features * 8;
-  // Columns of U that wait while factoring (four panels), a packed panel of a quadratic form,
-  // per-row results, and small change.
-  return std::max(rounding, packing) + features * kPanelRows * 40 + rows * 128 + (1 << 20);
+  // Columns of U that wait while factoring (four panels), a packed panel of a quadratic form, rows
+  // whose errors are evaluated in float64, per-row results, and small change.
+  return std::max(rounding, packing) + features * kPanelRows * 64 + rows * 192 + (1 << 20);
 }
 
 const char* EngineIsa() { return kIsa; }

@@ -26,8 +26,9 @@ struct QuantizedLayer {
 //                        float32; a scale that its type cannot hold.
 //   FAILED_PRECONDITION  all activations are zero (type "ACTIVATIONS"), there are none or fewer
 //                        than spec.min_tokens ("TOKENS"); the damping rule needs held-out tokens
-//                        and there are none ("HELD_OUT"); every damping attempt failed and
-//                        on_failure is kFail ("DAMPING", the attempts in the message).
+//                        and there are none ("HELD_OUT"); sums that no activations have, which
+//                        gives a row a squared norm below zero ("SUMS"); every damping attempt
+//                        failed and on_failure is kFail ("DAMPING", the attempts in the message).
 //   CANCELLED, DEADLINE_EXCEEDED  as the context's cancellation says.
 //   RESOURCE_EXHAUSTED   memory ran out.
 absl::StatusOr<QuantizedLayer> QuantizeLayer(LayerProblem problem, const RunContext& context);

@@ -10,6 +10,7 @@ namespace certiq::server {
 absl::Status LoadCalibration(const CalibrationDesk& calibrations,
                              const CalibrationRecord& calibration, RunInput& input) {
   input.facts.calibration_id = calibration.id();
+  input.problem.calibration = calibration.id();
   input.facts.sums_sha256 = calibration.sums_sha256();
   input.facts.held_out_fraction = calibration.held_out_fraction();
   input.facts.held_out_block_rows = calibration.held_out_block_rows();

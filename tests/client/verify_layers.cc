@@ -131,11 +131,14 @@ v1::Certificate ToProto(const engine::LayerCertificate& from) {
   set(from.nearest_relative_error, [&](double v) { to.set_nearest_relative_error(v); });
   to.set_l2_bound(from.l2_bound);
   to.set_identity_residual(from.identity_residual);
+  to.set_squared_error_rounding(from.squared_error_rounding);
+  to.set_reference_energy_rounding(from.reference_energy_rounding);
   to.set_c2(from.c2);
   to.set_c_inf(from.c_inf);
   if (from.spec.per_row) {
     for (const double error : from.row_error) to.add_row_error(error);
     for (const double bound : from.row_bound) to.add_row_bound(bound);
+    for (const double rounding : from.row_rounding) to.add_row_rounding(rounding);
   }
   to.set_clipped_weights(from.clipped_weights);
   to.set_clipped_rows(from.clipped_rows);

@@ -58,9 +58,12 @@ engine::LayerCertificate SomeCertificate(int64_t rows) {
   certificate.underflow = {7, 3, {1, 4, 9}};
   certificate.relative_error = 0.25;
   certificate.nearest_relative_error = 0.5;
+  certificate.squared_error_rounding = 1.25;
+  certificate.reference_energy_rounding = 1.75;
   for (int64_t r = 0; r < rows; ++r) {
     certificate.row_error.push_back(static_cast<double>(r));
     certificate.row_bound.push_back(static_cast<double>(2 * r));
+    certificate.row_rounding.push_back(static_cast<double>(3 * r));
   }
   return certificate;
 }
@@ -102,6 +105,9 @@ TEST(CertificateTest, CertificateSurvivesAnyCut) {
   EXPECT_FALSE(ToProto(engine::LayerCertificate(), {})[0].has_underflow());
   EXPECT_EQ(message.row_error(7), 7);
   EXPECT_EQ(message.row_bound(7), 14);
+  EXPECT_EQ(message.row_rounding(7), 21);
+  EXPECT_EQ(message.squared_error_rounding(), 1.25);
+  EXPECT_EQ(message.reference_energy_rounding(), 1.75);
   EXPECT_EQ(message.phase_seconds().receive(), 1.5);
   EXPECT_EQ(message.phase_seconds().queue(), 2.5);
 }
@@ -119,6 +125,7 @@ TEST(CertificateTest, RowsCanBeLeftOut) {
   ASSERT_EQ(parts.size(), 1);
   EXPECT_EQ(parts[0].row_error_size(), 0);
   EXPECT_EQ(parts[0].row_bound_size(), 0);
+  EXPECT_EQ(parts[0].row_rounding_size(), 0);
 }
 
 TEST(ResultHeaderTest, NamesTypesShapesAndTheSum) {

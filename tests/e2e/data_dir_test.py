@@ -63,6 +63,21 @@ def check_result(result: StoredResult, found: dict) -> None:
     assert result.certificate == certificate_of(found)
 
 
+def then_known(certificate: certificate_pb2.Certificate) -> bytes:
+    """What the earlier version knew of a certificate, and said in other words."""
+    copy = certificate_pb2.Certificate()
+    copy.CopyFrom(certificate)
+    for name in (
+        "warnings",
+        "squared_error_rounding",
+        "reference_energy_rounding",
+        "row_rounding",
+        "held_out_nearest_relative_error",
+    ):
+        copy.ClearField(name)
+    return timeless(copy)
+
+
 def check_lists(server: Server, expected: Expected, tenant: str = "", token: str = "") -> None:
     """Once no job uses a calibration: every field of every answer, in the order of then."""
     client, wire = client_of(server, token or None), Wire(server, token)
@@ -232,7 +247,7 @@ def test_old_sums_serve_new_jobs(old: Old) -> None:
         assert now.certificate is not None
         if now.certificate.isa == then.certificate.isa:
             assert now.data == then.data
-            assert timeless(now.certificate) == timeless(then.certificate)
+            assert then_known(now.certificate) == then_known(then.certificate)
 
 
 def test_deletion_frees_the_files(old: Old) -> None:

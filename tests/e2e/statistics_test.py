@@ -230,6 +230,29 @@ def test_sums_that_no_rows_have(
     Sums.exported(calibration).assert_equals(sums)
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_sums_that_contradict_each_other_certify_nothing(
+    client: certiq.Client, random: np.random.Generator, held_out: bool
+) -> None:
+    """Each entry is one that activations may have, all together are not: there is a direction of
+    negative energy. A layer that meets it gets no certificate that says its error is 0."""
+    contradictory = np.full((3, 3), 0.8)
+    contradictory[0, 2] = contradictory[2, 0] = -0.8
+    np.fill_diagonal(contradictory, 1)
+    calibration = client.calibration(3, held_out_fraction=0.25, keep=True)
+    for name, kept in (("fit", False), ("kept", True)):
+        gram = contradictory if kept is held_out else np.eye(3)
+        calibration.import_statistics(stream_id=name, gram=gram, tokens=100, held_out=kept)
+    calibration.finalize()
+    W = np.array([[1, -1, 1], [0.4, 0.2, -0.1]], dtype="<f4")
+    for method in ("nearest", "optq", "qronos"):
+        spec = certiq.Spec(method=method, damping=None if method == "nearest" else "absolute:9")
+        with pytest.raises(certiq.FailedPrecondition) as caught:
+            client.quantize(W, calibration=calibration.id, spec=spec)
+        assert calibration.id in str(caught.value)
+    calibration.delete()
+
+
 @pytest.mark.parametrize("part", [1, 2])
 def test_mismatched_sums_are_checked_too(
     client: certiq.Client, random: np.random.Generator, part: int

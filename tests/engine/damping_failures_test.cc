@@ -57,7 +57,10 @@ class CauseTest : public ::testing::TestWithParam<Method> {
     SerialExecutor executor;
     RunContext context;
     context.executor = &executor;
-    const auto weights = MakeLayer(1, kFeatures, 3, Inputs::kGaussian, 613).w;
+    auto weights = MakeLayer(1, kFeatures, 3, Inputs::kGaussian, 613).w;
+    // No form that is certified meets the diagonal that tests spoil: sums that no tokens have are
+    // refused where they show (extreme_sums_test.cc).
+    for (int64_t r = 0; r < weights.rows; ++r) weights(r, 17) = 0;
     return QuantizeLayer({testing::Completed(spec), testing::Strips(weights),
                           std::make_shared<const Statistics>(std::move(sums))},
                          context);

@@ -53,6 +53,20 @@ std::vector<Bound> RowBounds(const Evidence& evidence) {
         {std::min(reach, spectral) + initial,
          (1 + kOutward) * (std::min(reach, (1 + kOutwardSigma) * spectral) + initial)});
   }
+  // What the error itself, with its rounding, may raise a bound to. The service's own error may be
+  // off by its rounding once more.
+  const v1::Certificate& c = evidence.certificate;
+  const Layer& layer = evidence.layer;
+  const double lambda = evidence.feedback.has_value() ? c.lambda_used() : 0;
+  const std::vector<Range> roundings = FormRoundings(evidence, /*energies=*/false);
+  for (size_t r = 0; r < bounds.size(); ++r) {
+    const auto row = static_cast<Eigen::Index>(r);
+    const double change = (layer.live_w.row(row) - layer.q.levels.row(row)).squaredNorm();
+    const bool told = r < static_cast<size_t>(c.row_rounding_size());
+    const double rounding = told ? c.row_rounding(static_cast<int>(r)) : roundings[r].high;
+    const double damped = evidence.errors.squared[row] + lambda * change;
+    bounds[r].high = std::max(bounds[r].high, std::sqrt(damped + 2 * rounding));
+  }
   return bounds;
 }
 

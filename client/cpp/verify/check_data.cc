@@ -108,6 +108,31 @@ double Evidence::ErrorSlack(Eigen::Index r, Eigen::Index i) const {
   return 0x1p-21 * (v + w) + slack * std::abs(v + w) + 0x1p-21 * Step(r, i);
 }
 
+std::vector<Range> FormRoundings(const Evidence& evidence, bool energies) {
+  const Layer& layer = evidence.layer;
+  // Sums of float64, of tokens and of features; and products of float32, of factors that are
+  // rounded too: (12 + 4) of a sum, 2 of the factors, 2 of W - Q.
+  const double wide =
+      0x1p-53 * static_cast<double>(evidence.certificate.tokens() + 2 * layer.w.cols() + 16);
+  constexpr double kNarrow = 20 * 0x1p-24;
+  const Vector inputs = layer.gram.diagonal().cwiseSqrt();
+  Vector residual = Vector::Zero(inputs.size());
+  if (evidence.mismatched()) {
+    residual = (layer.fit.x - *layer.fit.x_quantized).colwise().norm().transpose();
+  }
+  std::vector<Range> ranges;
+  for (Eigen::Index r = 0; r < layer.w.rows(); ++r) {
+    double reach = 0;
+    for (Eigen::Index j = 0; j < layer.w.cols(); ++j) {
+      const double change = energies ? layer.w(r, j) : layer.live_w(r, j) - layer.q.levels(r, j);
+      reach += std::abs(change) * inputs[j] + std::abs(layer.w(r, j)) * residual[j];
+    }
+    const double square = reach * reach;
+    ranges.push_back({wide * square * (1 - kPromise), (kNarrow + wide) * square * (1 + kPromise)});
+  }
+  return ranges;
+}
+
 void CheckData(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   const Layer& layer = evidence.layer;

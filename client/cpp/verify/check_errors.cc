@@ -1,7 +1,10 @@
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_format.h"
 #include "checks.h"
@@ -44,6 +47,31 @@ void CheckNearest(const Evidence& evidence, VerificationReport& report) {
                        c.nearest_relative_error(), expected, kPromise);
 }
 
+// (R1): at least what float64 sums leave, at most what float32 products of all tokens may leave;
+// between the two where there are massive tokens, of which a stream's blocks decide.
+void CheckRounding(const Evidence& evidence, VerificationReport& report) {
+  const v1::Certificate& c = evidence.certificate;
+  const std::vector<Range> errors = FormRoundings(evidence, /*energies=*/false);
+  const std::vector<Range> energies = FormRoundings(evidence, /*energies=*/true);
+  const auto total = [&](const char* name, double certified, const std::vector<Range>& rows) {
+    Range sum;
+    for (const Range& row : rows) {
+      sum.low += row.low;
+      sum.high += row.high;
+    }
+    report.Number(name, certified, sum.high, sum);
+  };
+  total("squared_error_rounding", c.squared_error_rounding(), errors);
+  total("reference_energy_rounding", c.reference_energy_rounding(), energies);
+  if (!evidence.spec().certificate().per_row()) {
+    report.Count("row_rounding", c.row_rounding_size(), 0, 0);
+    return;
+  }
+  std::vector<double> expected;
+  for (const Range& row : errors) expected.push_back(row.high);
+  report.Rows("row_rounding", {c.row_rounding().begin(), c.row_rounding().end()}, expected, errors);
+}
+
 // The result before polishing is not stored, so that only the sum over rows can be compared.
 void CheckPolish(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
@@ -69,14 +97,25 @@ void CheckErrors(const Evidence& evidence, VerificationReport& report) {
   const OutputErrors& errors = evidence.errors;
   const double squared = errors.squared.sum();
   const double energy = errors.energy.sum();
-  report.Close("squared_error", c.squared_error(), squared, evidence.tolerance());
+  CheckRounding(evidence, report);
+  // Where the certificate grants itself more than float32 sums may be off, the line above says so.
+  const double rounding = c.squared_error_rounding();
+  report.Number("squared_error", c.squared_error(), squared,
+                Around(squared, evidence.tolerance(), rounding));
   const double lambda = evidence.feedback.has_value() ? c.lambda_used() : 0;
-  report.Close("damped_squared_error", c.damped_squared_error(),
-               squared + lambda * LiveChange(layer), evidence.tolerance());
+  const double damped = squared + lambda * LiveChange(layer);
+  report.Number("damped_squared_error", c.damped_squared_error(), damped,
+                Around(damped, evidence.tolerance(), rounding));
   CheckPolish(evidence, report);
-  report.Close("reference_energy", c.reference_energy(), energy, kPromise);
-  report.Close("relative_error", c.relative_error(), Relative(squared, energy),
-               evidence.tolerance());
+  report.Number("reference_energy", c.reference_energy(), energy,
+                Around(energy, kPromise, c.reference_energy_rounding()));
+  const double relative = Relative(squared, energy);
+  report.Number(
+      "relative_error", c.relative_error(), relative,
+      {Relative(std::max(0.0, squared - rounding), energy + c.reference_energy_rounding()) *
+           (1 - evidence.tolerance()),
+       Relative(squared + rounding, std::max(0.0, energy - c.reference_energy_rounding())) *
+           (1 + evidence.tolerance())});
   CheckNearest(evidence, report);
   const std::vector<double> rows = ToStd(errors.squared.cwiseSqrt());
   if (evidence.spec().certificate().per_row()) {
@@ -84,7 +123,14 @@ void CheckErrors(const Evidence& evidence, VerificationReport& report) {
     ranges.reserve(rows.size());
     // Errors of weights near the least float32 were rounded to the numbers there are.
     const double least = 0x1p-126 * std::sqrt(layer.gram.trace());
-    for (const double row : rows) ranges.push_back(Around(row, evidence.tolerance(), least));
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const double row_rounding =
+          r < static_cast<size_t>(c.row_rounding_size()) ? c.row_rounding(static_cast<int>(r)) : 0;
+      const double square = rows[r] * rows[r];
+      ranges.push_back(
+          {std::sqrt(std::max(0.0, square - row_rounding)) * (1 - evidence.tolerance()) - least,
+           std::sqrt(square + row_rounding) * (1 + evidence.tolerance()) + least});
+    }
     report.Rows("row_error", {c.row_error().begin(), c.row_error().end()}, rows, ranges);
   } else {
     report.Count("row_error", c.row_error_size(), 0, 0);

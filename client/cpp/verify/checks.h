@@ -57,6 +57,10 @@ struct Evidence {
   double ErrorSlack(Eigen::Index r, Eigen::Index i) const;
 };
 
+// (R1) of the error of every row, or of its energy: from what is left with massive tokens alone to
+// what float32 products of all tokens may leave.
+std::vector<Range> FormRoundings(const Evidence& evidence, bool energies);
+
 // Compares held-out rows, groups, dead features and codes.
 void CheckData(const Evidence& evidence, VerificationReport& report);
 // Compares lambda with its rule, the attempts, the ladder and the condition.

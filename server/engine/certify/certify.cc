@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "engine/gram/form_rounding.h"
 #include "engine/gram/quadratic_form.h"
 
 namespace certiq::engine {
@@ -17,55 +18,131 @@ constexpr int64_t kIdentityRows = 32;
 // Where the undamped error is less than this share of the damped one, the
 // difference of the two loses digits and the error is computed from the sums instead.
 constexpr double kCancellation = 0.1;
+// The same for a single row.
+constexpr double kRowCancellation = 0.02;
 // An identity residual above this is said in a warning.
 constexpr double kHealthyResidual = 1e-3;
+// Rows whose error, with its rounding, comes so near to the square of their bound are evaluated in
+// float64, so that the bound is not passed by what float32 lost. With mismatched inputs that would
+// take three times as long as the method, and forms are float64 already but for Qronos' identity.
+constexpr double kNearBound = 0.99;
 
-// (M3), (M7) on a sample, the left side from the sums.
-absl::StatusOr<double> IdentityResidual(const WorkingLayer& layer, const RoundedLayer& rounded,
-                                        const std::vector<double>& norms,
-                                        const RunContext& context) {
-  const std::vector<int64_t> sample = EvenlySpaced(kIdentityRows, rounded.change.rows());
-  // W counts only where inputs are mismatched; elsewhere it may be gone.
-  const StripMatrix change = SelectRows(rounded.change, sample);
-  const StripMatrix weights =
-      layer.mismatched() ? SelectRows(layer.reference, sample) : StripMatrix();
-  ASSIGN_OR_RETURN(
-      const std::vector<double> exact,
-      ExactSquaredErrors(layer.statistics(), Widen(weights, *context.executor),
-                         Widen(change, *context.executor), nullptr, Phase::kCertify, context));
-  double residual = 0;
-  for (size_t i = 0; i < sample.size(); ++i) {
-    const auto r = static_cast<size_t>(sample[i]);
-    const double left = exact[i] + rounded.damping->lambda_used * norms[r];
-    const double right = rounded.damped[r];
-    if (left == 0 && right == 0) continue;
-    residual = std::max(residual, std::abs(left / right - 1));
-  }
-  return residual;
-}
+// What of a rounded layer the numbers are made of, row by row.
+class RowErrors {
+ public:
+  RowErrors(const WorkingLayer& layer, const RoundedLayer& rounded, const RunContext& context)
+      : layer_(layer),
+        rounded_(rounded),
+        context_(context),
+        rounding_(RoundingOfForms(layer.statistics(), layer.reference, rounded.change,
+                                  *context.executor)),
+        norms_(RowNorms(rounded.change, *context.executor)),
+        damped_(rounded.damped),
+        bound_(rounded.bound) {}
 
-// Undamped squared error of every row.
-absl::StatusOr<std::vector<double>> UndampedErrors(const WorkingLayer& layer,
-                                                   const RoundedLayer& rounded,
-                                                   const RunContext& context,
-                                                   LayerCertificate& certificate) {
-  if (!rounded.damping->factor.has_value()) return rounded.damped;
-  const std::vector<double> norms = RowNorms(rounded.change, *context.executor);
-  ASSIGN_OR_RETURN(certificate.identity_residual, IdentityResidual(layer, rounded, norms, context));
-  const bool healthy = certificate.identity_residual <= kHealthyResidual;
-  if (!healthy) {
-    certificate.warnings.push_back(absl::StrCat(
-        "identity_residual ", certificate.identity_residual,
-        " is large: errors were taken from the sums of the activations; a larger lambda helps"));
+  // Fills errors, and raises bounds that they, with their rounding, pass.
+  absl::Status Evaluate(LayerCertificate& certificate) {
+    bool exact = false;
+    errors_ = damped_;
+    bool from_sums = !factored();
+    if (factored()) {
+      ASSIGN_OR_RETURN(certificate.identity_residual, IdentityResidual());
+      exact = certificate.identity_residual > kHealthyResidual;
+      if (exact) {
+        certificate.warnings.push_back(absl::StrCat(
+            "identity_residual ", certificate.identity_residual,
+            " is large: errors were taken from the sums of the activations; a larger lambda "
+            "helps"));
+      }
+      for (size_t r = 0; r < errors_.size(); ++r) errors_[r] -= lambda() * norms_[r];
+      if (!exact && Sum(errors_) <= kCancellation * Sum(damped_)) {
+        from_sums = true;
+        ASSIGN_OR_RETURN(
+            errors_, SquaredErrors(layer_.statistics(), layer_.reference, rounded_.change, nullptr,
+                                   Phase::kCertify, context_));
+      }
+    }
+    std::vector<int64_t> rows;
+    for (size_t r = 0; r < errors_.size(); ++r) {
+      const bool lost = from_sums ? LostByFloat32(rounding_, r, errors_[r])
+                                  : errors_[r] <= kRowCancellation * damped_[r];
+      const bool near = !layer_.mismatched() &&
+                        damped_[r] + rounding_.sums[r] > kNearBound * bound_[r] * bound_[r];
+      if (exact || lost || near) rows.push_back(static_cast<int64_t>(r));
+    }
+    RETURN_IF_ERROR(EvaluateRows(
+        layer_.statistics(), layer_.reference,
+        [this](const std::vector<int64_t>& some, Executor&) { return Change(some); }, rows,
+        Phase::kCertify, context_, errors_));
+    RETURN_IF_ERROR(LiftToRounding(rounding_, errors_));
+    for (size_t r = 0; r < errors_.size(); ++r) {
+      const double damped = errors_[r] + lambda() * norms_[r];
+      if (exact || !factored()) damped_[r] = damped;
+      bound_[r] = std::max(bound_[r], std::sqrt(damped + rounding_.sums[r]));
+    }
+    return absl::OkStatus();
   }
-  std::vector<double> errors = rounded.damped;
-  for (size_t r = 0; r < errors.size(); ++r) {
-    errors[r] = std::max(0.0, errors[r] - rounded.damping->lambda_used * norms[r]);
+
+  // After Evaluate: undamped and damped squared errors, bounds (norms), and (R1) of the errors.
+  const std::vector<double>& errors() const { return errors_; }
+  const std::vector<double>& damped() const { return damped_; }
+  const std::vector<double>& bound() const { return bound_; }
+  const std::vector<double>& rounding() const { return rounding_.sums; }
+
+ private:
+  bool factored() const { return rounded_.damping->factor.has_value(); }
+  double lambda() const { return factored() ? rounded_.damping->lambda_used : 0; }
+
+  // W - Q of some rows, exact where W is still there; elsewhere the float32 difference.
+  BasicStripMatrix<double> Change(const std::vector<int64_t>& rows) const {
+    if (!layer_.KeepsReference())
+      return Widen(SelectRows(rounded_.change, rows), *context_.executor);
+    const int64_t n = rounded_.change.features();
+    BasicStripMatrix<double> change(static_cast<int64_t>(rows.size()), n);
+    std::vector<float> w(static_cast<size_t>(n));
+    std::vector<double> d(w.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int64_t r = rows[i];
+      layer_.reference.GetRow(r, w.data());
+      for (int64_t j = 0; j < n; ++j) {
+        const auto at = static_cast<size_t>(j);
+        const int32_t code = rounded_.codes[static_cast<size_t>(r * n + j)];
+        const double level = rounded_.grid.Level(r, j, code);
+        d[at] = layer_.dead[at] ? 0 : static_cast<double>(w[at]) - level;
+      }
+      change.SetRow(static_cast<int64_t>(i), d.data());
+    }
+    return change;
   }
-  if (healthy && Sum(errors) > kCancellation * Sum(rounded.damped)) return errors;
-  return SquaredErrors(layer.statistics(), layer.reference, rounded.change, nullptr,
-                       Phase::kCertify, context);
-}
+
+  // (M3), (M7) on a sample, the left side from the sums.
+  absl::StatusOr<double> IdentityResidual() const {
+    const std::vector<int64_t> sample = EvenlySpaced(kIdentityRows, rounded_.change.rows());
+    std::vector<double> exact(norms_.size());
+    RETURN_IF_ERROR(EvaluateRows(
+        layer_.statistics(), layer_.reference,
+        [this](const std::vector<int64_t>& some, Executor&) { return Change(some); }, sample,
+        Phase::kCertify, context_, exact));
+    double residual = 0;
+    for (const int64_t row : sample) {
+      const auto r = static_cast<size_t>(row);
+      const double left = exact[r] + lambda() * norms_[r];
+      const double right = damped_[r];
+      if (left == 0 && right == 0) continue;
+      residual = std::max(residual, right == 0 ? 1 : std::abs(left / right - 1));
+    }
+    return residual;
+  }
+
+  const WorkingLayer& layer_;
+  const RoundedLayer& rounded_;
+  const RunContext& context_;
+  FormRounding rounding_;
+  std::vector<double> norms_;
+  std::vector<double> errors_;
+  std::vector<double> damped_;
+  std::vector<double> bound_;
+};
 
 // C2, C_inf, condition, (P2) over live features.
 void CertifyFactor(const WorkingLayer& layer, const Factor& factor, LayerCertificate& certificate) {
@@ -114,9 +191,9 @@ double PredictedError(const ResolvedSpec& spec, const WorkingLayer& layer,
 // The largest output error of any token: bounded by the row's norm, always; with stochastic
 // rounding also by (B5) with probability 1 - eps over the m R tokens and rows.
 void CertifyLargest(const ResolvedSpec& spec, const RoundedLayer& rounded,
-                    LayerCertificate& certificate) {
+                    const std::vector<double>& bounds, LayerCertificate& certificate) {
   double always = 0;
-  for (const double bound : rounded.bound) always = std::max(always, bound);
+  for (const double bound : bounds) always = std::max(always, bound);
   certificate.linf_bound = always;
   certificate.linf_probability = 1;
   if (rounded.widest.empty()) return;
@@ -169,27 +246,29 @@ absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer,
   if (rounded.damping->factor.has_value())
     CertifyFactor(layer, *rounded.damping->factor, certificate);
 
-  ASSIGN_OR_RETURN(const std::vector<double> errors,
-                   UndampedErrors(layer, rounded, context, certificate));
-  certificate.squared_error = Sum(errors);
-  certificate.damped_squared_error = Sum(rounded.damped);
+  RowErrors rows(layer, rounded, context);
+  RETURN_IF_ERROR(rows.Evaluate(certificate));
+  certificate.squared_error = Sum(rows.errors());
+  certificate.damped_squared_error = Sum(rows.damped());
+  certificate.squared_error_rounding = Sum(rows.rounding());
   certificate.polish = rounded.refinement;
   certificate.relative_error =
       RelativeError(certificate.squared_error, certificate.reference_energy);
   double bound = 0;
-  for (size_t r = 0; r < errors.size(); ++r) {
-    certificate.row_error.push_back(std::sqrt(errors[r]));
-    bound += rounded.bound[r] * rounded.bound[r];
+  for (size_t r = 0; r < rows.errors().size(); ++r) {
+    certificate.row_error.push_back(std::sqrt(rows.errors()[r]));
+    bound += rows.bound()[r] * rows.bound()[r];
     certificate.clipped_weights += rounded.clipped[r];
     certificate.clipped_rows += rounded.clipped[r] > 0 ? 1 : 0;
   }
-  certificate.row_bound = rounded.bound;
+  certificate.row_bound = rows.bound();
+  certificate.row_rounding = rows.rounding();
   certificate.l2_bound = std::sqrt(bound);
   certificate.worst_overshoot = rounded.worst_overshoot;
   certificate.bits_needed = rounded.bits_needed;
   CertifyUnderflow(spec, rounded.grid, certificate);
   certificate.predicted_squared_error = PredictedError(spec, layer, rounded);
-  CertifyLargest(spec, rounded, certificate);
+  CertifyLargest(spec, rounded, rows.bound(), certificate);
   if (rounded.terms.has_value()) {
     certificate.optq_initial = std::sqrt(rounded.terms->optq);
     if (spec.method == Method::kQronos) {

@@ -13,7 +13,9 @@
 namespace certiq::engine {
 
 // Fills errors, bounds, clipping, the factor's figures and predictions. `certificate`
-// already has rows, features, tokens, spec and reference_energy. Fails only by cancellation.
+// already has rows, features, tokens, spec and reference_energy. Fails by cancellation, and with
+// FAILED_PRECONDITION ("SUMS") where the sums give a row an error below zero that rounding does not
+// explain.
 absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer,
                      const RoundedLayer& rounded, const RunContext& context,
                      LayerCertificate& certificate);

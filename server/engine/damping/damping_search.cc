@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "base/status_macros.h"
+#include "engine/gram/form_rounding.h"
 #include "engine/gram/quadratic_form.h"
 #include "engine/linalg/failed_attempts.h"
 #include "engine/methods/run_method.h"
@@ -135,7 +136,8 @@ class DampingSearch {
     certificate_.factor_flops += FactorFlops(*rounded, layer_.statistics().features());
     certificate_.round_flops +=
         SweepFlops(spec_, *rounded, certificate_.held_out_rows, layer_.statistics().features());
-    ASSIGN_OR_RETURN(const double error, HeldOutError(held_out_, layer_, *rounded, context_));
+    ASSIGN_OR_RETURN(const double error,
+                     HeldOutError(held_out_, layer_, rounded->change, context_));
     certificate_.damping_candidates.push_back(
         {rounded->damping->lambda_used, error, spec_.scale_trials, spec_.polish});
     run.error = error;
@@ -215,18 +217,23 @@ absl::StatusOr<HeldOutSet> MakeHeldOutSet(SharedStatistics held_out, const Worki
                      ComputeInitialError(*held.sums, Widen(layer.reference, *context.executor),
                                          Phase::kCertify, context));
   }
-  ASSIGN_OR_RETURN(const auto energies,
+  ASSIGN_OR_RETURN(std::vector<double> energies,
                    ReferenceEnergies(*held.sums, layer.reference, Phase::kCertify, context));
+  RETURN_IF_ERROR(
+      SettleErrors(*held.sums, layer.reference, layer.reference, Phase::kCertify, context, energies)
+          .status());
   held.energy = Sum(energies);
   return held;
 }
 
 absl::StatusOr<double> HeldOutError(const HeldOutSet& held, const WorkingLayer& layer,
-                                    const RoundedLayer& rounded, const RunContext& context) {
+                                    const StripMatrix& change, const RunContext& context) {
   ASSIGN_OR_RETURN(
-      const auto errors,
-      SquaredErrors(*held.sums, layer.reference, rounded.change,
+      std::vector<double> errors,
+      SquaredErrors(*held.sums, layer.reference, change,
                     held.initial.has_value() ? &*held.initial : nullptr, Phase::kCertify, context));
+  RETURN_IF_ERROR(
+      SettleErrors(*held.sums, layer.reference, change, Phase::kCertify, context, errors).status());
   return RelativeError(Sum(errors), held.energy);
 }
 

@@ -24,13 +24,14 @@ struct HeldOutSet {
   double energy = 0;
 };
 
-// Brings sums into the layer's order. Fails only by cancellation.
+// Brings sums into the layer's order. Errors as HeldOutError's.
 absl::StatusOr<HeldOutSet> MakeHeldOutSet(SharedStatistics held_out, const WorkingLayer& layer,
                                           const RunContext& context);
 
-// Relative error of the rounded layer on them. Fails only by cancellation.
+// Relative error on them of a rounded layer with this `change` = W - Q. Fails by cancellation, and
+// with FAILED_PRECONDITION where their sums are not those of any tokens (LiftToRounding).
 absl::StatusOr<double> HeldOutError(const HeldOutSet& held, const WorkingLayer& layer,
-                                    const RoundedLayer& rounded, const RunContext& context);
+                                    const StripMatrix& change, const RunContext& context);
 
 // (V2) lambda as a multiple of trace / N, by runs that are fitted without the held-out tokens and
 // judged on them, on a sample of rows. First come plain sweeps for the spec's candidates: all of
@@ -39,8 +40,8 @@ absl::StatusOr<double> HeldOutError(const HeldOutSet& held, const WorkingLayer& 
 // Where the spec has scale trials or refinement, the best and the next more damped candidate are
 // run with all of it: the better a fit, the more damping suits it. The last kind of run counts, by
 // the same rule. Writes the candidates, their failures and flops, and the error on held-out tokens
-// to the certificate. Errors are those of the last candidate that failed where all did, else as
-// RunMethod.
+// to the certificate. Errors are those of the last candidate that
+// failed where all did, else as RunMethod.
 absl::StatusOr<double> ChooseDamping(const LayerProblem& problem, const ResolvedSpec& spec,
                                      const RunContext& context, LayerCertificate& certificate);
 

@@ -22,7 +22,17 @@ constexpr float kLargest = 0x1p40f;
 
 static_assert(StatisticsAccumulator::kBlockRows % kFoldRows == 0);
 
+// Blocks of fewer rows have no median worth the name.
+constexpr int64_t kLeastOrdinary = 8;
+
 int64_t Strips(int64_t features) { return (features + kStrip<float> - 1) / kStrip<float>; }
+
+// Some strips are staged at a time, row by row: what is read is long enough to be fetched ahead by
+// the hardware, and there are few enough places to write to.
+constexpr int64_t kStripsAtOnce = 16;
+int64_t StagedPieces(int64_t features) {
+  return (Strips(features) + kStripsAtOnce - 1) / kStripsAtOnce;
+}
 
 // Runs body(begin, end) over [0, count) in pieces worth a thread each: `cost` elements an item.
 void InPieces(int64_t count, int64_t cost, Executor& executor,
@@ -51,6 +61,54 @@ void Add(const UpperTriangle<double>& other, UpperTriangle<double>& sums) {
     double* to = sums.row(i);
     const double* from = other.row(i);
     for (int64_t j = 0; j < sums.size() - i; ++j) to[j] += from[j];
+  }
+}
+
+// Massive squares of other sums, where either side has some.
+void AddSquares(const std::vector<double>& other, std::vector<double>& squares) {
+  if (other.empty()) return;
+  squares.resize(other.size());
+  for (size_t j = 0; j < other.size(); ++j) squares[j] += other[j];
+}
+
+std::vector<double> PermuteSquares(const std::vector<double>& squares,
+                                   const std::vector<int64_t>& order) {
+  std::vector<double> permuted(squares.size());
+  for (size_t i = 0; i < permuted.size(); ++i) permuted[i] = squares[static_cast<size_t>(order[i])];
+  return permuted;
+}
+
+// out[i][j] += sum over rows of a_i b_j, in float64, for columns [i0, i1) of a and [j0, j1) of b,
+// both [rows][features]; where `upper`, j >= i only. `out` is element (i0, j0). Products are exact.
+void AddWide(const std::vector<float>& a, const std::vector<float>& b, int64_t features, bool upper,
+             int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* out, int64_t stride) {
+  // Rows that are added at once, so that sums are read and written once for several.
+  constexpr int64_t kAtOnce = 4;
+  const int64_t rows = static_cast<int64_t>(a.size()) / features;
+  std::vector<double> right(static_cast<size_t>(kAtOnce * (j1 - j0)));
+  for (int64_t first = 0; first < rows; first += kAtOnce) {
+    const int64_t live = std::min(kAtOnce, rows - first);
+    for (int64_t k = 0; k < kAtOnce; ++k) {
+      for (int64_t j = j0; j < j1; ++j) {
+        const auto at = static_cast<size_t>((first + k) * features + j);
+        right[static_cast<size_t>(k * (j1 - j0) + j - j0)] =
+            k < live ? static_cast<double>(b[at]) : 0;
+      }
+    }
+    const double* r0 = right.data();
+    const double* r1 = r0 + (j1 - j0);
+    const double* r2 = r1 + (j1 - j0);
+    const double* r3 = r2 + (j1 - j0);
+    for (int64_t i = i0; i < i1; ++i) {
+      double left[kAtOnce] = {};
+      for (int64_t k = 0; k < live; ++k) {
+        left[k] = a[static_cast<size_t>((first + k) * features + i)];
+      }
+      double* row = out + (i - i0) * stride;
+      for (int64_t j = upper ? std::max<int64_t>(0, i - j0) : 0; j < j1 - j0; ++j) {
+        row[j] += left[0] * r0[j] + left[1] * r1[j] + left[2] * r2[j] + left[3] * r3[j];
+      }
+    }
   }
 }
 
@@ -88,8 +146,10 @@ UpperTriangle<double> PermutePanels(const UpperTriangle<double>& from,
 void Merge(const Statistics& other, Statistics& sums) {
   sums.tokens += other.tokens;
   Add(other.gram, sums.gram);
+  AddSquares(other.massive_squares, sums.massive_squares);
   if (!other.mismatch.has_value()) return;
   Add(other.mismatch->residual, sums.mismatch->residual);
+  AddSquares(other.mismatch->massive_squares, sums.mismatch->massive_squares);
   for (size_t i = 0; i < sums.mismatch->cross.size(); ++i) {
     sums.mismatch->cross[i] += other.mismatch->cross[i];
   }
@@ -111,9 +171,13 @@ Statistics Sum(const Statistics& a, const Statistics& b, Executor& executor) {
   Statistics sum;
   sum.tokens = a.tokens + b.tokens;
   sum.gram = add(a.gram, b.gram);
+  sum.massive_squares = a.massive_squares;
+  AddSquares(b.massive_squares, sum.massive_squares);
   if (!a.mismatch.has_value()) return sum;
   MismatchSums& mismatch = sum.mismatch.emplace();
   mismatch.residual = add(a.mismatch->residual, b.mismatch->residual);
+  mismatch.massive_squares = a.mismatch->massive_squares;
+  AddSquares(b.mismatch->massive_squares, mismatch.massive_squares);
   mismatch.cross = a.mismatch->cross;
   for (size_t i = 0; i < mismatch.cross.size(); ++i) mismatch.cross[i] += b.mismatch->cross[i];
   return sum;
@@ -124,9 +188,11 @@ Statistics Permute(const Statistics& statistics, const std::vector<int64_t>& ord
   Statistics permuted;
   permuted.tokens = statistics.tokens;
   permuted.gram = PermutePanels(statistics.gram, order, executor);
+  permuted.massive_squares = PermuteSquares(statistics.massive_squares, order);
   if (!statistics.mismatch.has_value()) return permuted;
   MismatchSums& to = permuted.mismatch.emplace();
   to.residual = PermutePanels(statistics.mismatch->residual, order, executor);
+  to.massive_squares = PermuteSquares(statistics.mismatch->massive_squares, order);
   const int64_t n = statistics.features();
   to.cross.resize(statistics.mismatch->cross.size());
   InPieces(n, n, executor, [&](int64_t begin, int64_t end) {
@@ -157,12 +223,16 @@ StatisticsAccumulator::StatisticsAccumulator(Statistics sums)
 void StatisticsAccumulator::Allocate() {
   const auto staged = static_cast<size_t>(Strips(features_) * kBlockRows * kStrip<float>);
   inputs_.values.resize(staged);
+  largest_.resize(static_cast<size_t>(StagedPieces(features_) * kBlockRows));
   if (statistics_.mismatch.has_value()) residual_.values.resize(staged);
 }
 
 int64_t StatisticsAccumulator::BytesFor(int64_t features, bool mismatched) {
   const int64_t triangle = UpperTriangle<double>::ElementsFor(features) * 8;
-  const int64_t staged = Strips(features) * kStrip<float> * (kBlockRows * 4 + 8);
+  // Rows in float64, at most half of them, and the largest values of all.
+  const int64_t wide = features * 4 * kBlockRows / 2;
+  const int64_t staged = Strips(features) * kStrip<float> * (kBlockRows * 4 + 8) + wide +
+                         StagedPieces(features) * kBlockRows * 4;
   return mismatched ? 2 * triangle + features * features * 8 + 2 * staged : triangle + staged;
 }
 
@@ -172,15 +242,12 @@ bool StatisticsAccumulator::Stage(const TokenRows& x, const TokenRows* x_quantiz
   // Binary16 ends at 2^16 and its steps are 2^-24: so are those of differences.
   wide_range_ |= x.dtype != DType::kF16 || inputs.dtype != DType::kF16;
   std::atomic<bool> finite{true};
-  // Some strips at a time, row by row: what is read is long enough to be fetched ahead by the
-  // hardware, and there are few enough places to write to.
-  constexpr int64_t kStripsAtOnce = 16;
-  const int64_t pieces = (Strips(features_) + kStripsAtOnce - 1) / kStripsAtOnce;
-  executor.ParallelFor(pieces, [&](int64_t piece) {
+  executor.ParallelFor(StagedPieces(features_), [&](int64_t piece) {
     const int64_t begin = piece * kStripsAtOnce;
     const int64_t end = std::min(begin + kStripsAtOnce, Strips(features_));
     bool good = true;
     for (int64_t r = 0; r < rows; ++r) {
+      alignas(kVectorBytes) float largest[kStrip<float>] = {};
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t column = strip * kStrip<float>;
         const int64_t live = std::min<int64_t>(kStrip<float>, features_ - column);
@@ -188,14 +255,20 @@ bool StatisticsAccumulator::Stage(const TokenRows& x, const TokenRows* x_quantiz
         float* values = inputs_.values.data() + to;
         good &=
             DecodeToFloat(inputs.dtype, At(inputs, features_, row + r, column), live, values) < 0;
+        for (int64_t c = 0; c < live; ++c) largest[c] = std::max(largest[c], std::abs(values[c]));
         if (x_quantized == nullptr) continue;
         float* residual = residual_.values.data() + to;
         good &= DecodeToFloat(x.dtype, At(x, features_, row + r, column), live, residual) < 0;
         for (int64_t c = 0; c < live; ++c) {
           residual[c] -= values[c];
           good &= std::isfinite(residual[c]);
+          largest[c] = std::max(largest[c], std::abs(residual[c]));
         }
       }
+      for (int64_t half = kStrip<float> / 2; half > 0; half /= 2) {
+        for (int64_t c = 0; c < half; ++c) largest[c] = std::max(largest[c], largest[c + half]);
+      }
+      largest_[static_cast<size_t>(piece * kBlockRows + staged_rows_ + r)] = largest[0];
     }
     if (!good) finite.store(false, std::memory_order_relaxed);
   });
@@ -258,6 +331,48 @@ absl::Status StatisticsAccumulator::AppendRows(const TokenRows& x, const TokenRo
     if (staged_rows_ == kBlockRows) Fold(executor);
   }
   return absl::OkStatus();
+}
+
+StatisticsAccumulator::WideRows StatisticsAccumulator::FindWideRows() {
+  std::vector<float> largest(largest_.begin(), largest_.begin() + staged_rows_);
+  for (int64_t piece = 1; piece < StagedPieces(features_); ++piece) {
+    const float* of_piece = largest_.data() + piece * kBlockRows;
+    for (size_t r = 0; r < largest.size(); ++r) largest[r] = std::max(largest[r], of_piece[r]);
+  }
+  // Rows of zeros, such as padding, say nothing of what is ordinary.
+  std::vector<float> sorted = largest;
+  std::erase(sorted, 0.0f);
+  WideRows wide;
+  if (sorted.empty()) return wide;
+  const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>((sorted.size() - 1) / 2);
+  std::nth_element(sorted.begin(), middle, sorted.end());
+  const bool all = staged_rows_ < kLeastOrdinary;
+  if (!all || ordinary_ == 0) ordinary_ = *middle;
+  const float massive = kMassive * ordinary_;
+  const float limit = all ? 0 : massive;
+  for (int64_t r = 0; r < staged_rows_; ++r) {
+    const float size = largest[static_cast<size_t>(r)];
+    if (size <= limit) continue;
+    wide.rows.push_back(r);
+    wide.massive.push_back(size > massive);
+  }
+  return wide;
+}
+
+void StatisticsAccumulator::TakeOut(const WideRows& wide, Staged& staged,
+                                    std::vector<double>& squares) const {
+  staged.wide.clear();
+  for (size_t i = 0; i < wide.rows.size(); ++i) {
+    if (wide.massive[i]) squares.resize(static_cast<size_t>(features_));
+    for (int64_t j = 0; j < features_; ++j) {
+      float& value = staged.values[static_cast<size_t>(
+          (j / kStrip<float> * kBlockRows + wide.rows[i]) * kStrip<float> + j % kStrip<float>)];
+      const float exact = std::exchange(value, 0.0f);
+      staged.wide.push_back(exact);
+      if (!wide.massive[i]) continue;
+      squares[static_cast<size_t>(j)] += static_cast<double>(exact) * static_cast<double>(exact);
+    }
+  }
 }
 
 void StatisticsAccumulator::ScaleColumns(Staged& staged, Executor& executor) const {
@@ -338,15 +453,22 @@ void StatisticsAccumulator::FoldInto(const Staged& a, const Staged& b, bool uppe
         }
       }
     }
+    const int64_t i = layout.begin(p);
+    const int64_t j = layout.begin(q);
+    AddWide(a.wide, b.wide, features_, upper && p == q, i, layout.end(p), j, layout.end(q),
+            out + (upper ? layout.offset(p) + j - i : i * features_ + j), stride);
   });
 }
 
 void StatisticsAccumulator::Fold(Executor& executor) {
   UpperTriangle<double>& gram = statistics_.gram;
+  const WideRows wide = FindWideRows();
+  TakeOut(wide, inputs_, statistics_.massive_squares);
   ScaleColumns(inputs_, executor);
   FoldInto(inputs_, inputs_, true, gram.panel(0), gram, executor);
   if (statistics_.mismatch.has_value()) {
     MismatchSums& mismatch = *statistics_.mismatch;
+    TakeOut(wide, residual_, mismatch.massive_squares);
     ScaleColumns(residual_, executor);
     FoldInto(residual_, residual_, true, mismatch.residual.panel(0), gram, executor);
     FoldInto(residual_, inputs_, false, mismatch.cross.data(), gram, executor);

@@ -25,6 +25,8 @@ struct MismatchSums {
   UpperTriangle<double> residual;
   // P^T X~ [N, N], row-major: rows belong to P, columns to X~.
   std::vector<double> cross;
+  // As Statistics::massive_squares, of P.
+  std::vector<double> massive_squares;
 };
 
 // Sums over tokens, float64. They merge by addition.
@@ -35,6 +37,10 @@ struct Statistics {
   UpperTriangle<double> gram;
   // Set where X~ differs from X.
   std::optional<MismatchSums> mismatch;
+  // For every feature the share of massive tokens in the diagonal of `gram`, sum x~_tj^2 over them:
+  // their products were taken in float64 (StatisticsAccumulator), those of the others in float32.
+  // Empty: there were none.
+  std::vector<double> massive_squares;
 
   int64_t features() const { return gram.size(); }
 };
@@ -71,12 +77,20 @@ struct TokenRows {
 // of F64/I64/I32 inputs to float32. Columns whose squares would leave the range of float32 are
 // scaled by powers of two, which is exact.
 //
+// Massive tokens, with an element kMassive times as large as the largest of an ordinary row, would
+// leave nothing of the others in such sums where the weights' change is orthogonal to them, as
+// error feedback makes it. Their products are exact, and summed in float64. So are those of all
+// rows of a block that is too short to tell what is ordinary; of these the massive ones are told
+// by the block before.
+//
 // Not thread-safe.
 class StatisticsAccumulator {
  public:
   // A fold reads and writes all sums. At 0.5 TF/s (two threads with AVX-512) 192 rows a fold would
   // ask for 20 GB/s of memory, these for a fifth of that. Five times kFoldRows.
   static constexpr int64_t kBlockRows = 960;
+  // How far the largest element of a massive token is above the median row's of its block.
+  static constexpr float kMassive = 64;
 
   // REQUIRES: features >= 1. `mismatched`: rows come in pairs of X and X~.
   explicit StatisticsAccumulator(int64_t features, bool mismatched = false);
@@ -119,6 +133,8 @@ class StatisticsAccumulator {
     // Per column, what staged values were divided by.
     std::vector<double> scale;
     bool scaled = false;
+    // The rows of WideRows, which are zero in `values`: [rows][N].
+    std::vector<float> wide;
   };
 
   void Allocate();
@@ -126,6 +142,14 @@ class StatisticsAccumulator {
   // False, with nothing to be relied on, if a value is not finite.
   bool Stage(const TokenRows& x, const TokenRows* x_quantized, int64_t row, int64_t rows,
              Executor& executor);
+  // Staged rows whose products are taken in float64, and those of them that are massive.
+  struct WideRows {
+    std::vector<int64_t> rows;
+    std::vector<bool> massive;
+  };
+  WideRows FindWideRows();
+  // Takes rows out of the staged ones; the squares of massive ones are added to `squares`.
+  void TakeOut(const WideRows& wide, Staged& staged, std::vector<double>& squares) const;
   void ScaleColumns(Staged& staged, Executor& executor) const;
   void Fold(Executor& executor);
   // out += a^T b over the staged rows; out is laid out like `layout`'s panels
@@ -141,6 +165,11 @@ class StatisticsAccumulator {
   Staged inputs_;
   Staged residual_;
   int64_t staged_rows_ = 0;
+  // The largest magnitude in each staged row, of X~ and of P, piece by piece of the features as
+  // Stage takes them: [pieces][kBlockRows].
+  std::vector<float> largest_;
+  // The median of these of the last block that was long enough; 0: there was none.
+  float ordinary_ = 0;
   // Whether staged values may be so large or small that their squares leave float32.
   bool wide_range_ = false;
 };

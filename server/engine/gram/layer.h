@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "engine/gram/form_rounding.h"
 #include "engine/gram/gram.h"
 #include "engine/gram/quadratic_form.h"
 #include "engine/kernels/strip_matrix.h"
@@ -30,6 +32,8 @@ struct LayerProblem {
   SharedStatistics held_out = nullptr;
   // Shared by the layers that use these sums; may be null, else outlives the call.
   FactorCache* factors = nullptr;
+  // What errors call the sums by: the calibration's id; empty where there is none.
+  std::string calibration = "";
 };
 
 // A layer with its features in the order in which they are rounded.
@@ -56,6 +60,9 @@ struct WorkingLayer {
     return row_names.empty() ? r : row_names[static_cast<size_t>(r)];
   }
   bool mismatched() const { return sums->mismatch.has_value(); }
+  // Whether `reference` outlives the method: errors are told from it where inputs are mismatched,
+  // and where float32 differences W - Q would lose what massive tokens leave.
+  bool KeepsReference() const { return mismatched() || HasMassiveTokens(*sums); }
   const StripMatrix& weights() const { return zeroed.rows() > 0 ? zeroed : reference; }
   const InitialError* initial_error() const { return initial.has_value() ? &*initial : nullptr; }
 };

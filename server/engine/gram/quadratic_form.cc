@@ -136,7 +136,6 @@ absl::StatusOr<std::vector<double>> Forms(const FormSource& source, const UpperT
   }
   forms.resize(static_cast<size_t>(rows.rows()));
   for (double& form : forms) form = std::ldexp(form, exponent);
-  ClampAtZero(forms);
   return forms;
 }
 
@@ -146,7 +145,9 @@ template <typename T>
 absl::StatusOr<std::vector<double>> QuadraticForms(const UpperTriangle<double>& s,
                                                    const BasicStripMatrix<T>& rows, Phase phase,
                                                    const RunContext& context) {
-  return Forms(Triangle(s), s, rows, phase, context);
+  ASSIGN_OR_RETURN(std::vector<double> forms, Forms(Triangle(s), s, rows, phase, context));
+  ClampAtZero(forms);
+  return forms;
 }
 
 template absl::StatusOr<std::vector<double>> QuadraticForms(const UpperTriangle<double>& s,
@@ -268,7 +269,6 @@ absl::StatusOr<std::vector<double>> AddInitial(std::vector<double> errors,
   }
   const std::vector<double> mixed = RowDots(initial->cross, change, *context.executor);
   for (size_t r = 0; r < errors.size(); ++r) errors[r] += 2 * mixed[r] + initial->squares[r];
-  ClampAtZero(errors);
   return errors;
 }
 
@@ -280,7 +280,7 @@ absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
                                                   const InitialError* initial, Phase phase,
                                                   const RunContext& context) {
   if (!statistics.mismatch.has_value()) {
-    return QuadraticForms(statistics.gram, change, phase, context);
+    return Forms(Triangle(statistics.gram), statistics.gram, change, phase, context);
   }
   const BasicStripMatrix<double> wide =
       initial == nullptr ? Widen(weights, *context.executor) : BasicStripMatrix<double>();
@@ -292,7 +292,7 @@ absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statisti
                                                       const StripMatrix& weights, Phase phase,
                                                       const RunContext& context) {
   if (!statistics.mismatch.has_value()) {
-    return QuadraticForms(statistics.gram, weights, phase, context);
+    return Forms(Triangle(statistics.gram), statistics.gram, weights, phase, context);
   }
   return Forms(FloatInputs(statistics), statistics.gram, weights, phase, context);
 }
@@ -303,7 +303,7 @@ absl::StatusOr<std::vector<double>> ExactSquaredErrors(const Statistics& statist
                                                        const InitialError* initial, Phase phase,
                                                        const RunContext& context) {
   ASSIGN_OR_RETURN(std::vector<double> forms,
-                   QuadraticForms(statistics.gram, change, phase, context));
+                   Forms(Triangle(statistics.gram), statistics.gram, change, phase, context));
   if (!statistics.mismatch.has_value()) return forms;
   return AddInitial(std::move(forms), statistics, weights, change, initial, phase, context);
 }

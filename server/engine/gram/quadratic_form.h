@@ -17,8 +17,8 @@ namespace certiq::engine {
 // x_r^T S x_r for every row of `rows`; S symmetric positive semidefinite,
 // upper triangle given. With S = X^T X this is |X x_r|^2. Products are of type T, sums over
 // features float64: relative to sum_ij |x_i S_ij x_j| the error is of the order of sqrt(N) times
-// T's unit roundoff. S is scaled by a power of two so that T holds it. Costs R N^2 flops (one
-// triangle). Fails only by cancellation.
+// T's unit roundoff; what it takes below zero is zero. S is scaled by a power of two so that T
+// holds it. Costs R N^2 flops (one triangle). Fails only by cancellation.
 template <typename T>
 absl::StatusOr<std::vector<double>> QuadraticForms(const UpperTriangle<double>& s,
                                                    const BasicStripMatrix<T>& rows, Phase phase,
@@ -58,7 +58,8 @@ absl::StatusOr<InitialError> ComputeInitialError(const Statistics& statistics,
 
 // |X w_r - X~ q_r|^2 for every row, from the sums; `change` is W - Q. With X w - X~ q = P w + X~ (w
 // - q) it is |P w|^2 + 2 (w - q)^T X~^T P w + |X~ (w - q)|^2: no large terms cancel. Matched
-// inputs: the last term, in float32; else float64. `initial` is that of W, or null to have it
+// inputs: the last term, in float32; else float64. Rounding, or sums that are not those of any
+// tokens, may take it below zero (LiftToRounding). `initial` is that of W, or null to have it
 // computed.
 absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
                                                   const StripMatrix& weights,
@@ -66,7 +67,8 @@ absl::StatusOr<std::vector<double>> SquaredErrors(const Statistics& statistics,
                                                   const InitialError* initial, Phase phase,
                                                   const RunContext& context);
 
-// |X w_r|^2 for every row, in float32: one form of X^T X, which is put together from the sums.
+// |X w_r|^2 for every row, in float32: one form of X^T X, which is put together from the sums;
+// below zero as SquaredErrors.
 absl::StatusOr<std::vector<double>> ReferenceEnergies(const Statistics& statistics,
                                                       const StripMatrix& weights, Phase phase,
                                                       const RunContext& context);

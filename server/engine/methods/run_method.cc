@@ -196,8 +196,8 @@ absl::StatusOr<RoundedLayer> RunMethod(const ResolvedSpec& spec, WorkingLayer& l
     return result;
   }
   if (use.consume_factor && own != nullptr && factored) input.spare_factor = &*own->factor;
-  // Errors of mismatched inputs are told from W as it came.
-  input.spare_weights = use.consume_weights && (layer.zeroed.rows() > 0 || !layer.mismatched());
+  // Some errors are told from W as it came.
+  input.spare_weights = use.consume_weights && (layer.zeroed.rows() > 0 || !layer.KeepsReference());
   input.spare_initial = use.consume_weights;
   RETURN_IF_ERROR(Round(input, result, context));
   return result;

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from certiq.layer import unpack_bits
 from certiq.progress import Event, Stage, Upload
-from certiq.spec import FormatName
+from certiq.spec import FormatName, MethodName
 from programs import Server
 from verification import check_everything, store, verify
 
@@ -297,3 +297,43 @@ def test_the_same_spec_again(client: certiq.Client, random: np.random.Generator)
     first = client.quantize(W, X, spec)
     again = client.quantize(W, X, first.certificate.spec)
     np.testing.assert_array_equal(first.tensors["weight"], again.tensors["weight"])
+
+
+@pytest.mark.parametrize("damping", ["relative_trace:0.01", "relative_trace:1e-9"])
+@pytest.mark.parametrize("method", ["optq", "nearest"])
+def test_massive_tokens_are_certified_as_they_are(
+    client: certiq.Client,
+    random: np.random.Generator,
+    tmp_path: Path,
+    method: MethodName,
+    damping: str,
+) -> None:
+    """A few tokens ten thousand times the others, as transformers have them: the error is not what
+    rounding in their sums leaves of it."""
+    W, X = made_up(random)
+    X[[0, 350]] *= np.float32(3e4)
+    layer = client.quantize(
+        W, X, certiq.Spec(bits=8, method=method, damping=None if method == "nearest" else damping)
+    )
+    found = relative_error(W, layer.dequantized(), X)
+    assert layer.relative_error == pytest.approx(found, rel=1e-3)
+    low, high = layer.relative_error_range
+    assert low <= found * (1 + 1e-3)
+    assert found <= high * (1 + 1e-3)
+    assert high - low < 0.05 * found
+    verify(store(tmp_path, W, X, layer))
+
+
+def test_what_rounding_may_account_for(client: certiq.Client, random: np.random.Generator) -> None:
+    """Features that are copies of one another but for a millionth: what the sums have of an error
+    that is smaller than that is rounding, and the certificate says so."""
+    W, X = made_up(random)
+    X = (X[:, :1] + 1e-6 * X).astype("<f4")
+    layer = client.quantize(W, X, certiq.Spec(damping="relative_trace:1e-8"))
+    found = relative_error(W, layer.dequantized(), X)
+    low, high = layer.relative_error_range
+    assert low * (1 - 1e-4) <= found <= high * (1 + 1e-4)
+    c = layer.certificate
+    assert len(c.row_rounding) == len(c.row_error) == len(W)
+    assert sum(c.row_rounding) == pytest.approx(c.squared_error_rounding)
+    assert c.l2_bound >= found * np.sqrt(c.reference_energy) * (1 - 1e-4)

@@ -1,5 +1,6 @@
 """Quantized layers: tensors and certificate as the server sent them."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,21 @@ class Layer:
     def relative_error(self) -> float:
         """|X W^T - X~ Q^T| / |X W^T| on the calibration tokens."""
         return self.certificate.relative_error
+
+    @property
+    def relative_error_range(self) -> tuple[float, float]:
+        """Between which the relative error on the activations lies, whatever rounding did to their
+        sums: the certificate's squared error and energy, each give or take its `_rounding`."""
+        c = self.certificate
+        least = max(0.0, c.squared_error - c.squared_error_rounding)
+        most = c.squared_error + c.squared_error_rounding
+        energy = c.reference_energy - c.reference_energy_rounding
+        if most == 0:
+            return 0.0, 0.0
+        return (
+            math.sqrt(least / (c.reference_energy + c.reference_energy_rounding)),
+            math.sqrt(most / energy) if energy > 0 else math.inf,
+        )
 
     def dequantized(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The weights the layer now has, float32 [rows, features], from any format."""

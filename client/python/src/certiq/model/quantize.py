@@ -134,7 +134,7 @@ class LevelQuantizer:
             always_print_fields_with_no_presence=True,
         )
         # Rows' errors and bounds are long; the service's own report has them.
-        for name in ("row_error", "row_bound"):
+        for name in ("row_error", "row_bound", "row_rounding"):
             certificate.pop(name, None)
         name = f"{block_name}.{member}"
         phases = certificate.get("phase_seconds", {})
