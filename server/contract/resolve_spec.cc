@@ -12,6 +12,7 @@
 #include "base/status_macros.h"
 #include "contract/enums.h"
 #include "contract/preset.h"
+#include "engine/linalg/damped_factor.h"
 
 namespace certiq::server {
 namespace {
@@ -72,21 +73,6 @@ bool IsPacked(engine::Format format) {
          format == engine::Format::kCompressedTensors;
 }
 
-// "spec.damping.<rule>".
-const char* DampingField(engine::DampingRule rule) {
-  switch (rule) {
-    case engine::DampingRule::kRelativeTrace:
-      return "spec.damping.relative_trace";
-    case engine::DampingRule::kAbsolute:
-      return "spec.damping.absolute";
-    case engine::DampingRule::kRelativeSigmaMax:
-      return "spec.damping.relative_sigma_max";
-    case engine::DampingRule::kHeldOut:
-      return "spec.damping.held_out";
-  }
-  return "spec.damping";
-}
-
 absl::Status ResolveDamping(const v1::QuantizationSpec& spec, engine::ResolvedSpec& resolved) {
   const v1::Damping& damping = spec.damping();
   switch (damping.rule_case()) {
@@ -116,7 +102,7 @@ absl::Status ResolveDamping(const v1::QuantizationSpec& spec, engine::ResolvedSp
   }
   if (!std::isfinite(resolved.damping_value) || resolved.damping_value < 0) {
     return base::InvalidField(
-        DampingField(resolved.damping_rule.value_or(engine::DampingRule::kRelativeTrace)),
+        engine::DampingField(resolved.damping_rule.value_or(engine::DampingRule::kRelativeTrace)),
         absl::StrCat("expected a finite number of at least 0, got ", resolved.damping_value));
   }
   const std::vector<double>& candidates = resolved.damping_candidates;

@@ -224,6 +224,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
       certificate.held_out_rows = certificate.rows;
     }
   }
+  RETURN_IF_ERROR(CheckFinite(spec, certificate));
   if (context.cancelled()) return context.CancellationStatus();
 
   // Pack. What is no longer needed makes room first.

@@ -23,7 +23,8 @@ struct QuantizedLayer {
 // Quantizes a layer. Bit-identical results for the same problem on the same
 // instruction set, whatever the executor. No exception leaves it. Errors:
 //   INVALID_ARGUMENT     sizes of weights and statistics differ; weights so large that sums leave
-//                        float32; a scale that its type cannot hold.
+//                        float32; a lambda, or sums, so large that a number of the certificate
+//                        leaves float64; a scale that its type cannot hold.
 //   FAILED_PRECONDITION  all activations are zero (type "ACTIVATIONS"), there are none or fewer
 //                        than spec.min_tokens ("TOKENS"); the damping rule needs held-out tokens
 //                        and there are none ("HELD_OUT"); sums that no activations have, which

@@ -121,7 +121,7 @@ TEST_P(CauseTest, NonFinite) {
     relative.damping_rule = DampingRule::kRelativeTrace;
     const auto none = Run(Diagonal(broken), relative);
     EXPECT_EQ(none.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_EQ(base::FieldOf(none.status()), "spec.damping");
+    EXPECT_EQ(base::FieldOf(none.status()), "spec.damping.relative_trace");
   }
 }
 
@@ -147,7 +147,7 @@ TEST(DampingTest, RefusesALambdaBeyondFloat64) {
   spec.damping_value = 1e300;
   const auto result = testing::Quantize(layer, spec);
   EXPECT_EQ(result.status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(base::FieldOf(result.status()), "spec.damping");
+  EXPECT_EQ(base::FieldOf(result.status()), "spec.damping.relative_trace");
 }
 
 TEST(DampingTest, EveryStepOfALadderIsCountedWhereAllFail) {

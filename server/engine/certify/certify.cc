@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "base/status.h"
 #include "base/status_macros.h"
 #include "engine/gram/form_rounding.h"
 #include "engine/gram/quadratic_form.h"
@@ -277,6 +278,43 @@ absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer,
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckFinite(const ResolvedSpec& spec, const LayerCertificate& certificate) {
+  const LayerCertificate& c = certificate;
+  std::vector<double> numbers = {c.lambda_requested,
+                                 c.lambda_used,
+                                 c.condition_estimate,
+                                 c.squared_error,
+                                 c.damped_squared_error,
+                                 c.reference_energy,
+                                 c.relative_error,
+                                 c.l2_bound,
+                                 c.identity_residual,
+                                 c.c2,
+                                 c.c_inf,
+                                 c.squared_error_rounding,
+                                 c.reference_energy_rounding,
+                                 c.worst_overshoot,
+                                 c.polish.has_value() ? c.polish->damped_before : 0};
+  for (const std::optional<double>& number :
+       {c.nearest_relative_error, c.predicted_squared_error, c.rate_gap_bits, c.linf_bound,
+        c.held_out_relative_error, c.qronos_initial, c.optq_initial, c.floor}) {
+    numbers.push_back(number.value_or(0));
+  }
+  for (const DampingCandidate& candidate : c.damping_candidates) {
+    numbers.push_back(candidate.lambda);
+    numbers.push_back(candidate.held_out_relative_error);
+  }
+  for (const std::vector<double>* rows : {&c.row_error, &c.row_bound, &c.row_rounding}) {
+    numbers.insert(numbers.end(), rows->begin(), rows->end());
+  }
+  if (std::all_of(numbers.begin(), numbers.end(), [](double v) { return std::isfinite(v); })) {
+    return absl::OkStatus();
+  }
+  const bool lambda_alone =
+      c.lambda_used > 0 && std::isfinite(c.squared_error) && std::isfinite(c.reference_energy);
+  return TooLarge(spec, c.lambda_used, lambda_alone, /*row=*/-1);
 }
 
 }  // namespace certiq::engine

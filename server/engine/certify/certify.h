@@ -20,6 +20,10 @@ absl::Status Certify(const ResolvedSpec& spec, const WorkingLayer& layer,
                      const RoundedLayer& rounded, const RunContext& context,
                      LayerCertificate& certificate);
 
+// INVALID_ARGUMENT where a number of a certificate is not finite: naming the damping where lambda
+// is what left float64, else the weights.
+absl::Status CheckFinite(const ResolvedSpec& spec, const LayerCertificate& certificate);
+
 }  // namespace certiq::engine
 
 #endif  // CERTIQ_ENGINE_CERTIFY_CERTIFY_H_

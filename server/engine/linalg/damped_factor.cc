@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status.h"
 #include "base/status_macros.h"
 #include "engine/linalg/sigma_max.h"
 
@@ -57,6 +58,35 @@ absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double 
     if (!std::isfinite(lambda)) break;
   }
   return result;
+}
+
+const char* DampingField(DampingRule rule) {
+  switch (rule) {
+    case DampingRule::kRelativeTrace:
+      return "spec.damping.relative_trace";
+    case DampingRule::kAbsolute:
+      return "spec.damping.absolute";
+    case DampingRule::kRelativeSigmaMax:
+      return "spec.damping.relative_sigma_max";
+    case DampingRule::kHeldOut:
+      return "spec.damping.held_out.ladder";
+  }
+  return "spec.damping";
+}
+
+absl::Status TooLarge(const ResolvedSpec& spec, double lambda, bool lambda_alone, int64_t row) {
+  const std::string place = row < 0 ? "" : absl::StrCat(" in row ", row);
+  if (lambda_alone) {
+    return base::InvalidField(
+        DampingField(spec.damping_rule.value_or(DampingRule::kRelativeTrace)),
+        absl::StrCat("expected a lambda with which lambda |W - Q|^2 and its bound stay within "
+                     "float64, got lambda = ",
+                     lambda, " from these activations, which leaves it", place));
+  }
+  return base::InvalidField(
+      "weight", absl::StrCat("the weights", place, " are so large that rounding left the range of ",
+                             Name(spec.LevelType()),
+                             ", or squared errors with these activations that of float64"));
 }
 
 std::string DescribeAttempts(const std::vector<DampingAttempt>& attempts) {

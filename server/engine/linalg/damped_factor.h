@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/kernels/upper_triangle.h"
 #include "engine/linalg/udu_factor.h"
@@ -76,6 +77,14 @@ absl::StatusOr<DampedFactor> FactorWithDamping(const ResolvedSpec& spec, double 
                                                const UpperTriangle<double>& gram,
                                                const std::vector<bool>& dead, FactorUse use,
                                                const RunContext& context);
+
+// The field of the contract that a rule's number comes from, "spec.damping.absolute".
+const char* DampingField(DampingRule rule);
+
+// INVALID_ARGUMENT: numbers of the layer, of `row` first (none: below 0), are not finite with this
+// lambda by its rule. Names the damping where that `lambda_alone` did it, else the weights, which
+// are too large with activations like these or for the type of the result.
+absl::Status TooLarge(const ResolvedSpec& spec, double lambda, bool lambda_alone, int64_t row);
 
 // "lambda 1e-06: pivot -3 at feature 7; lambda ..." for messages.
 std::string DescribeAttempts(const std::vector<DampingAttempt>& attempts);

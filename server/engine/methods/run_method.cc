@@ -92,14 +92,15 @@ absl::Status Round(const MethodInput& input, RoundedLayer& result, const RunCont
   }
   // Dynamic groups have new scales.
   RETURN_IF_ERROR(CheckScales(input.spec, result.grid, input.layer.row_names));
-  for (size_t r = 0; r < result.damped.size(); ++r) {
-    if (std::isfinite(result.damped[r])) continue;
-    return base::InvalidField(
-        "weight", absl::StrCat("the weights of row ", input.layer.RowName(static_cast<int64_t>(r)),
-                               " are so large that rounding left the range of ",
-                               Name(result.grid.level_type)));
-  }
-  return absl::OkStatus();
+  const auto bad = std::find_if(result.damped.begin(), result.damped.end(),
+                                [](double damped) { return !std::isfinite(damped); });
+  if (bad == result.damped.end()) return absl::OkStatus();
+  const auto row = static_cast<int64_t>(bad - result.damped.begin());
+  const double norm = RowNorms(result.change, *context.executor)[static_cast<size_t>(row)];
+  const double lambda = result.damping->lambda_used;
+  return TooLarge(input.spec, lambda,
+                  std::isfinite(norm) && lambda > MeanDiagonal(input.layer.statistics().gram),
+                  input.layer.RowName(row));
 }
 
 // Row r of both to another's.
@@ -152,7 +153,7 @@ absl::StatusOr<RoundedLayer> RunMethod(const ResolvedSpec& spec, WorkingLayer& l
     context.Report(Phase::kFactor, 0);
     if (!std::isfinite(lambda)) {
       return base::InvalidField(
-          "spec.damping",
+          DampingField(spec.damping_rule.value_or(DampingRule::kRelativeTrace)),
           absl::StrCat("expected a finite lambda, got ", lambda, " from activations of this size"));
     }
     RETURN_IF_ERROR(FactorLayer(spec, layer, lambda, use, context, result, own));

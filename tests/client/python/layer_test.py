@@ -337,3 +337,14 @@ def test_what_rounding_may_account_for(client: certiq.Client, random: np.random.
     assert len(c.row_rounding) == len(c.row_error) == len(W)
     assert sum(c.row_rounding) == pytest.approx(c.squared_error_rounding)
     assert c.l2_bound >= found * np.sqrt(c.reference_energy) * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("value", ["absolute:1.7e308", "relative_trace:1e308"])
+def test_a_lambda_beyond_float64_is_named(
+    client: certiq.Client, random: np.random.Generator, value: str
+) -> None:
+    W, X = made_up(random)
+    with pytest.raises(certiq.InvalidArgument) as caught:
+        client.quantize(W, X, certiq.Spec(damping=value))
+    assert caught.value.field == f"spec.damping.{value.split(':')[0]}"
+    assert "lambda" in str(caught.value)
