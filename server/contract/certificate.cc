@@ -81,6 +81,8 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CertificateF
   to.set_held_out_tokens(from.held_out_tokens);
   to.set_held_out_rows(from.held_out_rows);
   SetIfPresent(from.held_out_relative_error, [&](double v) { to.set_held_out_relative_error(v); });
+  SetIfPresent(from.held_out_nearest_relative_error,
+               [&](double v) { to.set_held_out_nearest_relative_error(v); });
   for (const engine::DampingCandidate& candidate : from.damping_candidates) {
     v1::LadderStep* const entry = to.add_ladder();
     entry->set_lambda(candidate.lambda);

@@ -103,6 +103,8 @@ struct LayerCertificate {
 
   int64_t held_out_tokens = 0;
   std::optional<double> held_out_relative_error;
+  // Of plain rounding, on the same rows and tokens.
+  std::optional<double> held_out_nearest_relative_error;
   // Rows that it, and the damping search, was measured on.
   int64_t held_out_rows = 0;
   std::vector<DampingCandidate> damping_candidates;

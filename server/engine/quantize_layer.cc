@@ -28,6 +28,12 @@ namespace {
 // Qronos' customary damping, alpha of arXiv 2505.11695.
 constexpr double kQronosSigma = 1e-6;
 
+// Below so many tokens a live feature the certificate warns. On inputs without correlation, where
+// error feedback has nothing to gain, it then costs 7 % on new tokens; of 15 real layers plain
+// rounding was better for matched inputs up to one token a feature, and than Qronos still at 2.5
+// (THEORY.md, V4).
+constexpr int64_t kTokensPerFeature = 4;
+
 // An explicit grid is read without further checks.
 absl::Status CheckGrid(const LayerProblem& problem) {
   const ExplicitGrid* const grid = problem.spec.grid.get();
@@ -98,6 +104,27 @@ void DecideDamping(const LayerProblem& problem, ResolvedSpec& spec, LayerCertifi
       "no damping was given and no tokens were held out: Qronos used lambda = 1e-6 sigma_max, "
       "which fits the calibration tokens and may be worse than plain rounding on others; set "
       "held_out_fraction, or a larger damping");
+}
+
+// (V4) What the calibration tokens cannot tell. REQUIRES: the layer is certified.
+void WarnOfUnseenTokens(const ResolvedSpec& spec, LayerCertificate& certificate) {
+  if (spec.method == Method::kNearest || certificate.outcome != Outcome::kQuantized) return;
+  constexpr char kRemedies[] = "a larger lambda, or METHOD_NEAREST";
+  const int64_t live = certificate.features - certificate.dead_features;
+  if (certificate.tokens < kTokensPerFeature * live) {
+    certificate.warnings.push_back(absl::StrCat(
+        "few tokens: ", certificate.tokens, " for ", live, " features, fewer than ",
+        kTokensPerFeature, " each: on tokens that it was not fitted to the result may be worse ",
+        "than plain rounding; what helps: more calibration tokens, damping by held-out tokens ",
+        "(spec.damping.held_out), ", kRemedies));
+  }
+  const std::optional<double>& error = certificate.held_out_relative_error;
+  const std::optional<double>& nearest = certificate.held_out_nearest_relative_error;
+  if (error.has_value() && nearest.has_value() && *error > *nearest) {
+    certificate.warnings.push_back(absl::StrCat(
+        "worse than plain rounding on the held-out tokens: relative error ", *error,
+        ", of plain rounding ", *nearest, "; what helps: more calibration tokens, ", kRemedies));
+  }
 }
 
 // Codes and groups back in the original order of features.
@@ -201,6 +228,10 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
   if (problem.held_out != nullptr && problem.held_out->tokens > 0) {
     const base::Stopwatch watch(certificate.seconds.certify);
     ASSIGN_OR_RETURN(held, MakeHeldOutSet(problem.held_out, layer, context));
+    if (spec.method != Method::kNearest) {
+      ASSIGN_OR_RETURN(certificate.held_out_nearest_relative_error,
+                       HeldOutNearestError(*held, layer, spec, context));
+    }
   }
   ASSIGN_OR_RETURN(RoundedLayer rounded,
                    RunMethod(spec, layer, lambda,
@@ -225,6 +256,7 @@ absl::StatusOr<QuantizedLayer> Quantize(LayerProblem problem, const RunContext& 
     }
   }
   RETURN_IF_ERROR(CheckFinite(spec, certificate));
+  WarnOfUnseenTokens(spec, certificate);
   if (context.cancelled()) return context.CancellationStatus();
 
   // Pack. What is no longer needed makes room first.

@@ -148,6 +148,8 @@ v1::Certificate ToProto(const engine::LayerCertificate& from) {
   to.set_held_out_tokens(from.held_out_tokens);
   to.set_held_out_rows(from.held_out_rows);
   set(from.held_out_relative_error, [&](double v) { to.set_held_out_relative_error(v); });
+  set(from.held_out_nearest_relative_error,
+      [&](double v) { to.set_held_out_nearest_relative_error(v); });
   for (const engine::DampingCandidate& candidate : from.damping_candidates) {
     v1::LadderStep* const added = to.add_ladder();
     added->set_lambda(candidate.lambda);

@@ -58,6 +58,7 @@ engine::LayerCertificate SomeCertificate(int64_t rows) {
   certificate.underflow = {7, 3, {1, 4, 9}};
   certificate.relative_error = 0.25;
   certificate.nearest_relative_error = 0.5;
+  certificate.held_out_nearest_relative_error = 0.75;
   certificate.squared_error_rounding = 1.25;
   certificate.reference_energy_rounding = 1.75;
   for (int64_t r = 0; r < rows; ++r) {
@@ -108,6 +109,7 @@ TEST(CertificateTest, CertificateSurvivesAnyCut) {
   EXPECT_EQ(message.row_rounding(7), 21);
   EXPECT_EQ(message.squared_error_rounding(), 1.25);
   EXPECT_EQ(message.reference_energy_rounding(), 1.75);
+  EXPECT_EQ(message.held_out_nearest_relative_error(), 0.75);
   EXPECT_EQ(message.phase_seconds().receive(), 1.5);
   EXPECT_EQ(message.phase_seconds().queue(), 2.5);
 }

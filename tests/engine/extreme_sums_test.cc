@@ -41,6 +41,7 @@ std::vector<double> NumbersOf(const LayerCertificate& c) {
                               c.rate_gap_bits.value_or(0),
                               c.linf_bound.value_or(0),
                               c.held_out_relative_error.value_or(0),
+                              c.held_out_nearest_relative_error.value_or(0),
                               c.qronos_initial.value_or(0),
                               c.optq_initial.value_or(0),
                               c.floor.value_or(0)};

@@ -178,7 +178,7 @@ TEST(QronosTest, WithoutDampingUsesHeldOutTokensOrWarns) {
   spec.damping_rule.reset();
   const auto warned = testing::Quantize(problem, spec);
   ASSERT_TRUE(warned.ok()) << warned.status();
-  ASSERT_EQ(warned->certificate.warnings.size(), 1u);
+  ASSERT_FALSE(warned->certificate.warnings.empty());
   EXPECT_NE(warned->certificate.warnings[0].find("1e-6 sigma_max"), std::string::npos);
 
   const RandomLayer other = Mismatched(60, 40, 8, 239);

@@ -47,6 +47,89 @@ void CheckNearest(const Evidence& evidence, VerificationReport& report) {
                        c.nearest_relative_error(), expected, kPromise);
 }
 
+// A scale in its type.
+float RoundScale(v1::DataType type, double scale) {
+  const auto narrow = static_cast<float>(scale);
+  if (type == v1::DATA_TYPE_F16) return static_cast<float>(Eigen::half(narrow));
+  if (type == v1::DATA_TYPE_BF16) return static_cast<float>(Eigen::bfloat16(narrow));
+  return narrow;
+}
+
+// The layer with steps and zero points of (S1) in place of the result's: what plain rounding has
+// that is given no grid.
+Layer WithAbsmaxSteps(const Layer& layer, const v1::QuantizationSpec& spec) {
+  Layer plain = layer;
+  Quantized& q = plain.q;
+  std::vector<double> low(q.scale.size(), 0.0);
+  std::vector<double> high(q.scale.size(), 0.0);
+  for (int64_t r = 0; r < q.rows; ++r) {
+    for (int64_t j = 0; j < q.features; ++j) {
+      const size_t cell = q.Cell(r, j);
+      low[cell] = std::min(low[cell], layer.live_w(r, j));
+      high[cell] = std::max(high[cell], layer.live_w(r, j));
+    }
+  }
+  for (size_t cell = 0; cell < low.size(); ++cell) {
+    const double span =
+        spec.symmetric() ? 2 * std::max(-low[cell], high[cell]) : high[cell] - low[cell];
+    q.scale[cell] = span == 0 ? 1 : RoundScale(spec.scale_dtype(), span / q.top);
+    const double zero = std::nearbyint(-low[cell] / static_cast<double>(q.scale[cell]));
+    q.zero[cell] = spec.symmetric()
+                       ? (q.top + 1) / 2
+                       : static_cast<int32_t>(std::clamp(zero, 0.0, static_cast<double>(q.top)));
+  }
+  return plain;
+}
+
+// The layer without the features that are dead on the tokens that the search for damping fitted.
+Layer HeldOutLayer(const Layer& layer) {
+  Layer part = layer;
+  if (!layer.held_out_damping) return part;
+  const Matrix& fit = layer.fit.inputs();
+  const Matrix& held = layer.held_out.inputs();
+  for (Eigen::Index j = 0; j < part.w.cols(); ++j) {
+    const double squares = fit.col(j).squaredNorm();
+    const bool dead = squares - held.col(j).squaredNorm() <= 1e-12 * squares;
+    part.dead[static_cast<size_t>(j)] = dead;
+    if (dead) part.live_w.col(j).setZero();
+  }
+  return part;
+}
+
+// held_out_nearest_relative_error: of the rows that held_out_relative_error is of.
+void CheckHeldOutNearest(const Evidence& evidence, VerificationReport& report) {
+  const v1::Certificate& c = evidence.certificate;
+  if (evidence.layer.held_out.x.rows() == 0 || c.method() == v1::METHOD_NEAREST) {
+    report.OptionalClose("held_out_nearest_relative_error", c.has_held_out_nearest_relative_error(),
+                         c.held_out_nearest_relative_error(), std::nullopt, 0);
+    return;
+  }
+  const Layer layer = HeldOutLayer(evidence.layer);
+  const auto error = [&](const Layer& grid) {
+    const OutputErrors errors = ErrorsOn(layer.held_out, layer.w, RoundPlainly(grid, 0, grid.q.top),
+                                         /*with_residual=*/false);
+    // Evenly spaced, the first and the last among them (certificate.proto, held_out_rows).
+    double squared = 0;
+    double energy = 0;
+    const int64_t all = layer.w.rows();
+    const int64_t count = std::clamp<int64_t>(c.held_out_rows(), 1, all);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto r = static_cast<Eigen::Index>(i * all / count);
+      squared += errors.squared[r];
+      energy += errors.energy[r];
+    }
+    return Relative(squared, energy);
+  };
+  double expected = error(WithAbsmaxSteps(layer, evidence.spec()));
+  if (c.has_held_out_nearest_relative_error() &&
+      std::abs(c.held_out_nearest_relative_error() - expected) > kPromise * expected) {
+    // A grid that was given, which the certificate does not say, is that of plain rounding too.
+    expected = error(layer);
+  }
+  report.OptionalClose("held_out_nearest_relative_error", c.has_held_out_nearest_relative_error(),
+                       c.held_out_nearest_relative_error(), expected, kPromise);
+}
+
 // (R1): at least what float64 sums leave, at most what float32 products of all tokens may leave;
 // between the two where there are massive tokens, of which a stream's blocks decide.
 void CheckRounding(const Evidence& evidence, VerificationReport& report) {
@@ -135,6 +218,7 @@ void CheckErrors(const Evidence& evidence, VerificationReport& report) {
   } else {
     report.Count("row_error", c.row_error_size(), 0, 0);
   }
+  CheckHeldOutNearest(evidence, report);
   if (layer.held_out_damping) return;
   std::optional<double> held_out;
   if (layer.held_out.x.rows() > 0) {

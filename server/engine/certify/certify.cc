@@ -299,7 +299,8 @@ absl::Status CheckFinite(const ResolvedSpec& spec, const LayerCertificate& certi
                                  c.polish.has_value() ? c.polish->damped_before : 0};
   for (const std::optional<double>& number :
        {c.nearest_relative_error, c.predicted_squared_error, c.rate_gap_bits, c.linf_bound,
-        c.held_out_relative_error, c.qronos_initial, c.optq_initial, c.floor}) {
+        c.held_out_relative_error, c.held_out_nearest_relative_error, c.qronos_initial,
+        c.optq_initial, c.floor}) {
     numbers.push_back(number.value_or(0));
   }
   for (const DampingCandidate& candidate : c.damping_candidates) {

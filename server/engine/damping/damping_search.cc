@@ -12,7 +12,9 @@
 #include "engine/gram/form_rounding.h"
 #include "engine/gram/quadratic_form.h"
 #include "engine/linalg/failed_attempts.h"
+#include "engine/methods/rtn.h"
 #include "engine/methods/run_method.h"
+#include "engine/scales/qparams.h"
 
 namespace certiq::engine {
 namespace {
@@ -67,6 +69,8 @@ class DampingSearch {
 
   absl::StatusOr<double> Choose(SharedStatistics held_out) {
     ASSIGN_OR_RETURN(held_out_, MakeHeldOutSet(std::move(held_out), layer_, context_));
+    ASSIGN_OR_RETURN(certificate_.held_out_nearest_relative_error,
+                     HeldOutNearestError(held_out_, layer_, spec_, context_));
     const ResolvedSpec whole = spec_;
     spec_.scale_trials = 1;
     spec_.polish = 0;
@@ -235,6 +239,24 @@ absl::StatusOr<double> HeldOutError(const HeldOutSet& held, const WorkingLayer& 
   RETURN_IF_ERROR(
       SettleErrors(*held.sums, layer.reference, change, Phase::kCertify, context, errors).status());
   return RelativeError(Sum(errors), held.energy);
+}
+
+absl::StatusOr<std::optional<double>> HeldOutNearestError(const HeldOutSet& held,
+                                                          const WorkingLayer& layer,
+                                                          const ResolvedSpec& spec,
+                                                          const RunContext& context) {
+  ResolvedSpec plain = spec;
+  plain.rounding = Rounding::kNearest;
+  plain.scale = ScaleRule::kAbsmax;
+  plain.signed_scales = false;
+  const StripMatrix& weights = layer.weights();
+  RoundedLayer rounded;
+  rounded.grid = MakeGrid(plain, weights.rows(), weights.features(), layer.order);
+  FillQuantParams(plain, weights, context, rounded.grid);
+  if (context.cancelled()) return context.CancellationStatus();
+  if (!CheckScales(plain, rounded.grid).ok()) return std::nullopt;
+  RoundAlone(plain, layer, std::vector<double>(layer.dead.size()), nullptr, context, rounded);
+  return HeldOutError(held, layer, rounded.change, context);
 }
 
 absl::StatusOr<double> ChooseDamping(const LayerProblem& problem, const ResolvedSpec& spec,

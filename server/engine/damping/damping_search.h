@@ -33,14 +33,21 @@ absl::StatusOr<HeldOutSet> MakeHeldOutSet(SharedStatistics held_out, const Worki
 absl::StatusOr<double> HeldOutError(const HeldOutSet& held, const WorkingLayer& layer,
                                     const StripMatrix& change, const RunContext& context);
 
+// The same for plain rounding of W: to nearest, without feedback, with scales of (S1) or those
+// given. Unset where such a scale does not fit its type. REQUIRES: W is still there.
+absl::StatusOr<std::optional<double>> HeldOutNearestError(const HeldOutSet& held,
+                                                          const WorkingLayer& layer,
+                                                          const ResolvedSpec& spec,
+                                                          const RunContext& context);
+
 // (V2) lambda as a multiple of trace / N, by runs that are fitted without the held-out tokens and
 // judged on them, on a sample of rows. First come plain sweeps for the spec's candidates: all of
 // them, or with `damping_climb` from the middle on towards the smaller error until both neighbours
 // of the best are worse; then the largest lambda whose error is within 2 % of it is preferred.
 // Where the spec has scale trials or refinement, the best and the next more damped candidate are
 // run with all of it: the better a fit, the more damping suits it. The last kind of run counts, by
-// the same rule. Writes the candidates, their failures and flops, and the error on held-out tokens
-// to the certificate. Errors are those of the last candidate that
+// the same rule. Writes the candidates, their failures and flops, and the errors on held-out tokens
+// to the certificate, that of plain rounding too. Errors are those of the last candidate that
 // failed where all did, else as RunMethod.
 absl::StatusOr<double> ChooseDamping(const LayerProblem& problem, const ResolvedSpec& spec,
                                      const RunContext& context, LayerCertificate& certificate);

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from certiq.layer import unpack_bits
 from certiq.progress import Event, Stage, Upload
-from certiq.spec import FormatName, MethodName
+from certiq.spec import FormatName, MethodName, QualityName
 from programs import Server
 from verification import check_everything, store, verify
 
@@ -337,6 +337,35 @@ def test_what_rounding_may_account_for(client: certiq.Client, random: np.random.
     assert len(c.row_rounding) == len(c.row_error) == len(W)
     assert sum(c.row_rounding) == pytest.approx(c.squared_error_rounding)
     assert c.l2_bound >= found * np.sqrt(c.reference_energy) * (1 - 1e-4)
+
+
+def test_few_tokens_are_said(client: certiq.Client, random: np.random.Generator) -> None:
+    W, X = made_up(random)
+    for tokens, method, said in (
+        (60, "optq", True),
+        (60, "qronos", True),
+        (60, "nearest", False),
+        (256, "optq", False),
+    ):
+        layer = client.quantize(W, X[:tokens], certiq.Spec(method=method))
+        few = [w for w in layer.certificate.warnings if w.startswith("few tokens")]
+        assert bool(few) is said, (tokens, method)
+        assert all("METHOD_NEAREST" in w and "held_out" in w for w in few)
+
+
+@pytest.mark.parametrize("quality", ["balanced", "best"])
+def test_presets_say_where_plain_rounding_is_better(
+    client: certiq.Client, random: np.random.Generator, quality: QualityName
+) -> None:
+    """Uncorrelated inputs, on which feedback has nothing to gain."""
+    W = random.standard_normal((80, 64)).astype("<f4")
+    X = random.standard_normal((96, 64)).astype("<f4")
+    layer = client.quantize(W, X, certiq.Spec(quality=quality), sequence_rows=1)
+    c = layer.certificate
+    assert c.HasField("held_out_nearest_relative_error")
+    worse = c.held_out_relative_error > c.held_out_nearest_relative_error
+    said = any(w.startswith("worse than plain rounding") for w in c.warnings)
+    assert said is worse
 
 
 @pytest.mark.parametrize("value", ["absolute:1.7e308", "relative_trace:1e308"])
