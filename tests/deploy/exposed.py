@@ -141,7 +141,11 @@ class Tenant:
     def _quantize(self, channel: grpc.Channel) -> np.ndarray:
         calls = Calls(self.site, channel)
         answer = calls.quantization.Quantize(
-            self._layer.frames(), timeout=PATIENCE_SECONDS, metadata=bearer(TOKEN)
+            self._layer.frames(),
+            timeout=PATIENCE_SECONDS,
+            metadata=bearer(TOKEN),
+            # Connects again where it was turned away.
+            wait_for_ready=True,
         )
         return collect(answer).tensors["weight"]
 

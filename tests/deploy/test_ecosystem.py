@@ -139,7 +139,14 @@ def test_envoy_has_the_limits_of_the_edge() -> None:
         del heap["typed_config"]["max_heap_size_bytes"]
         for cluster in config["static_resources"]["clusters"]:
             assert cluster["connection_pool_per_downstream_connection"], cluster["name"]
+            (options,) = cluster["typed_extension_protocol_options"].values()
+            # Connections to servers outlive those of clients for no longer.
+            assert options["common_http_protocol_options"] == {"idle_timeout": "0.5s"}
     assert router["overload_manager"] == edge["overload_manager"]
+    come_and_go = [
+        config["static_resources"]["listeners"][0]["listener_filters"] for config in (router, edge)
+    ]
+    assert come_and_go[0] == come_and_go[1]
     for limit in LIMITS:
         assert connection_manager(router)[limit] == connection_manager(edge)[limit]
 

@@ -304,9 +304,9 @@ FASTER = 40.0
 def hurried(config: Any) -> Any:  # noqa: ANN401
     """Every duration there is, divided."""
     if isinstance(config, dict):
-        # gRPC hangs up on who pings oftener than every ten seconds.
+        # gRPC hangs up on who pings oftener than every ten seconds; the other has a least value.
         return {
-            key: value if key == "connection_keepalive" else hurried(value)
+            key: value if key in ("connection_keepalive", "token_bucket") else hurried(value)
             for key, value in config.items()
         }
     if isinstance(config, list):

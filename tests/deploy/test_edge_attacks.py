@@ -6,6 +6,7 @@ have the right results, during and after, and neither process takes much memory.
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,12 +113,16 @@ def test_a_flood_of_connections(site: Site) -> None:
     flood: list[Connection] = []
     refused = 0
     block = call_headers(QUANTIZE)
-    for _ in range(places + 100):
+    in_vain = 0
+    # Those that come too fast are let in when they try again; then there are no places left.
+    while in_vain < 60:
         try:
             connection = site.stranger()
         except OSError:
-            refused += 1
+            refused, in_vain = refused + 1, in_vain + 1
+            time.sleep(0.02)
             continue
+        in_vain = 0
         connection.open(1, block, end=True)
         connection.wait(lambda c=connection: 1 in c.ended)
         flood.append(connection)
@@ -126,7 +131,6 @@ def test_a_flood_of_connections(site: Site) -> None:
     held = [connection for connection in flood if connection.alive()]
     print("held", len(held), "refused", refused, "files", open_files(site.server.process.pid))
     assert places - 10 <= len(held) <= places
-    assert refused >= 90
     assert open_files(site.server.process.pid) < 900
     tenant.works(anew=False)
     memory.assert_bounded(len(held))
@@ -136,8 +140,55 @@ def test_a_flood_of_connections(site: Site) -> None:
         lambda: site.edge.stats("downstream_cx_active")["http.edge.downstream_cx_active"] < 10,
         "places are free again",
     )
+    server = site.server.process.pid
+    wait_until(lambda: open_files(server) < 100, "the server's connections went with their clients")
     tenant.works()
     tenant.finish()
+
+
+def few_places(config: Config) -> None:
+    """An eighth of them."""
+    _, connections = config["overload_manager"]["resource_monitors"]
+    connections["typed_config"]["max_active_downstream_connections"] = 64
+    (listener,) = config["static_resources"]["listeners"]
+    (rate,) = listener["listener_filters"]
+    rate["typed_config"]["token_bucket"] |= {"max_tokens": 32, "tokens_per_fill": 4}
+
+
+def test_connections_that_come_and_go(keys: Keys, tmp_path: Path) -> None:
+    """Each with a call, and gone: what is left of them at the server is bounded too."""
+    site = Site(tmp_path, keys, change=few_places)
+    block = call_headers(QUANTIZE)
+    seen: list[int] = []
+    refused: list[OSError] = []
+
+    def attack(stopped: Callable[[], bool]) -> None:
+        while not stopped():
+            try:
+                with site.stranger() as connection:
+                    connection.open(1, block, end=True)
+                    connection.wait(lambda c=connection: 1 in c.ended)
+                seen.append(open_files(server))
+            except OSError as error:
+                refused.append(error)
+                time.sleep(0.001)
+
+    try:
+        server = site.server.process.pid
+        limit_files(server, 128)
+        tenant = Tenant(site)
+        with Attackers(4, attack):
+            wait_until(lambda: len(seen) > 400, "many have come and gone")
+            # Who is not connected has to wait.
+            tenant.works(anew=False)
+        print("files at most", max(seen), "refused", len(refused))
+        assert max(seen) < 120
+        assert refused
+        tenant.works()
+        tenant.finish()
+        wait_until(lambda: open_files(server) < 30, "those that are left go by themselves")
+    finally:
+        site.close()
 
 
 def test_connections_that_say_nothing(site: Site) -> None:
@@ -146,8 +197,8 @@ def test_connections_that_say_nothing(site: Site) -> None:
     memory = Memory(site)
     may_open(2048)
     mute = [socket.create_connection(("127.0.0.1", site.edge.port)) for _ in range(50)]
-    idle = [site.stranger() for _ in range(200)]
-    halves = [site.stranger() for _ in range(50)]
+    idle = [site.stranger() for _ in range(100)]
+    halves = [site.stranger() for _ in range(30)]
     for connection in halves:
         # Settings come first: nothing else may follow half a header.
         assert connection.alive()
@@ -361,7 +412,7 @@ def test_floods_of_frames(site: Site, kind: str) -> None:
         while not stopped():
             with site.stranger(reads=kind == "reset", patience=10.0) as connection:
                 connections[0] += 1
-                for batch in range(400):
+                for batch in range(4000):
                     frames = b"".join(make(50 * batch + number) for number in range(50))
                     if stopped() or not connection.send(frames):
                         break
@@ -371,7 +422,7 @@ def test_floods_of_frames(site: Site, kind: str) -> None:
     # Calls of a connection before it is given up: most of those that it may begin and take back.
     (calls,) = site.edge.stats("http.edge.downstream_rq_total").values()
     print(kind, "connections", connections[0], "calls at the edge", calls)
-    assert calls <= 200 * (connections[0] + 1)
+    assert calls <= 500 * (connections[0] + 1)
 
 
 # Those who do not read.
