@@ -25,7 +25,7 @@ import yaml
 from exposed import MIB, TOKEN, Keys, Memory, Site, Tenant
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from programs import PATIENCE_SECONDS, ROOT, SERVER, environment, wait_until
+from programs import PATIENCE_SECONDS, ROOT, SERVER, environment, run_server, wait_until
 from programs import certiq as run_certiq
 from proxy import (
     EDGE,
@@ -345,16 +345,21 @@ def test_silent_streams_stay_and_silent_connections_go(keys: Keys, tmp_path: Pat
 
 
 def test_a_server_that_was_killed_is_found_again(keys: Keys, tmp_path: Path) -> None:
-    """Its socket's file is still there; meanwhile calls end UNAVAILABLE, to be tried again."""
+    """Its socket's file is still there; meanwhile calls end UNAVAILABLE, to be tried again. The
+    probe, which the chart has the kubelet make over that socket, tells the difference."""
     site = Site(tmp_path, keys)
     try:
         client = site.client()
         assert list(client.jobs()) == []
+        probe = ("--probe", "--listen", f"unix:{site.edge.server_socket}")
+        assert run_server(*probe).returncode == 0
         site.server.process.kill()
         site.server.wait()
         assert site.edge.server_socket.exists()
         assert refusal(lambda: list(client.jobs())).code == grpc.StatusCode.UNAVAILABLE
+        assert run_server(*probe).returncode == 1
         site.start_server()
+        assert run_server(*probe).returncode == 0
         # With the retries that clients have.
         tls = certiq.Tls(ca=keys.authority.cert)
         with certiq.Client(site.address, token=TOKEN, tls=tls) as patient:
