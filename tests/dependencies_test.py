@@ -65,7 +65,12 @@ ABSL_VALUES = (
     "absl/types/",
     "absl/utility/",
 )
-MESSAGES = ("certiq/v1/*.pb.h", "google/protobuf/", "google/rpc/*.pb.h")
+MESSAGES = (
+    "certiq/v1/*.pb.h",
+    "certiq/v1/readers_table.h",
+    "google/protobuf/",
+    "google/rpc/*.pb.h",
+)
 STORED = ("certiq/internal/*.pb.h",)
 STUBS = ("certiq/v1/*.grpc.pb.h",)
 GRPC = ("grpc/", "grpcpp/")

@@ -37,7 +37,7 @@ def proto_folder(root: Path) -> Path:
 
 
 def generate(root: Path, output: Path) -> None:
-    """Writes *_pb2.py and *_pb2.pyi, flat, into `output`."""
+    """Writes *_pb2.py, *_pb2.pyi and the table of readers, flat, into `output`."""
     from grpc_tools import _proto, protoc  # type: ignore[import-untyped]
 
     proto = proto_folder(root)
@@ -52,6 +52,7 @@ def generate(root: Path, output: Path) -> None:
         for path in sorted(Path(folder, "certiq", "v1").iterdir()):
             text = IMPORT.sub("from certiq._proto import ", path.read_text("utf-8"))
             (output / path.name).write_text(text, "utf-8")
+    shutil.copyfile(proto / "certiq" / "v1" / "readers.csv", output / "readers.csv")
 
 
 def gencode_version(root: Path) -> tuple[int, int, int]:

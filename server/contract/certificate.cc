@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "contract/enums.h"
+#include "contract/loads_in.h"
 #include "contract/resolve_spec.h"
 #include "engine/quantize_layer.h"
 
@@ -101,6 +102,13 @@ v1::Certificate Summary(const engine::LayerCertificate& from, const CertificateF
     underflow->set_rows(from.underflow->rows);
     underflow->mutable_first_rows()->Add(from.underflow->first_rows.begin(),
                                          from.underflow->first_rows.end());
+  }
+  const std::vector<v1::Reader> readers = LoadsIn(from.spec);
+  to.mutable_loads_in()->Add(readers.begin(), readers.end());
+  if (readers.empty()) {
+    to.add_warnings(
+        "no reader is known to load this format with these bits, zero points, groups and order; "
+        "readers.csv, and the clients' help, tell what each reader takes");
   }
   *to.mutable_spec() = ToProto(from.spec);
   to.set_calibration_id(facts.calibration_id);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "certiq/safetensors.h"
+#include "certiq/v1/readers_table.h"
 #include "fake_server.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
@@ -217,6 +218,18 @@ TEST_F(CommandTest, VersionAndHelp) {
   EXPECT_EQ(Run({"--help"}), kExitOk);
   EXPECT_EQ(Run({"quantize", "--help"}), kExitOk);
   EXPECT_TRUE(Contains(out_.str(), "--held_out_fraction"));
+  // Who loads which format, from the contract's table.
+  for (const auto& arguments :
+       {std::vector<std::string>{"--help"}, {"quantize", "--help"}, {"submit", "--help"}}) {
+    out_.str("");
+    EXPECT_EQ(Run(arguments), kExitOk);
+    for (const v1::ReaderLine& line : v1::kReaderLines) {
+      EXPECT_TRUE(Contains(out_.str(), std::string("    ") + line.reader + " " + line.versions));
+      EXPECT_TRUE(Contains(out_.str(), line.formats));
+      EXPECT_TRUE(Contains(out_.str(), line.note));
+      EXPECT_TRUE(Contains(out_.str(), line.checked));
+    }
+  }
 }
 
 }  // namespace

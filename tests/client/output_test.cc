@@ -49,6 +49,9 @@ v1::Certificate MakeCertificate() {
   certificate.set_dead_features(7);
   certificate.mutable_underflow()->set_groups(6);
   certificate.mutable_underflow()->set_rows(2);
+  v1::Reader* const reader = certificate.add_loads_in();
+  reader->set_name("vLLM");
+  reader->set_versions("0.32");
   certificate.set_condition_estimate(12345);
   certificate.mutable_phase_seconds()->set_factor(0.25);
   certificate.mutable_phase_seconds()->set_round(2);
@@ -64,7 +67,7 @@ TEST(SummaryTest, SaysWhatTheCertificateSays) {
         "0.10000 relative; this result is 2.50 times smaller", "0.20000 relative, proven",
         "the damped error is 0.25 of it", "2 of 3 within their bound",
         "lambda 15 used (1.5 asked), 2 attempts", "1.2e+04", "3 weights (1 %) in 2 of 3 rows",
-        "7 dead of 100", "6 scales in 2 of 3 rows", "2048 fitted, 0 held out",
+        "7 dead of 100", "6 scales in 2 of 3 rows", "vLLM 0.32", "2048 fitted, 0 held out",
         "2.25 s (receive 0 ms, queue 0 ms, factor 250 ms", "mind [2J the gap"}) {
     EXPECT_TRUE(Contains(text, part));
   }

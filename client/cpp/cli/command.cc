@@ -5,6 +5,7 @@
 #include "CLI/CLI.hpp"
 #include "quantize_flags.h"
 #include "quantize_verb.h"
+#include "readers_help.h"
 #include "verb.h"
 #include "verify_verb.h"
 
@@ -29,6 +30,7 @@ int Run(const std::vector<std::string>& arguments, const Io& io) {
   AddResultVerb(&app, &verbs);
   // Set after the verbs, which would inherit it.
   app.allow_extras();
+  app.footer(ReadersText());
   try {
     // CLI11 takes the arguments from the back.
     app.parse(std::vector<std::string>(arguments.rbegin(), arguments.rend()));

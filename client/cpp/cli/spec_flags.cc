@@ -6,9 +6,11 @@
 #include <utility>
 #include <vector>
 
+#include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "flag_types.h"
+#include "readers_help.h"
 
 namespace certiq::cli {
 namespace {
@@ -81,7 +83,7 @@ void AddGridFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
   AddChoice<v1::Format>(
       verb, "--format", Choices<v1::Format>("FORMAT_"),
       [spec](v1::Format value) { spec->set_format(value); },
-      "Layout of the result (default dense_f32)");
+      "Layout of the result (default dense_f32); who loads it stands below");
 }
 
 // The contract's methods, and the names under which other tools know two of them.
@@ -171,6 +173,7 @@ void AddSpecFlags(CLI::App* verb, v1::QuantizationSpec* spec) {
   AddMethodFlags(verb, spec);
   AddGridFlags(verb, spec);
   AddReportFlags(verb, spec);
+  verb->footer(ReadersText());
 }
 
 void CheckSpecFlags(const CLI::App& verb) {

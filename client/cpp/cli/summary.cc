@@ -37,6 +37,15 @@ std::string StorageText(v1::DataType dtype, double bits) {
   return text;
 }
 
+std::string ReadersOf(const v1::Certificate& certificate) {
+  std::string text;
+  for (const v1::Reader& reader : certificate.loads_in()) {
+    absl::StrAppend(&text, text.empty() ? "" : "; ", Printable(reader.name()), " ",
+                    Printable(reader.versions()));
+  }
+  return text;
+}
+
 std::string SecondsText(double seconds) {
   if (seconds < 0.9995) return absl::StrFormat("%.0f ms", 1000 * seconds);
   return absl::StrFormat("%.2f s", seconds);
@@ -118,6 +127,7 @@ std::string SummaryText(const std::string& layer, v1::DataType weight_dtype,
   if (certificate.outcome() == v1::OUTCOME_FELL_BACK_TO_NEAREST) {
     Line(&text, "outcome", "FELL BACK TO PLAIN ROUNDING: every damping attempt failed");
   }
+  if (certificate.loads_in_size() > 0) Line(&text, "loads in", ReadersOf(certificate));
   Line(&text, "storage", StorageText(weight_dtype, certificate.bits_per_weight()));
   AppendErrors(certificate, &text);
   const int attempts = certificate.damping_attempts_size();

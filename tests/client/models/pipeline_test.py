@@ -260,6 +260,11 @@ def test_report_speaks_of_every_linear(quantize: Quantize) -> None:
     assert "lm_head" in report["left_float"]
     totals = report["totals"]
     assert totals["linears"] == 12
+    assert [text.split()[0] for text in report["loads_in"]] == [
+        "compressed-tensors",
+        "transformers",
+        "vLLM",
+    ]
     assert totals["weights"] == sum(linear["weights"] for linear in report["linears"])
     html = (output / "report.html").read_text()
     for linear in report["linears"]:

@@ -36,6 +36,7 @@ from certiq.errors import (
 )
 from certiq.jobs import Job
 from certiq.layer import Layer
+from certiq.readers import Reader, loads_in
 from certiq.retry import Retry
 from certiq.spec import Grid, Spec
 from certiq.statistics import Statistics
@@ -64,6 +65,7 @@ __all__ = [
     "OutOfRange",
     "PermissionDenied",
     "PreconditionViolation",
+    "Reader",
     "ResourceExhausted",
     "Retry",
     "Spec",
@@ -73,4 +75,5 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "aio",
+    "loads_in",
 ]

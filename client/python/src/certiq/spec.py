@@ -90,6 +90,7 @@ class Spec:
     on_failure: OnFailureName | None = None
     """The outcome where every damping attempt failed."""
     format: FormatName | None = None
+    """help(certiq.loads_in) tells who loads which."""
     quality: QualityName | None = None
     per_row: bool | None = None
     """Errors and bounds of every row in the certificate."""

@@ -56,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     spec.add_argument("--seed", type=int)
     names = [name.replace("_", "-") for name in PACKED + DENSE]
     spec.add_argument(
-        "--format", default=DEFAULT_FORMAT.replace("_", "-"), choices=[*names, "gptq_v2"]
+        "--format",
+        default=DEFAULT_FORMAT.replace("_", "-"),
+        choices=[*names, "gptq_v2"],
+        help="who loads which: python -m certiq.readers",
     )
     spec.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the rest")
 
@@ -172,6 +175,12 @@ def quantize_model(
     names = linear_names(source, run.linears)
     resumed = journal.open(settings.fingerprint(source.identity()), restart=restart)
     done = run.done()
+    if not settings.loads_in():
+        print(
+            f"warning: no reader is known to load {settings.spec.format} with these bits, zero "
+            "points, groups and order; help(certiq.loads_in) tells what each takes",
+            file=sys.stderr,
+        )
     if resumed and bar:
         print(f"goes on: {len(done)} of {len(run.linears)} linears are done", file=sys.stderr)
     with tqdm(
@@ -193,6 +202,7 @@ def quantize_model(
         perplexity=quality,
         seconds=run.seconds(),
         versions=versions(),
+        loads_in=[str(reader) for reader in settings.loads_in()],
     )
     write_text(settings.output / "report.html", render(report, f"{settings.model.name}, quantized"))
     write_text(settings.output / "report.json", json.dumps(report, indent=1) + "\n")
@@ -213,6 +223,9 @@ def summary(report: dict[str, object]) -> str:
         lines.append(
             f"perplexity {'' if before is None else f'{before:.2f} -> '}{quality['quantized']:.2f}"
         )
+    readers = report["loads_in"]
+    assert isinstance(readers, list)
+    lines.append(f"loads in: {'; '.join(readers) or 'no reader that is known'}")
     if totals["fell_back_to_nearest"]:
         lines.append(f"fell back to plain rounding: {', '.join(totals['fell_back_to_nearest'])}")
     if totals["with_notes"]:

@@ -110,11 +110,14 @@ def model_report(
     perplexity: Mapping[str, Any] | None,
     seconds: float,
     versions: Mapping[str, str],
+    loads_in: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "settings": dict(settings),
         "versions": dict(versions),
+        # Who reads the checkpoint, with versions; empty where nobody is known to.
+        "loads_in": list(loads_in),
         "totals": totals(linears),
         "perplexity": dict(perplexity) if perplexity else None,
         "left_float": list(left_float),

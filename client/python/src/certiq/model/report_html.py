@@ -209,6 +209,10 @@ def _left_float(names: Sequence[str]) -> str:
 def _settings(report: Mapping[str, Any]) -> str:
     rows = [
         [escape(key), f"<code>{escape(str(value))}</code>"]
-        for key, value in (*report["settings"].items(), *report["versions"].items())
+        for key, value in (
+            *report["settings"].items(),
+            *report["versions"].items(),
+            ("loads in", "; ".join(report["loads_in"]) or "no reader that is known"),
+        )
     ]
     return _table([("", False), ("", False)], rows)

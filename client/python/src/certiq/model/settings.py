@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from certiq.model.errors import UsageError
+from certiq.readers import Reader, loads_in
 from certiq.spec import Spec
 
 PACKED = ("gptq", "gptq_v2", "compressed_tensors")
@@ -58,6 +59,26 @@ class RunSettings:
         )
         return max(0.125, 1 / max(self.sequences, 2)) if chooses or by_default else 0.0
 
+    @property
+    def reordered_groups(self) -> bool:
+        """True: groups follow the order of work ("act-order by group")."""
+        spec = self.spec
+        order = spec.order or ("decreasing_norm" if spec.quality else None)
+        return bool(spec.group_size) and (spec.group_scales, order) == (
+            "dynamic",
+            "decreasing_norm",
+        )
+
+    def loads_in(self) -> list[Reader]:
+        """Who loads the output, by the table that the service's certificates have."""
+        return loads_in(
+            self.spec.format or "dense_f32",
+            bits=self.spec.bits or 4,
+            symmetric=self.spec.symmetric is not False,
+            group_size=self.spec.group_size or 0,
+            reordered_groups=self.reordered_groups,
+        )
+
     def check(self) -> None:
         """Raises UsageError for what no server and no loader could do."""
         spec = self.spec
@@ -70,15 +91,10 @@ class RunSettings:
                 "format gptq stores zero points minus one, which a zero point of 0 does not "
                 "survive: asymmetric grids need gptq_v2"
             )
-        if (
-            spec.format == "compressed_tensors"
-            and spec.group_size
-            and spec.group_scales == "dynamic"
-            and (spec.order or ("decreasing_norm" if spec.quality else None)) == "decreasing_norm"
-        ):
+        if spec.format == "compressed_tensors" and not self.loads_in():
             raise UsageError(
-                "compressed-tensors 0.20 and later do not read groups in another order "
-                "(weight_g_idx): use group_scales static, order natural, or format gptq"
+                "no reader of compressed-tensors loads groups in another order than the columns' "
+                "(weight_g_idx): use group_scales static, order natural, or format gptq_v2"
             )
         for name in ("sequences", "sequence_length", "batch_size", "evaluation_window"):
             if getattr(self, name) < 1:
