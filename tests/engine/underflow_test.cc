@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -289,8 +290,10 @@ TEST(OverflowTest, NamesTheRowWhoseLevelsPassTheirType) {
   RandomLayer layer = testing::MakeLayer(200, kFeatures, 700, Inputs::kCorrelated, 97);
   layer.held_x = layer.x;
   for (int64_t j = 0; j < kFeatures; ++j) layer.w(699, j) = 1e6;
-  for (const bool search : {false, true}) {
+  for (const auto& [method, search] :
+       {std::pair(Method::kNearest, false), {Method::kOptq, false}, {Method::kOptq, true}}) {
     ResolvedSpec spec;
+    spec.method = method;
     spec.format = Format::kDenseF16;
     if (search) spec.damping_rule = DampingRule::kHeldOut;
     const auto result = testing::Quantize(layer, spec);

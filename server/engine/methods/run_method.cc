@@ -78,6 +78,26 @@ absl::Status NeedInitialError(const ResolvedSpec& spec, Method method, const Run
   return absl::OkStatus();
 }
 
+// Whether a row's codes stand for numbers: a half level type may be too narrow for a scale's
+// levels, which sums of errors need not show.
+bool LevelsAreFinite(const RoundedLayer& rounded, int64_t row) {
+  const Grid& grid = rounded.grid;
+  bool all = true;
+  for (int64_t at = row * grid.groups; at < (row + 1) * grid.groups; ++at) {
+    const int32_t zero = grid.zero[static_cast<size_t>(at)];
+    const int32_t furthest = std::max(zero - grid.lowest_code, grid.highest_code - zero);
+    const float level = grid.scale[static_cast<size_t>(at)] * static_cast<float>(furthest);
+    all = all && std::isfinite(RoundTo(grid.level_type, level));
+  }
+  if (all) return true;
+  const auto features = static_cast<int64_t>(grid.group_of.size());
+  for (int64_t j = 0; j < features; ++j) {
+    const int32_t code = rounded.codes[static_cast<size_t>(row * features + j)];
+    if (!std::isfinite(grid.Level(row, j, code))) return false;
+  }
+  return true;
+}
+
 // The method itself: rounds the layer, or measures codes that are given.
 absl::Status Round(const MethodInput& input, RoundedLayer& result, const RunContext& context) {
   result.codes = UnsetVector<uint8_t>();
@@ -92,15 +112,17 @@ absl::Status Round(const MethodInput& input, RoundedLayer& result, const RunCont
   }
   // Dynamic groups have new scales.
   RETURN_IF_ERROR(CheckScales(input.spec, result.grid, input.layer.row_names));
-  const auto bad = std::find_if(result.damped.begin(), result.damped.end(),
-                                [](double damped) { return !std::isfinite(damped); });
-  if (bad == result.damped.end()) return absl::OkStatus();
-  const auto row = static_cast<int64_t>(bad - result.damped.begin());
-  const double norm = RowNorms(result.change, *context.executor)[static_cast<size_t>(row)];
-  const double lambda = result.damping->lambda_used;
-  return TooLarge(input.spec, lambda,
-                  std::isfinite(norm) && lambda > MeanDiagonal(input.layer.statistics().gram),
-                  input.layer.RowName(row));
+  for (size_t r = 0; r < result.damped.size(); ++r) {
+    const auto row = static_cast<int64_t>(r);
+    const bool finite = std::isfinite(result.damped[r]);
+    if (finite && LevelsAreFinite(result, row)) continue;
+    const double lambda = result.damping->lambda_used;
+    const bool lambda_alone = !finite && LevelsAreFinite(result, row) &&
+                              std::isfinite(RowNorms(result.change, *context.executor)[r]) &&
+                              lambda > MeanDiagonal(input.layer.statistics().gram);
+    return TooLarge(input.spec, lambda, lambda_alone, input.layer.RowName(row));
+  }
+  return absl::OkStatus();
 }
 
 // Row r of both to another's.
