@@ -172,7 +172,8 @@ def shrunk_scales(w: np.ndarray, bits: int, symmetric: bool) -> list[tuple]:
     """Loss, scale and zero point of every candidate of (S2)."""
     candidates = []
     for percent in range(80):
-        scale, zero = absmax_scale(w, bits, symmetric, 1 - percent / 100)
-        q = scale * np.clip(np.rint(w / scale), -zero, 2**bits - 1 - zero)
-        candidates.append((float(np.sum(np.abs(w - q) ** 2.4)), scale, zero))
+        scale, middle = absmax_scale(w, bits, symmetric, 1 - percent / 100)
+        for zero in [middle] if symmetric else range(2**bits):
+            q = scale * np.clip(np.rint(w / scale), -zero, 2**bits - 1 - zero)
+            candidates.append((float(np.sum(np.abs(w - q) ** 2.4)), scale, zero))
     return candidates

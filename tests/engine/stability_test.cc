@@ -55,8 +55,8 @@ const Scenario kScenarios[] = {
     {"Huge", 120, [](double g, int64_t, int64_t) { return 1e30 * g; }, false},
     {"HugeRankDeficient", 20, [](double g, int64_t, int64_t) { return 1e30 * g; }, true},
     {"NearOverflow", 120, [](double g, int64_t, int64_t) { return 3e38 * std::tanh(g); }, false},
-    // Float32 products lose the other tokens.
-    {"OutlierToken", 120, [](double g, int64_t t, int64_t) { return t == 7 ? 1e6 * g : g; }, true},
+    // Float32 products would lose the other tokens; those of a massive token are float64.
+    {"OutlierToken", 120, [](double g, int64_t t, int64_t) { return t == 7 ? 1e6 * g : g; }, false},
     {"OutlierFeature", 120, [](double g, int64_t, int64_t j) { return j == 7 ? 1e4 * g : g; },
      false},
     {"FeaturesOverTwelveDecades", 120, [](double g, int64_t, int64_t j) { return g * Spread(j); },

@@ -145,6 +145,12 @@ std::string SummaryText(const std::string& layer, v1::DataType weight_dtype,
            weights > 0 ? 100 * static_cast<double>(certificate.clipped_weights()) / weights : 0.0,
            certificate.clipped_rows(), rows));
   Line(&text, "features", absl::StrFormat("%d dead of %d", certificate.dead_features(), features));
+  if (certificate.has_underflow()) {
+    const v1::Underflow& underflow = certificate.underflow();
+    Line(&text, "underflow",
+         absl::StrFormat("%d scales in %d of %d rows; their weights became zeros",
+                         underflow.groups(), underflow.rows(), rows));
+  }
   if (!certificate.calibration_id().empty()) {
     Line(&text, "calibration", Printable(certificate.calibration_id()));
   }
@@ -154,12 +160,6 @@ std::string SummaryText(const std::string& layer, v1::DataType weight_dtype,
   Line(&text, "time", TimeText(certificate.phase_seconds()));
   for (const std::string& warning : certificate.warnings()) {
     Line(&text, "warning", Printable(warning));
-  }
-  if (certificate.has_underflow()) {
-    const v1::Underflow& underflow = certificate.underflow();
-    Line(&text, "underflow",
-         absl::StrFormat("%d scales in %d of %d rows; their weights became zeros",
-                         underflow.groups(), underflow.rows(), rows));
   }
   return text;
 }

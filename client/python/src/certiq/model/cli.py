@@ -228,6 +228,11 @@ def summary(report: dict[str, object]) -> str:
     lines.append(f"loads in: {'; '.join(readers) or 'no reader that is known'}")
     if totals["fell_back_to_nearest"]:
         lines.append(f"fell back to plain rounding: {', '.join(totals['fell_back_to_nearest'])}")
+    if totals["underflowed_rows"]:
+        lines.append(
+            f"rows whose weights were too small for their scales and became zeros: "
+            f"{totals['underflowed_rows']} (the certificates' underflow names them)"
+        )
     if totals["with_notes"]:
         lines.append(f"see the report's notes on: {', '.join(totals['with_notes'])}")
     return "\n".join(lines)
@@ -241,11 +246,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = quantize_model(
                 client, settings, restart=arguments.restart, bar=not arguments.quiet
             )
-    if totals["underflowed_rows"]:
-        lines.append(
-            f"rows whose weights were too small for their scales and became zeros: "
-            f"{totals['underflowed_rows']} (the certificates' underflow names them)"
-        )
     except (UsageError, OSError) as error:
         print(f"certiq-quantize-model: {error}", file=sys.stderr)
         return 2
