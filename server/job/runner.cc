@@ -156,6 +156,8 @@ absl::Status Runner::Prepare(Claimed& claimed) {
   }
   if (!calibration.ok()) return calibration.status();
   claimed.calibration = *std::move(calibration);
+  claimed.tenant = job.tenant();
+  claimed.run_bytes = RunBytes(job.rows(), job.features(), claimed.spec, claimed.calibration);
   return absl::OkStatus();
 }
 
@@ -181,11 +183,9 @@ std::shared_ptr<Run> Runner::MakeRun(const ClaimedPtr& claimed) {
 }
 
 bool Runner::ShortOfItsOwn(const Claimed& claimed) {
-  const JobRecord& job = claimed.job;
-  const int64_t bytes = RunBytes(job.rows(), job.features(), claimed.spec, claimed.calibration);
-  if (env_.quotas.Of(job.tenant()).memory.HasRoomOfItsOwn(bytes)) return false;
+  if (env_.quotas.Of(claimed.tenant).memory.HasRoomOfItsOwn(claimed.run_bytes)) return false;
   const base::MutexLock lock(mu_);
-  short_[job.tenant()] = bytes;
+  short_[claimed.tenant] = claimed.run_bytes;
   return true;
 }
 
@@ -194,11 +194,7 @@ bool Runner::Reserve(const ClaimedPtr& claimed) {
     const base::MutexLock lock(mu_);
     if (stopped_) return false;
   }
-  const JobRecord& job = claimed->job;
-  auto reserved = env_.quotas.Of(job.tenant())
-                      .memory.TryReserve(
-                          RunBytes(job.rows(), job.features(), claimed->spec, claimed->calibration),
-                          "this job");
+  auto reserved = env_.quotas.Of(claimed->tenant).memory.TryReserve(claimed->run_bytes, "this job");
   if (!reserved.ok()) return false;
   claimed->memory = *std::move(reserved);
   return true;

@@ -65,6 +65,9 @@ class Runner {
     JobRecord job;
     engine::ResolvedSpec spec;
     CalibrationRecord calibration;
+    // Whose it is and what it needs to run; set before it is seen by others.
+    std::string tenant;
+    int64_t run_bytes = 0;
     // Null where it ends before it runs.
     std::shared_ptr<Run> run;
     ByteBudget::Reservation memory;
