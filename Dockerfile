@@ -25,9 +25,9 @@ FROM ${DEBIAN}
 RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
       'libabsl20220623=20220623.1-*' \
-      'libcivetweb1=1.15+dfsg-*' \
       'libfmt9=9.1.0+ds1-*' \
       'libgrpc++1.51=1.51.1-*' \
+      'libmicrohttpd12=0.9.75-*' \
       'libprometheus-cpp-core1.0=1.0.1-*' \
       'libprotobuf32=3.21.12-*' \
       'libspdlog1.10=1:1.10.0+ds-*' \
