@@ -31,17 +31,6 @@ absl::Status CannotListen(int error) {
                    std::generic_category().message(error), ")"));
 }
 
-int PortOf(const sockaddr_storage& address) {
-  if (address.ss_family == AF_INET) {
-    sockaddr_in v4;
-    std::memcpy(&v4, &address, sizeof(v4));
-    return ntohs(v4.sin_port);
-  }
-  sockaddr_in6 v6;
-  std::memcpy(&v6, &address, sizeof(v6));
-  return ntohs(v6.sin6_port);
-}
-
 void SetPort(sockaddr_storage& address, int port) {
   const auto network = htons(static_cast<uint16_t>(port));
   if (address.ss_family == AF_INET) {
@@ -107,6 +96,18 @@ absl::StatusOr<ListeningSockets> ListenOnPath(const std::string& path) {
 }
 
 }  // namespace
+
+int PortOf(const sockaddr_storage& address) {
+  if (address.ss_family == AF_INET) {
+    sockaddr_in v4;
+    std::memcpy(&v4, &address, sizeof(v4));
+    return ntohs(v4.sin_port);
+  }
+  if (address.ss_family != AF_INET6) return 0;
+  sockaddr_in6 v6;
+  std::memcpy(&v6, &address, sizeof(v6));
+  return ntohs(v6.sin6_port);
+}
 
 absl::StatusOr<ListeningSockets> Listen(const Address& address) {
   if (address.is_unix()) return ListenOnPath(address.host);

@@ -513,7 +513,7 @@ absl::StatusOr<JobRecord> SqliteCatalog::RemoveJob(const std::string& tenant,
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Catalog>> OpenSqliteCatalog(std::shared_ptr<Disk> disk,
+absl::StatusOr<std::unique_ptr<Catalog>> OpenSqliteCatalog(const std::shared_ptr<Disk>& disk,
                                                            const char* vfs,
                                                            std::shared_ptr<DiskReserve> reserve,
                                                            const std::string& accepted_loss,

@@ -17,7 +17,7 @@ namespace certiq::server {
 
 // The catalog in a data directory, as OpenDatabase opens it. The reserve is given up where what
 // makes room finds the disk full.
-absl::StatusOr<std::unique_ptr<Catalog>> OpenSqliteCatalog(std::shared_ptr<Disk> disk,
+absl::StatusOr<std::unique_ptr<Catalog>> OpenSqliteCatalog(const std::shared_ptr<Disk>& disk,
                                                            const char* vfs,
                                                            std::shared_ptr<DiskReserve> reserve,
                                                            const std::string& accepted_loss,

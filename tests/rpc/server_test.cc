@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/listening_socket.h"
 #include "rpc/transport/probe.h"
 #include "support/requests.h"
 #include "support/text.h"
@@ -64,6 +65,29 @@ TEST(ServerTest, ProbeTellsHowItIs) {
   EXPECT_FALSE(server::Probe(address, {}, std::chrono::milliseconds(500)).ok());
   EXPECT_CONTAINS(server.Http("/healthz"), "503");
   EXPECT_FALSE(server::Probe("nonsense", {}, std::chrono::milliseconds(500)).ok());
+}
+
+// The watchdog's probe: what takes a connection and says nothing is no listener of ours.
+TEST(ServerTest, ProbeOfTheListener) {
+  constexpr std::chrono::milliseconds kLimit{2000};
+  const auto ignore = [](int /*port*/) {};
+  TestServer server;
+  base::Address address{"127.0.0.1", server.server->port()};
+  int from = 0;
+  EXPECT_TRUE(
+      server::ProbeListener(address, false, kPatience, [&](int port) { from = port; }).ok());
+  EXPECT_GT(from, 0);
+  // A port that speaks HTTP/1, one that only accepts, one where nobody is.
+  address.port = server.http_port();
+  EXPECT_FALSE(server::ProbeListener(address, false, kLimit, ignore).ok());
+  auto silent = base::Listen(*base::ParseAddress("127.0.0.1:0"));
+  ASSERT_TRUE(silent.ok()) << silent.status();
+  address.port = silent->port;
+  for (const bool tls : {false, true}) {
+    EXPECT_FALSE(server::ProbeListener(address, tls, std::chrono::milliseconds(200), ignore).ok());
+  }
+  silent->sockets.clear();
+  EXPECT_FALSE(server::ProbeListener(address, false, kLimit, ignore).ok());
 }
 
 TEST(ServerTest, DrainFinishesWhatWasAdmitted) {

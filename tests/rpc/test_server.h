@@ -57,6 +57,7 @@ class TestServer {
 
   // A series of /metrics, as "name{label=\"value\"}"; -1 if there is none.
   double Metric(const std::string& series) const;
+  int http_port() const { return http_->port(); }
   // GET over real HTTP: the whole answer.
   std::string Http(const std::string& path) const;
 

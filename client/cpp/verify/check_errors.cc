@@ -151,6 +151,7 @@ void CheckRounding(const Evidence& evidence, VerificationReport& report) {
     return;
   }
   std::vector<double> expected;
+  expected.reserve(errors.size());
   for (const Range& row : errors) expected.push_back(row.high);
   report.Rows("row_rounding", {c.row_rounding().begin(), c.row_rounding().end()}, expected, errors);
 }

