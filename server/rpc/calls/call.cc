@@ -239,8 +239,9 @@ void Call::Advance() {
 void Call::RunTake(const std::function<absl::Status()>& work) {
   taking_ = true;
   // Guarded: with an exception nobody would say that it is over.
-  absl::Status posted = base::RunGuarded(
-      [&] { return Post({.run = work, .done = [this](absl::Status status) { Taken(status); }}); });
+  absl::Status posted = base::RunGuarded([&] {
+    return Post({.run = work, .done = [this](const absl::Status& status) { Taken(status); }});
+  });
   if (posted.ok()) return;
   taking_ = false;
   SetFailure(std::move(posted));
