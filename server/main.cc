@@ -155,7 +155,9 @@ void AddFlags(CLI::App& app, Flags& flags) {
           "authorities of client certificates, PEM; clients must show one of theirs");
   AddText(app, "token_file", flags.token_file,
           "who is let in, a line each: TOKEN TENANT SCOPES [LIMIT=VALUE ...]; empty: everyone");
-  AddFlag(app, "drain_seconds", flags.drain_seconds, "what calls may take to end after SIGTERM")
+  AddFlag(app, "drain_seconds", flags.drain_seconds,
+          "what calls may take to end after SIGTERM; writing what streams brought last may take 5 "
+          "s more")
       ->check(CLI::Range(0.0, 86400.0));
   AddText(app, "log_format", flags.log_format, "text or json");
   AddText(app, "port_file", flags.port_file,

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import ssl
+import time
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,6 +161,35 @@ def test_client_certificates(start_server: StartServer, keys: Keys, carried_laye
     probe = ["--probe", "--listen", server.address]
     done = run_server(*probe, *keys.server.flags(), *authorities)
     assert done.returncode == 0, done.stderr
+
+
+def test_authorities_that_go_let_nobody_in(
+    start_server: StartServer, keys: Keys, carried_layer: Layer, tmp_path: Path
+) -> None:
+    """An emptied or broken file of authorities fails closed, and a good one opens again."""
+    file = tmp_path / "ca.pem"
+    good = keys.authority.cert.read_text()
+    file.write_text(good)
+    server = start_server(*keys.server.flags(), "--tls_client_ca", str(file))
+    tls = ("--tls_ca", keys.authority.cert)
+
+    def works(*identity: str | Path) -> bool:
+        return send(server, carried_layer, *tls, *identity)[0] == 0
+
+    assert works(*keys.client.flags())
+    assert not works()
+    for bad in ("", "no certificate\n"):
+        file.write_text(bad)
+        wait_until(lambda: not works(*keys.client.flags()), "nobody is let in")
+        # A second later gRPC has read the file too, which would let everyone in.
+        for _ in range(3):
+            assert not works()
+            assert not works(*keys.stranger_client.flags())
+            time.sleep(0.5)
+        assert "new connections are turned away" in server.log()
+        file.write_text(good)
+        wait_until(lambda: works(*keys.client.flags()), "clients are let in again")
+        assert not works()
 
 
 def test_probe_with_tls(safe_server: Server, keys: Keys) -> None:
