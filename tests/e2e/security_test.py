@@ -3,8 +3,8 @@
 import hashlib
 import re
 import ssl
-import time
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -31,7 +32,7 @@ class AcceptorTest : public ::testing::Test {
     auto listening = base::Listen(*base::ParseAddress("0.0.0.0:0"));
     ASSERT_TRUE(listening.ok()) << listening.status();
     acceptor_ = std::make_unique<Acceptor>(
-        *std::move(listening), limits,
+        *std::move(listening), limits, [this] { return open_.load(); },
         [this](int /*listener*/, int fd) {
           const std::lock_guard lock(mu_);
           taken_.emplace_back(fd);
@@ -71,6 +72,7 @@ class AcceptorTest : public ::testing::Test {
   }
 
   Warnings warnings_;
+  std::atomic<bool> open_{true};
   std::mutex mu_;
   std::vector<FileDescriptor> taken_;  // guarded by mu_
   std::unique_ptr<Acceptor> acceptor_;
@@ -118,9 +120,9 @@ TEST_F(AcceptorTest, OnePeerLeavesRoomForOthers) {
 
 TEST_F(AcceptorTest, ClosedForAWhile) {
   Start({});
-  acceptor_->SetOpen(false);
+  open_ = false;
   EXPECT_TRUE(Closed(Connect()));
-  acceptor_->SetOpen(true);
+  open_ = true;
   const FileDescriptor client = Connect();
   EXPECT_TRUE(Took(1));
 }

@@ -60,9 +60,11 @@ bool OutOfDescriptors(int error) {
 
 }  // namespace
 
-Acceptor::Acceptor(base::ListeningSockets listening, ConnectionLimits limits, Hand hand, Warn warn)
+Acceptor::Acceptor(base::ListeningSockets listening, ConnectionLimits limits, Open open, Hand hand,
+                   Warn warn)
     : listening_(std::move(listening)),
       limits_(limits),
+      open_(std::move(open)),
       hand_(std::move(hand)),
       warn_(std::move(warn)),
       spare_(OpenSpare()),
@@ -122,7 +124,7 @@ bool Acceptor::AcceptAll(int listener) {
     const int expected = expected_port_;
     if (expected != 0 && base::PortOf(address) == expected) {
       hand_(listener, connection.Release());
-    } else if (!open_) {
+    } else if (!open_()) {
       Refuse("the authorities of client certificates cannot be read");
     } else if (HasRoom(peer)) {
       connections_.push_back({connection.get(), InodeOf(connection.get()), peer});

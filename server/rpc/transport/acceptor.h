@@ -34,8 +34,13 @@ class Acceptor {
   // Takes over the connection `fd`, which came over the socket `listener`.
   using Hand = std::function<void(int listener, int fd)>;
 
-  // Accepts at once. `warn` is told, now and then, of connections that are turned away.
-  Acceptor(base::ListeningSockets listening, ConnectionLimits limits, Hand hand, Warn warn);
+  // Whether connections are let in at all just now.
+  using Open = std::function<bool()>;
+
+  // Accepts at once. `open` is asked for each connection. `warn` is told, now and then, of those
+  // that are turned away.
+  Acceptor(base::ListeningSockets listening, ConnectionLimits limits, Open open, Hand hand,
+           Warn warn);
   // Closes the sockets; connections go on.
   ~Acceptor();
   Acceptor(const Acceptor&) = delete;
@@ -46,8 +51,6 @@ class Acceptor {
   int64_t refused() const { return refused_; }
   // A connection from this port is let in whatever the limits: the server's own probe.
   void Expect(int port) { expected_port_ = port; }
-  // While false, connections are turned away.
-  void SetOpen(bool open) { open_ = open; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -70,9 +73,9 @@ class Acceptor {
 
   const base::ListeningSockets listening_;
   const ConnectionLimits limits_;
+  const Open open_;
   const Hand hand_;
   const Warn warn_;
-  std::atomic<bool> open_{true};
   std::atomic<int> expected_port_{0};
   std::atomic<int64_t> refused_{0};
 

@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/address.h"
 #include "base/listening_socket.h"
+#include "base/mutex.h"
 #include "base/status.h"
 #include "base/status_macros.h"
 #include "contract/limits.h"
@@ -100,7 +101,7 @@ struct Server::Impl {
                     .log = options.log,
                     .auth = options.auth == nullptr ? &everyone : options.auth},
         router(environment),
-        supervision([this] { Supervise(); }, kSuperviseInterval, [] {}),
+        supervision([this] { registry.SuperviseAll(Clock::now()); }, kSuperviseInterval, [] {}),
         watchdog([this] { LookAtListener(); }, kProbeInterval, [] {}) {
     AddQuantizationMethods(router);
     AddCalibrationMethods(router);
@@ -116,24 +117,26 @@ struct Server::Impl {
 
   void SayWhetherServing() { grpc->GetHealthCheckService()->SetServingStatus(open && answers); }
 
-  void Supervise() {
-    registry.SuperviseAll(Clock::now());
-    if (options.tls.client_ca.empty()) return;
-    // gRPC would let everyone in where the file is empty.
-    if (const absl::Status found = CheckAuthorities(options.tls); !found.ok()) {
-      if (authorities_good && options.warn) {
+  // gRPC would let everyone in where the file of authorities is empty: it is looked at for each
+  // connection, and nobody is let in until gRPC has forgotten what it read of a bad one.
+  bool LetsIn() {
+    if (options.tls.client_ca.empty()) return true;
+    const base::MutexLock lock(mu);
+    const Clock::time_point now = Clock::now();
+    if (const std::optional<FileStamp> stamp = StampOf(options.tls.client_ca); stamp != read) {
+      read = stamp;
+      const absl::Status found = CheckAuthorities(options.tls);
+      if (!found.ok() && authorities_good && options.warn) {
         options.warn(absl::StrCat(found.message(), "; new connections are turned away"));
       }
-      authorities_good = false;
-      good_since.reset();
-      acceptor->SetOpen(false);
-      return;
+      authorities_good = found.ok();
+      if (!authorities_good) {
+        closed_until = Clock::time_point::max();
+      } else if (closed_until == Clock::time_point::max()) {
+        closed_until = now + kAuthoritiesSettle;
+      }
     }
-    if (authorities_good) return;
-    if (!good_since.has_value()) good_since = Clock::now();
-    if (Clock::now() - *good_since < kAuthoritiesSettle) return;
-    authorities_good = true;
-    acceptor->SetOpen(true);
+    return now >= closed_until;
   }
 
   // As a client would come: what health answers over a connection that is there already says
@@ -167,9 +170,12 @@ struct Server::Impl {
   std::atomic<bool> answers{true};
   // The watchdog's.
   int failures = 0;
-  // Supervision's: whether connections are let in, and since when the file has been good again.
-  bool authorities_good = true;
-  std::optional<Clock::time_point> good_since;
+  base::Mutex mu;
+  // The file of authorities as it was read last, what it was, and since when connections are let
+  // in.
+  std::optional<FileStamp> read ABSL_GUARDED_BY(mu);
+  bool authorities_good ABSL_GUARDED_BY(mu) = true;
+  Clock::time_point closed_until ABSL_GUARDED_BY(mu){};
   std::once_flag stopped;
   // What follows stops using the rest before the rest goes.
   std::unique_ptr<grpc::Server> grpc;
@@ -230,6 +236,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(Options options) {
   }
   impl->acceptor = std::make_unique<Acceptor>(
       *std::move(sockets), impl->options.connections,
+      [server = impl.get()] { return server->LetsIn(); },
       [connections = impl->connections.get()](int listener, int fd) {
         grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters connection;
         connection.listener_fd = listener;
