@@ -89,6 +89,13 @@ struct Types {
 
 // What vanishes has a scale that readers take, codes of zero, and bounds that hold; the other rows
 // do not see it.
+// Whether one of the warnings has these words.
+bool Warns(const LayerCertificate& certificate, const std::string& words) {
+  return std::any_of(
+      certificate.warnings.begin(), certificate.warnings.end(),
+      [&](const std::string& warning) { return warning.find(words) != std::string::npos; });
+}
+
 TEST(UnderflowTest, BecomesZerosWhateverTheRule) {
   for (const Types& types :
        {Types{DType::kF16, 1e-9, 0x1p-14f}, Types{DType::kBF16, 1e-43, 0x1p-126f},
@@ -132,8 +139,7 @@ TEST(UnderflowTest, BecomesZerosWhateverTheRule) {
           }
           EXPECT_EQ(certificate.underflow->rows,
                     static_cast<int64_t>(certificate.underflow->first_rows.size()));
-          ASSERT_FALSE(certificate.warnings.empty());
-          EXPECT_NE(certificate.warnings.back().find(Name(types.scales)), std::string::npos);
+          EXPECT_TRUE(Warns(certificate, Name(types.scales)));
           for (const double scale : scales) {
             ASSERT_GT(scale, 0);
             ASSERT_TRUE(std::isfinite(scale));
@@ -232,7 +238,7 @@ TEST(UnderflowTest, CountsOnlyWhatIsLost) {
   const auto result = testing::Quantize(layer, spec);
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_FALSE(result->certificate.underflow.has_value());
-  EXPECT_TRUE(result->certificate.warnings.empty());
+  EXPECT_FALSE(Warns(result->certificate, "too small"));
   const auto q = testing::TensorValues(*result, "weight");
   double kept = 0;
   for (int64_t j = 0; j < kFeatures; ++j)
@@ -255,8 +261,7 @@ TEST(UnderflowTest, NamesTheFirstRows) {
   EXPECT_EQ(underflow.rows, 59);
   ASSERT_EQ(underflow.first_rows.size(), 16U);
   for (int64_t i = 0; i < 16; ++i) EXPECT_EQ(underflow.first_rows[static_cast<size_t>(i)], i + 1);
-  EXPECT_NE(result->certificate.warnings.back().find("177 of 180"), std::string::npos)
-      << result->certificate.warnings.back();
+  EXPECT_TRUE(Warns(result->certificate, "177 of 180"));
 }
 
 // Too large: refused with row, column and value, also where damping is searched for on some rows.

@@ -253,16 +253,16 @@ TEST_F(CallRunTest, StartAfterShutdownIsUnavailable) {
 }
 
 TEST_F(CallRunTest, FailureToFactorIsToldAttemptByAttempt) {
-  // One token and no damping: H has rank 1. The attempts from 0 start too low to help in two steps.
+  // Two tokens and no damping: H has rank 2.
   engine::ResolvedSpec spec;
   spec.damping_rule = engine::DampingRule::kAbsolute;
   spec.damping_value = 0;
-  spec.max_attempts = 2;
-  Start(Sent(MakeRandomLayer(4, 64, 1), spec));
+  spec.max_attempts = 1;
+  Start(Sent(MakeRandomLayer(4, 64, 2), spec));
   ASSERT_TRUE(done_.Wait());
   ASSERT_TRUE(absl::IsFailedPrecondition(result_.status())) << result_.status();
   ExpectNothingHeld();
-  EXPECT_EQ(watcher_.failures, 2);
+  EXPECT_EQ(watcher_.failures, 1);
   EXPECT_EQ(watcher_.outcomes, std::vector{v1::JOB_STATE_FAILED});
 }
 

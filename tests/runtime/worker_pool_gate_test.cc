@@ -168,7 +168,7 @@ TEST_F(WorkerPoolGateTest, OneHolderLeavesPlacesForOthers) {
     ASSERT_TRUE(pool_.Enqueue(std::move(slots.back()), MakeBlockingJob(pool_, gate_)).ok());
     slots.pop_back();
   }
-  EXPECT_TRUE(pool_.WaitRunning(Soon()));
+  while (pool_.queue_depth() > 0) std::this_thread::yield();
   for (int i = 0; i < 8; ++i) {
     auto slot = pool_.Admit();
     ASSERT_TRUE(slot.ok()) << i;
