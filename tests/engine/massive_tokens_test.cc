@@ -25,7 +25,7 @@ constexpr double kFloat64 = 0x1p-53;
 // identity counts as healthy.
 constexpr double kEvaluated = 1e-3;
 // What float32 forms leave of an energy.
-constexpr double kPromise = 1e-4;
+constexpr double kEvaluation = 1e-4;
 
 void Enlarge(textbook::Matrix& x, const std::vector<int64_t>& tokens, double times) {
   for (const int64_t t : tokens) {
@@ -71,7 +71,7 @@ void ExpectTrueOfTokens(const RandomLayer& problem, const QuantizedLayer& layer,
   }
   EXPECT_LE(std::abs(c.squared_error - squared), c.squared_error_rounding + kEvaluated * squared);
   EXPECT_LE(std::abs(c.reference_energy - energy),
-            c.reference_energy_rounding + 2 * kPromise * energy);
+            c.reference_energy_rounding + 2 * kEvaluation * energy);
   EXPECT_LE(std::sqrt(squared), c.l2_bound * (1 + 1e-12));
   EXPECT_NEAR(c.relative_error, std::sqrt(squared / energy),
               accuracy * std::sqrt(squared / energy));

@@ -85,7 +85,7 @@ absl::Status AddJob(Scene& scene, const std::string& id, const std::string& weig
 }
 
 // Expects to get `id`.
-absl::Status Claim(Scene& scene, const std::string& id, const std::string& claim) {
+absl::Status ClaimStep(Scene\& scene, const std::string& id, const std::string& claim) {
   const absl::StatusOr<std::optional<JobRecord>> job = scene.catalog->ClaimJob(kReplica, claim, {});
   if (!job.ok()) return job.status();
   if (!job->has_value() || (*job)->id() != id) return absl::InternalError("claimed another");
@@ -93,12 +93,12 @@ absl::Status Claim(Scene& scene, const std::string& id, const std::string& claim
   return absl::OkStatus();
 }
 
-absl::Status Start(Scene& scene, const std::string& id, const std::string& claim) {
+absl::Status StartStep(Scene\& scene, const std::string& id, const std::string& claim) {
   return Keep(scene, scene.catalog->StartJob(id, claim, 1000));
 }
 
-absl::Status Finish(Scene& scene, const std::string& id, const std::string& claim,
-                    absl::Status status, const std::string& result) {
+absl::Status FinishStep(Scene\& scene, const std::string& id, const std::string& claim,
+                        absl::Status status, const std::string& result) {
   JobOutcome outcome;
   outcome.status = std::move(status);
   outcome.end_time = 1001;
@@ -110,7 +110,7 @@ absl::Status Finish(Scene& scene, const std::string& id, const std::string& clai
   return Keep(scene, scene.catalog->FinishJob(id, claim, outcome));
 }
 
-absl::Status Cancel(Scene& scene, const std::string& id) {
+absl::Status CancelStep(Scene\& scene, const std::string& id) {
   return Keep(scene, scene.catalog->CancelJob(QueuedJob(id).tenant(), id,
                                               absl::CancelledError("as asked"), 1002));
 }
@@ -144,28 +144,32 @@ const Step kScript[] = {
     [](Scene& scene) { return Forget(scene, "sums 1"); },
     [](Scene& scene) { return Write(scene, "weights", 1); },
     [](Scene& scene) { return AddJob(scene, "j1", "weights"); },
-    [](Scene& scene) { return Claim(scene, "j1", "claim 1"); },
-    [](Scene& scene) { return Start(scene, "j1", "claim 1"); },
+    [](Scene& scene) { return ClaimStep(scene, "j1", "claim 1"); },
+    [](Scene& scene) { return StartStep(scene, "j1", "claim 1"); },
     [](Scene& scene) { return Keep(scene, scene.catalog->ReleaseJob("j1", "claim 1")); },
-    [](Scene& scene) { return Claim(scene, "j1", "claim 2"); },
-    [](Scene& scene) { return Start(scene, "j1", "claim 2"); },
+    [](Scene& scene) { return ClaimStep(scene, "j1", "claim 2"); },
+    [](Scene& scene) { return StartStep(scene, "j1", "claim 2"); },
     [](Scene& scene) { return Check(scene, "sums 2"); },
     [](Scene& scene) { return Write(scene, "result of j1", 5'000); },
-    [](Scene& scene) { return Finish(scene, "j1", "claim 2", absl::OkStatus(), "result of j1"); },
+    [](Scene& scene) {
+      return FinishStep(scene, "j1", "claim 2", absl::OkStatus(), "result of j1");
+    },
     [](Scene& scene) { return Forget(scene, "weights"); },
     [](Scene& scene) { return Write(scene, "weights 2", 2); },
     [](Scene& scene) { return AddJob(scene, "j2", "weights 2"); },
     [](Scene& scene) { return Write(scene, "weights 3", 3); },
     [](Scene& scene) { return AddJob(scene, "j3", "weights 3"); },
     // Nobody has claimed it, so that it ends at once.
-    [](Scene& scene) { return Cancel(scene, "j2"); },
+    [](Scene& scene) { return CancelStep(scene, "j2"); },
     [](Scene& scene) { return Forget(scene, "weights 2"); },
     [](Scene& scene) { return RemoveJob(scene, "j2"); },
-    [](Scene& scene) { return Claim(scene, "j3", "claim 3"); },
-    [](Scene& scene) { return Start(scene, "j3", "claim 3"); },
+    [](Scene& scene) { return ClaimStep(scene, "j3", "claim 3"); },
+    [](Scene& scene) { return StartStep(scene, "j3", "claim 3"); },
     // Its owner ends it.
-    [](Scene& scene) { return Cancel(scene, "j3"); },
-    [](Scene& scene) { return Finish(scene, "j3", "claim 3", absl::CancelledError("it was"), ""); },
+    [](Scene& scene) { return CancelStep(scene, "j3"); },
+    [](Scene& scene) {
+      return FinishStep(scene, "j3", "claim 3", absl::CancelledError("it was"), "");
+    },
     [](Scene& scene) { return Forget(scene, "weights 3"); },
     [](Scene& scene) { return Check(scene, "result of j1"); },
     [](Scene& scene) { return AddCalibration(scene, "c2"); },

@@ -132,7 +132,7 @@ void CheckHeldOutNearest(const Evidence& evidence, VerificationReport& report) {
 
 // (R1): at least what float64 sums leave, at most what float32 products of all tokens may leave;
 // between the two where there are massive tokens, of which a stream's blocks decide.
-void CheckRounding(const Evidence& evidence, VerificationReport& report) {
+void CheckSumRounding(const Evidence& evidence, VerificationReport& report) {
   const v1::Certificate& c = evidence.certificate;
   const std::vector<Range> errors = FormRoundings(evidence, /*energies=*/false);
   const std::vector<Range> energies = FormRoundings(evidence, /*energies=*/true);
@@ -181,7 +181,7 @@ void CheckErrors(const Evidence& evidence, VerificationReport& report) {
   const OutputErrors& errors = evidence.errors;
   const double squared = errors.squared.sum();
   const double energy = errors.energy.sum();
-  CheckRounding(evidence, report);
+  CheckSumRounding(evidence, report);
   // Where the certificate grants itself more than float32 sums may be off, the line above says so.
   const double rounding = c.squared_error_rounding();
   report.Number("squared_error", c.squared_error(), squared,

@@ -39,23 +39,23 @@ inline float Power24(float x) {
 
 // Values that are summed side by side. Independent partial sums: a float sum of a few thousand
 // terms loses no digit that decides between candidates.
-constexpr int64_t kParts = 16;
+constexpr int64_t kStripes = 16;
 
 // Sum of |term(i)|^2.4 over [0, count), given up as soon as it has reached `enough`. `term` may be
-// asked for up to kParts more.
+// asked for up to kStripes more.
 template <typename Term>
 double SumOfPowers(int64_t count, double enough, const Term& term) {
   // Terms between two looks at what the sum has reached.
   constexpr int64_t kChunk = 512;
   double sum = 0;
   for (int64_t i = 0; i < count;) {
-    float parts[kParts] = {};
+    float parts[kStripes] = {};
     const int64_t stop = std::min(count, i + kChunk);
-    for (; i + kParts <= stop; i += kParts) {
-      for (int64_t k = 0; k < kParts; ++k) parts[k] += Power24(std::abs(term(i + k)));
+    for (; i + kStripes <= stop; i += kStripes) {
+      for (int64_t k = 0; k < kStripes; ++k) parts[k] += Power24(std::abs(term(i + k)));
     }
     if (i < stop) {
-      for (int64_t k = 0; k < kParts; ++k) {
+      for (int64_t k = 0; k < kStripes; ++k) {
         const float power = Power24(std::abs(term(i + k)));
         parts[k] += i + k < stop ? power : 0.0f;
       }
@@ -67,8 +67,8 @@ double SumOfPowers(int64_t count, double enough, const Term& term) {
   return sum;
 }
 
-// The values in rising order, and kParts zeros. They are compared as integers, which have an order
-// even where a value is not a number.
+// The values in rising order, and kStripes zeros. They are compared as integers, which have an
+// order even where a value is not a number.
 std::vector<float> Sorted(const float* values, int64_t count) {
   std::vector<uint32_t> keys(static_cast<size_t>(count));
   for (size_t i = 0; i < keys.size(); ++i) {
@@ -93,7 +93,7 @@ std::vector<float> Sorted(const float* values, int64_t count) {
       keys.swap(moved);
     }
   }
-  std::vector<float> sorted(keys.size() + kParts);
+  std::vector<float> sorted(keys.size() + kStripes);
   for (size_t i = 0; i < keys.size(); ++i) {
     sorted[i] = std::bit_cast<float>(keys[i] ^ (keys[i] >> 31 != 0 ? 0x80000000u : 0xffffffffu));
   }
@@ -108,7 +108,7 @@ class ShrinkLoss {
   // `sorted` as Sorted makes it.
   ShrinkLoss(const std::vector<float>& sorted, int bits, float scale, float unit)
       : values_(sorted.data()),
-        count_(std::ssize(sorted) - kParts),
+        count_(std::ssize(sorted) - kStripes),
         top_((1 << bits) - 1),
         inverse_(1 / scale),
         scaled_(scale / unit) {}
