@@ -85,7 +85,7 @@ absl::Status AddJob(Scene& scene, const std::string& id, const std::string& weig
 }
 
 // Expects to get `id`.
-absl::Status ClaimStep(Scene\& scene, const std::string& id, const std::string& claim) {
+absl::Status ClaimStep(Scene& scene, const std::string& id, const std::string& claim) {
   const absl::StatusOr<std::optional<JobRecord>> job = scene.catalog->ClaimJob(kReplica, claim, {});
   if (!job.ok()) return job.status();
   if (!job->has_value() || (*job)->id() != id) return absl::InternalError("claimed another");
@@ -93,11 +93,11 @@ absl::Status ClaimStep(Scene\& scene, const std::string& id, const std::string& 
   return absl::OkStatus();
 }
 
-absl::Status StartStep(Scene\& scene, const std::string& id, const std::string& claim) {
+absl::Status StartStep(Scene& scene, const std::string& id, const std::string& claim) {
   return Keep(scene, scene.catalog->StartJob(id, claim, 1000));
 }
 
-absl::Status FinishStep(Scene\& scene, const std::string& id, const std::string& claim,
+absl::Status FinishStep(Scene& scene, const std::string& id, const std::string& claim,
                         absl::Status status, const std::string& result) {
   JobOutcome outcome;
   outcome.status = std::move(status);
@@ -110,7 +110,7 @@ absl::Status FinishStep(Scene\& scene, const std::string& id, const std::string&
   return Keep(scene, scene.catalog->FinishJob(id, claim, outcome));
 }
 
-absl::Status CancelStep(Scene\& scene, const std::string& id) {
+absl::Status CancelStep(Scene& scene, const std::string& id) {
   return Keep(scene, scene.catalog->CancelJob(QueuedJob(id).tenant(), id,
                                               absl::CancelledError("as asked"), 1002));
 }
