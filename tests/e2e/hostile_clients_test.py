@@ -267,6 +267,7 @@ def test_fields_of_a_newer_contract(server: Server, way: str, field: int) -> Non
     calls = Calls(server)
     layer = Layer.made_up(4, 32, 64)
     header: service_pb2.QuantizeRequest | job_pb2.CreateJobRequest
+    calibration = None
     if way == "Quantize":
         header = layer.header_frame()
     else:
@@ -287,6 +288,8 @@ def test_fields_of_a_newer_contract(server: Server, way: str, field: int) -> Non
     failed = refusal(call)
     assert isinstance(failed, certiq.InvalidArgument), failed
     assert f"spec.{field}" in failed.message
+    if calibration is not None:
+        calibration.delete()
 
 
 def test_revoked_tokens_end_open_streams(start_server: StartServer, tokens: Path) -> None:
