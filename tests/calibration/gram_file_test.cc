@@ -12,28 +12,28 @@
 namespace certiq::server::testing {
 namespace {
 
-constexpr int64_t kFeatures = 3;
+constexpr int64_t kWidth = 3;
 
 engine::Statistics SomeSums(double first, bool mismatched) {
   engine::Statistics sums;
-  sums.gram = engine::UpperTriangle<double>(kFeatures);
+  sums.gram = engine::UpperTriangle<double>(kWidth);
   double next = first;
-  for (int64_t i = 0; i < kFeatures; ++i) {
-    for (int64_t j = i; j < kFeatures; ++j) sums.gram.at(i, j) = next++;
+  for (int64_t i = 0; i < kWidth; ++i) {
+    for (int64_t j = i; j < kWidth; ++j) sums.gram.at(i, j) = next++;
   }
   if (!mismatched) return sums;
   engine::MismatchSums& mismatch = sums.mismatch.emplace();
-  mismatch.residual = engine::UpperTriangle<double>(kFeatures);
-  for (int64_t i = 0; i < kFeatures; ++i) {
-    for (int64_t j = i; j < kFeatures; ++j) mismatch.residual.at(i, j) = next++;
+  mismatch.residual = engine::UpperTriangle<double>(kWidth);
+  for (int64_t i = 0; i < kWidth; ++i) {
+    for (int64_t j = i; j < kWidth; ++j) mismatch.residual.at(i, j) = next++;
   }
-  for (int64_t i = 0; i < kFeatures * kFeatures; ++i) mismatch.cross.push_back(next++);
+  for (int64_t i = 0; i < kWidth * kWidth; ++i) mismatch.cross.push_back(next++);
   return sums;
 }
 
 void ExpectSame(const engine::Statistics& a, const engine::Statistics& b) {
-  for (int64_t i = 0; i < kFeatures; ++i) {
-    for (int64_t j = i; j < kFeatures; ++j) EXPECT_EQ(a.gram.at(i, j), b.gram.at(i, j));
+  for (int64_t i = 0; i < kWidth; ++i) {
+    for (int64_t j = i; j < kWidth; ++j) EXPECT_EQ(a.gram.at(i, j), b.gram.at(i, j));
   }
   EXPECT_EQ(a.massive_squares, b.massive_squares);
   ASSERT_EQ(a.mismatch.has_value(), b.mismatch.has_value());
@@ -54,7 +54,7 @@ TEST(GramFileTest, SumsComeBackAsTheyWere) {
         if ((massive & 2) != 0 && mismatched) fit.mismatch->massive_squares = {0, 3, 0};
         if ((massive & 4) != 0) held.massive_squares = {4, 5, 6};
         CalibrationRecord record;
-        record.set_features(kFeatures);
+        record.set_features(kWidth);
         record.set_mismatched(mismatched);
         record.set_held_out_fraction(held_out ? 0.5 : 0);
         const auto stored = WriteSums(*blobs, fit, held_out ? &held : nullptr);
