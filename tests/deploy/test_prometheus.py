@@ -280,7 +280,7 @@ def cause_no_memory(scene: Scene) -> None:
     # 32 MiB of sums do not fit 16.
     assert refusal(lambda: create(client, 2048)).code == grpc.StatusCode.RESOURCE_EXHAUSTED
     # A job that fits an empty server finds calibrations in its way.
-    request = small(client, features=256, rows=2048)
+    request = small(client, features=512, rows=64)
     wait_until(lambda: not fits(client), "calibrations fill the budget")
     client.submit(**request)
 
