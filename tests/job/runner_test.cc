@@ -505,6 +505,8 @@ class NoRoomForResults {
 TEST_P(RunnerTest, AResultWaitsForRoomOnTheDisk) {
   Block();
   const std::string id = Submit();
+  // The plan is read by whoever claims.
+  RunClaims();
   {
     const NoRoomForResults full(server_.plan, 1);
     server_.plan.no_room = true;
@@ -534,6 +536,8 @@ TEST_P(RunnerTest, AResultWaitsForRoomOnTheDisk) {
 TEST_P(RunnerTest, AResultThatNeverFindsRoomEndsTheJob) {
   Block();
   const std::string id = Submit();
+  // The plan is read by whoever claims.
+  RunClaims();
   {
     const NoRoomForResults full(server_.plan, 100);
     gate_.Open();
@@ -557,6 +561,8 @@ TEST_P(RunnerTest, AResultThatNeverFindsRoomEndsTheJob) {
 TEST_P(RunnerTest, WhatWaitsForRoomCanBeCancelled) {
   Block();
   const std::string id = Submit();
+  // The plan is read by whoever claims.
+  RunClaims();
   const NoRoomForResults full(server_.plan, 1);
   server_.plan.no_room = true;
   gate_.Open();
