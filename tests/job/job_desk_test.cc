@@ -202,18 +202,7 @@ TEST_P(JobDeskTest, CancelsWhatWaits) {
   Block();
   const std::string id = MustSubmit(Request());
   // One that is just being claimed ends a moment later: here the claim is over.
-  for (int i = 0; i < 2; ++i) {
-    const auto ran = std::make_shared<Gate>();
-    ASSERT_TRUE(server_->pool()
-                    .Post({.run =
-                               [ran] {
-                                 ran->Open();
-                                 return absl::OkStatus();
-                               },
-                           .done = [](const absl::Status&) {}})
-                    .ok());
-    ASSERT_TRUE(ran->Wait());
-  }
+  RunTasks(*server_);
   EXPECT_EQ(View(id).queue_position, 0);
   EXPECT_EQ(server_->pool().queue_depth(), 1);
   EXPECT_TRUE(absl::IsFailedPrecondition(desk().Remove({}, id)));

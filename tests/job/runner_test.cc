@@ -109,21 +109,6 @@ class RunnerTest : public ::testing::TestWithParam<StoreKind> {
     ASSERT_TRUE(server_->pool().Enqueue(*std::move(slot), std::move(job)).ok());
     ASSERT_TRUE(inside->Wait());
   }
-  // Waits for the claims that were posted, while a job keeps the worker.
-  void RunClaims() {
-    for (int i = 0; i < 2; ++i) {
-      const auto ran = std::make_shared<Gate>();
-      ASSERT_TRUE(server_->pool()
-                      .Post({.run =
-                                 [ran] {
-                                   ran->Open();
-                                   return absl::OkStatus();
-                                 },
-                             .done = [](const absl::Status&) {}})
-                      .ok());
-      ASSERT_TRUE(ran->Wait());
-    }
-  }
   // Runs `then` after, or before, the first write of this kind; `server_` runs nothing yet.
   void AfterFirst(StoreWrite write, std::function<void(const JobRecord&)> then) {
     server_.plan.after = [write, then = std::move(then),
@@ -244,7 +229,7 @@ TEST_P(RunnerTest, ManyPrioritiesInTurn) {
   std::vector<std::string> ids;
   for (int i = 0; i < 12; ++i) {
     ids.push_back(Submit(i));
-    if (i % 3 == 0) RunClaims();
+    if (i % 3 == 0) RunTasks(*server_);
   }
   gate_.Open();
   for (const std::string& id : ids) EXPECT_EQ(End(id), v1::JOB_STATE_SUCCEEDED);
@@ -284,7 +269,7 @@ TEST_P(RunnerTest, CancelledWhileItIsClaimed) {
 TEST_P(RunnerTest, CancelledWhileItWaitsForMemory) {
   Block();
   const std::string id = Submit();
-  RunClaims();
+  RunTasks(*server_);
   ByteBudget& memory = server_->memory();
   auto others = memory.TryReserve(memory.capacity() - memory.reserved(), "others");
   ASSERT_TRUE(others.ok());
@@ -345,7 +330,7 @@ TEST_P(RunnerTest, CancelledWhileItIsGivenBack) {
   Block();
   low = Submit(0);
   ASSERT_TRUE(claimed.Wait());
-  RunClaims();
+  RunTasks(*server_);
   const std::string high = Submit(1);
   EXPECT_EQ(End(low), v1::JOB_STATE_CANCELLED);
   EXPECT_EQ(Record(high).state(), v1::JOB_STATE_QUEUED);
@@ -506,7 +491,7 @@ TEST_P(RunnerTest, AResultWaitsForRoomOnTheDisk) {
   Block();
   const std::string id = Submit();
   // The plan is read by whoever claims.
-  RunClaims();
+  RunTasks(*server_);
   {
     const NoRoomForResults full(server_.plan, 1);
     server_.plan.no_room = true;
@@ -537,7 +522,7 @@ TEST_P(RunnerTest, AResultThatNeverFindsRoomEndsTheJob) {
   Block();
   const std::string id = Submit();
   // The plan is read by whoever claims.
-  RunClaims();
+  RunTasks(*server_);
   {
     const NoRoomForResults full(server_.plan, 100);
     gate_.Open();
@@ -562,7 +547,7 @@ TEST_P(RunnerTest, WhatWaitsForRoomCanBeCancelled) {
   Block();
   const std::string id = Submit();
   // The plan is read by whoever claims.
-  RunClaims();
+  RunTasks(*server_);
   const NoRoomForResults full(server_.plan, 1);
   server_.plan.no_room = true;
   gate_.Open();

@@ -487,6 +487,22 @@ JobView WaitFor(Backend& backend, const std::string& id,
   return view;
 }
 
+void RunTasks(Backend& backend) {
+  // The first may be behind a task that posts another.
+  for (int i = 0; i < 2; ++i) {
+    const auto ran = std::make_shared<certiq::testing::Gate>();
+    ASSERT_TRUE(backend.pool()
+                    .Post({.run =
+                               [ran] {
+                                 ran->Open();
+                                 return absl::OkStatus();
+                               },
+                           .done = [](const absl::Status&) {}})
+                    .ok());
+    ASSERT_TRUE(ran->Wait());
+  }
+}
+
 JobState WaitForEnd(Backend& backend, const std::string& id) {
   return WaitFor(backend, id, [](const JobView& view) { return IsFinal(view.record.state()); })
       .record.state();

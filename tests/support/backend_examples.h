@@ -215,6 +215,8 @@ JobView ViewOf(Backend& backend, const std::string& id);
 JobView WaitFor(Backend& backend, const std::string& id,
                 const std::function<bool(const JobView&)>& wanted);
 JobState WaitForEnd(Backend& backend, const std::string& id);
+// Waits for the tasks that were posted, claims among them, while a job keeps the only worker.
+void RunTasks(Backend& backend);
 
 struct JobResult {
   // The bytes of all tensors.
