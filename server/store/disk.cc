@@ -24,19 +24,6 @@ absl::Status DiskError(const std::string& name, absl::string_view what, int erro
   return status;
 }
 
-DiskFile& DiskFile::operator=(DiskFile&& other) noexcept {
-  if (this != &other) {
-    Close();
-    descriptor_ = std::exchange(other.descriptor_, -1);
-    name_ = std::move(other.name_);
-  }
-  return *this;
-}
-
-void DiskFile::Close() {
-  if (descriptor_ >= 0) close(std::exchange(descriptor_, -1));
-}
-
 int Disk::Interfere(absl::string_view /*call*/, size_t& /*bytes*/) { return 0; }
 
 ssize_t Disk::Try(absl::string_view name, size_t bytes, absl::FunctionRef<ssize_t(size_t)> call) {

@@ -17,6 +17,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "base/file_descriptor.h"
 
 namespace certiq::server {
 
@@ -29,17 +30,13 @@ class DiskFile {
  public:
   DiskFile() = default;
   DiskFile(int descriptor, std::string name) : descriptor_(descriptor), name_(std::move(name)) {}
-  DiskFile(DiskFile&& other) noexcept
-      : descriptor_(std::exchange(other.descriptor_, -1)), name_(std::move(other.name_)) {}
-  DiskFile& operator=(DiskFile&& other) noexcept;
-  ~DiskFile() { Close(); }
 
-  int descriptor() const { return descriptor_; }
+  int descriptor() const { return descriptor_.get(); }
   const std::string& name() const { return name_; }
-  void Close();
+  void Close() { descriptor_.Close(); }
 
  private:
-  int descriptor_ = -1;
+  base::FileDescriptor descriptor_;
   std::string name_;
 };
 
