@@ -94,6 +94,7 @@ TEST(PagingTest, PagesHaveALimitOfBytes) {
   for (const int64_t bytes : {kMaxPageBytes / 10, kMaxPageBytes / 2, kMaxPageBytes - 1,
                               kMaxPageBytes, kMaxPageBytes + 1, 3 * kMaxPageBytes}) {
     std::vector<Item> all;
+    all.reserve(25);
     for (int i = 0; i < 25; ++i) all.emplace_back(1000 + i, absl::StrCat("id", i), bytes);
     std::vector<Item> seen;
     std::string token;

@@ -10,7 +10,7 @@ namespace {
 TEST(TimeTest, DurationsHaveARange) {
   google::protobuf::Duration duration;
   EXPECT_EQ(*ReadDuration(false, duration, "ttl", kMicros, 17), 17);
-  duration.set_seconds(365 * 24 * 3600);
+  duration.set_seconds(int64_t{365} * 24 * 3600);
   EXPECT_EQ(*ReadDuration(true, duration, "ttl", kMicros, 17), kMaxDurationMicros);
   duration.set_nanos(1000);
   EXPECT_EQ(base::FieldOf(ReadDuration(true, duration, "ttl", kMicros, 17).status()), "ttl");

@@ -81,6 +81,7 @@ class AcceptorTest : public ::testing::Test {
 TEST_F(AcceptorTest, HandsConnectionsOn) {
   Start({});
   std::vector<FileDescriptor> clients;
+  clients.reserve(10);
   for (int i = 0; i < 10; ++i) clients.push_back(Connect());
   EXPECT_TRUE(Took(10));
   EXPECT_EQ(acceptor_->refused(), 0);
@@ -93,6 +94,7 @@ TEST_F(AcceptorTest, HandsConnectionsOn) {
 TEST_F(AcceptorTest, NoMoreThanTheLimitAtATime) {
   Start({.all = 4, .per_peer = 4});
   std::vector<FileDescriptor> clients;
+  clients.reserve(4);
   for (int i = 0; i < 4; ++i) clients.push_back(Connect());
   EXPECT_TRUE(Took(4));
   for (int i = 0; i < 10; ++i) EXPECT_TRUE(Closed(Connect()));
@@ -110,6 +112,7 @@ TEST_F(AcceptorTest, NoMoreThanTheLimitAtATime) {
 TEST_F(AcceptorTest, OnePeerLeavesRoomForOthers) {
   Start({.all = 100, .per_peer = 3});
   std::vector<FileDescriptor> clients;
+  clients.reserve(6);
   for (int i = 0; i < 3; ++i) clients.push_back(Connect(1));
   EXPECT_TRUE(Took(3));
   EXPECT_TRUE(Closed(Connect(1)));
@@ -135,6 +138,7 @@ TEST_F(AcceptorTest, OutlivesDescriptorsThatRunOut) {
   FileDescriptor waiting = Connect();
   EXPECT_TRUE(Took(1));
   std::vector<FileDescriptor> clients;
+  clients.reserve(20);
   for (int i = 0; i < 20; ++i) {
     clients.emplace_back(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
   }

@@ -33,7 +33,7 @@ std::string TemporaryRoot() {
   std::error_code error;
   const auto space = std::filesystem::space(shared_memory, error);
   const bool fits = !error && space.available >= kRoom && access(shared_memory.c_str(), W_OK) == 0;
-  return fits && std::getenv("TEST_TMPDIR") == nullptr ? shared_memory : ::testing::TempDir();
+  return fits && ::testing::TempDir() == "/tmp/" ? shared_memory : ::testing::TempDir();
 }
 
 }  // namespace
