@@ -298,6 +298,8 @@ def test_experts_of_fbgemm(opened: Callable[..., DecodedFiles], generator: torch
         stored = {name: weight, f"{name}_scale": scale.reshape(shape)}
         found = opened(stored, {"quant_method": "fbgemm_fp8"}).read(name)
         assert torch.equal(found, weight.float() * scale[:, None, :])
+    with pytest.raises(UsageError, match="expected one scale"):
+        opened({name: weight, f"{name}_scale": ones(2, 30, 1)}, {"quant_method": "fbgemm_fp8"})
 
 
 def test_mxfp4(opened: Callable[..., DecodedFiles], generator: torch.Generator) -> None:

@@ -345,7 +345,7 @@ class DecodedFiles:
         # One matrix at a time: a second copy of all experts is much.
         for values, matrix, scale in zip(result, matrices, scales, strict=True):
             values.copy_(_nibbles(matrix) if is_fp4 else matrix)
-            values *= scale[grid.row_of][:, grid.column_of]
+            values *= scale.index_select(1, grid.column_of).index_select(0, grid.row_of)
         return result.reshape(shape)
 
     def _decode_packed(self, name: str, made: _Packed) -> torch.Tensor:
@@ -549,6 +549,7 @@ def _scale_values(name: str, scales: torch.Tensor) -> torch.Tensor:
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Two values a byte, the low four bits first."""
-    table = torch.tensor(_E2M1)
-    both = torch.stack([codes & 15, codes >> 4], dim=-1)
-    return table[both.int()].flatten(-2)
+    pairs = torch.tensor([(_E2M1[byte & 15], _E2M1[byte >> 4]) for byte in range(256)])
+    # A pair is looked up as one number of 64 bits.
+    found = pairs.view(torch.int64).flatten().index_select(0, codes.flatten().int())
+    return found.view(torch.float32).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
