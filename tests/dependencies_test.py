@@ -269,7 +269,7 @@ PYTHON_MODULES = (
         f"{PACKAGE}/model",
         frozenset(
             {"accelerate", "gguf", "google", "numpy", "safetensors", "torch", "tqdm"}
-            | {"transformers"}
+            | {"transformers", "yaml"}
         ),
         never=("certiq.experiments",),
     ),
