@@ -268,8 +268,8 @@ PYTHON_MODULES = (
         "python model",
         f"{PACKAGE}/model",
         frozenset(
-            {"accelerate", "gguf", "google", "numpy", "safetensors", "torch", "tqdm"}
-            | {"transformers", "yaml"}
+            {"accelerate", "gguf", "google", "greenlet", "ml_dtypes", "numpy", "safetensors"}
+            | {"torch", "tqdm", "transformers", "yaml"}
         ),
         never=("certiq.experiments",),
     ),

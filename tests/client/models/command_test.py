@@ -75,8 +75,31 @@ def test_the_servers_refusal_is_passed_on(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(server, source, text, tmp_path / "output", "--group-size", "24") == 1
-    assert "spec.group_size" in capsys.readouterr().err
+    assert run(server, source, text, tmp_path / "output", "--scale-trials", "99") == 1
+    said = capsys.readouterr().err
+    assert "spec.scale_trials" in said
+    assert "model.layers.0.self_attn.q_proj" in said
+
+
+def test_what_the_format_cannot_hold_is_refused_before_the_work(
+    server: Server,
+    source: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = server.metrics().sum("certiq_jobs_total")
+    output = tmp_path / "output"
+    assert run(server, source, text, output, "--group-size", "24") == 2
+    said = capsys.readouterr().err
+    assert "model.layers.*.mlp.gate_proj [96, 64]: groups of 24 do not divide its 64" in said
+    assert "--ignore 'gate_proj$'" in said
+    assert "down_proj" not in said
+    assert not output.exists()
+    assert server.metrics().sum("certiq_jobs_total") == before
+    ignored = [flag for name in "qkvo" for flag in ("--ignore", f"{name}_proj$")]
+    ignored += ["--ignore", "(gate|up)_proj$"]
+    assert run(server, source, text, output, "--group-size", "24", *ignored) == 0
 
 
 def test_conv1d_in_compressed_tensors_is_refused(
@@ -101,7 +124,7 @@ def test_quantized_models_and_missing_tensors_are_refused(
 ) -> None:
     assert run(server, source, text, tmp_path / "once") == 0
     assert run(server, tmp_path / "once", text, tmp_path / "twice") == 2
-    assert "is quantized already" in capsys.readouterr().err
+    assert "is quantized with compressed-tensors in pack-quantized" in capsys.readouterr().err
     model = models.make("llama")
     state = model.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
@@ -126,4 +149,4 @@ def test_encoder_decoders_are_refused(
     config = transformers.BartConfig(vocab_size=models.VOCABULARY, **sizes)
     source = models.save(transformers.BartModel(config), tokenizer, tmp_path / "source")
     assert run(server, source, text, tmp_path / "output") == 2
-    assert "several lists of layers" in capsys.readouterr().err
+    assert "is an encoder-decoder" in capsys.readouterr().err

@@ -1,44 +1,43 @@
-"""The output folder: a checkpoint that loaders of its format read."""
+"""The output folder: the model's own files, with the quantized weights in the place of float ones."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
-from certiq.model.blocks import find_stack
+from certiq.model.checkpoint_files import DTYPE_NAMES, INDEX, TORCH_DTYPES, TensorInfo
 from certiq.model.errors import UsageError
 from certiq.model.journal import Journal, write_text
-from certiq.model.naming import LinearName
-from certiq.model.settings import RunSettings
+from certiq.model.naming import StoredLinear
+from certiq.model.plan import Plan
+from certiq.model.quantization_config import quantization_config
+from certiq.model.settings import PACKED, RunSettings
+from certiq.model.shards import Entry, write_safetensors
 from certiq.model.source import ModelSource
-from certiq.torch.linears import is_conv1d, is_linear
 
-SHARD_BYTES = 4 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCALE_DTYPES: dict[str, Literal["f16", "bf16", "f32"]] = {
     "float32": "f32",
     "float16": "f16",
     "bfloat16": "bf16",
 }
-DENSE_DTYPES = {
-    "dense_f32": "float32",
-    "dense_f16": "float16",
-    "dense_bf16": "bfloat16",
-}
+_DENSE = {"dense_f32": torch.float32, "dense_f16": torch.float16, "dense_bf16": torch.bfloat16}
+# What holds weights is written anew or is another edition of them; what is hidden is nobody's.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+_OURS = ("config.json", "quantize_config.json", INDEX, "report.json", "report.html", "recipe.yaml")
 
 
-def output_dtype(settings: RunSettings, source: ModelSource) -> str:
-    """The type of the tensors that are not quantized, and of compressed-tensors' scales."""
+def main_dtype(settings: RunSettings, source: ModelSource) -> str:
+    """The type that most of the checkpoint's tensors have, and compressed-tensors' scales."""
     if settings.dtype is not None:
         return settings.dtype
-    if settings.spec.format in DENSE_DTYPES:
-        return DENSE_DTYPES[settings.spec.format]
     if source.is_gguf:
         return "float16"
     return source.stored_dtype if source.stored_dtype in DTYPES else "float32"
@@ -48,192 +47,246 @@ def scale_dtype(settings: RunSettings, source: ModelSource) -> Literal["f16", "b
     """compressed-tensors computes in the scales' type, which is to be the model's."""
     if settings.spec.format != "compressed_tensors":
         return settings.spec.scale_dtype
-    return SCALE_DTYPES[output_dtype(settings, source)]
+    return SCALE_DTYPES[main_dtype(settings, source)]
 
 
-def check_loadable(settings: RunSettings, source: ModelSource, linears: Sequence[str]) -> None:
-    """Refuses before any work what no loader of the format could read."""
-    if settings.spec.format != "compressed_tensors":
-        return
-    for name in linears:
-        try:
-            module = source.model.get_submodule(name)
-        except AttributeError:
-            continue  # This expert was taken apart.
-        if is_conv1d(module):
-            raise UsageError(
-                f"{name} is a Conv1D, which compressed-tensors does not know: use gptq or gptq_v2"
-            )
+@dataclass(frozen=True)
+class Written:
+    """What was written beside the weights."""
+
+    tensor_bytes: int
+    copied: list[str]
+    not_copied: list[str]
 
 
 class CheckpointWriter:
-    """Gathers the journal's tensors and those of the source that stay."""
+    """Writes the model's files again: each tensor keeps name, type and bytes, or is replaced.
+
+    Two things change a type: --dtype, and what a quantized source kept in FP8 or MXFP4, which comes
+    out in the checkpoint's main type where it is not quantized. With a GGUF source there are no
+    files of transformers to copy; they are made.
+    """
 
     def __init__(
-        self,
-        settings: RunSettings,
-        source: ModelSource,
-        journal: Journal,
-        names: dict[str, LinearName],
+        self, settings: RunSettings, source: ModelSource, journal: Journal, plan: Plan
     ) -> None:
         self._settings = settings
         self._source = source
         self._journal = journal
-        self._names = names
-        self._dtype = output_dtype(settings, source)
+        self._plan = plan
+        self._dtype = main_dtype(settings, source)
+        self._packed = plan.format in PACKED
         self._orders_groups = False
+        # The linears that are quantized, by the tensor that has their float weights.
+        self._in_tensor: dict[str, list[StoredLinear]] = defaultdict(list)
+        for planned in plan.quantized.values():
+            assert planned.linear.tensor is not None
+            self._in_tensor[planned.linear.tensor].append(planned.linear)
+        # Float experts that become one tensor, by the tensor of the first; the others go into it.
+        self._joined = {
+            experts[0].tensor: (parameter, experts) for parameter, experts in plan.joined.items()
+        }
+        self._within = {own.tensor for experts in plan.joined.values() for own in experts}
 
-    def write(self) -> None:
-        output = self._settings.output
-        weight_map, total = self._write_shards(output)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        if len(set(weight_map.values())) > 1:
-            write_text(output / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        self._source.tokenizer().save_pretrained(output)
-        generation = getattr(self._source.model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(output)
-        self._write_config(output)
-
-    def left_float(self) -> list[str]:
-        """Names of modules with two-dimensional weights that a loader must not look for packed."""
-        quantized = set(self._names)
-        return [
-            name
-            for name, module in self._source.model.named_modules()
-            if is_linear(module) and name not in quantized
-        ]
-
-    def _write_shards(self, output: Path) -> tuple[dict[str, str], int]:
-        shards: list[tuple[Path, list[str]]] = []
-        pending: dict[str, torch.Tensor] = {}
-        size = total = 0
-
-        def flush() -> None:
-            nonlocal size
-            path = output / f".shard-{len(shards)}.part"
-            save_file(pending, path, {"format": "pt"})
-            shards.append((path, list(pending)))
-            pending.clear()
-            size = 0
-
-        for name, tensor in self._tensors():
-            own = tensor.numel() * tensor.element_size()
-            if pending and size + own > SHARD_BYTES:
-                flush()
-            pending[name] = tensor.contiguous()
-            size += own
-            total += own
-        flush()
-        weight_map: dict[str, str] = {}
-        for number, (path, tensors) in enumerate(shards, 1):
-            final = "model.safetensors"
-            if len(shards) > 1:
-                final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            path.replace(output / final)
-            weight_map |= dict.fromkeys(tensors, final)
-        return weight_map, total
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        replaced = {tensor for name in self._names.values() for tensor in name.replaces}
-        dtype = DTYPES[self._dtype]
-        # A tied head is in some checkpoints, and not in those that transformers writes.
+    def check_values(self) -> None:
+        """UsageError for a value that stays and that its new type cannot hold."""
+        if DTYPES[self._dtype] != torch.float16:
+            return
         for name in self._source.files.names():
-            if name in replaced or name in self._source.unused:
+            stored = self._source.files.info(name).dtype
+            if name in self._in_tensor or stored == "F16" or self._kept(name):
                 continue
             tensor = self._source.files.read(name)
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for linear, own in self._names.items():
-            done = self._journal.read(linear)
-            if "weight" in done.tensors:
-                # Dense: an ordinary checkpoint, without scales beside the weights.
-                weight = done.tensors["weight"]
-                module = _submodule(self._source.model, linear)
-                turned = module is not None and is_conv1d(module)
-                yield f"{own.prefix}.weight", weight.t() if turned else weight
+            if not tensor.is_floating_point():
                 continue
-            self._note_order(done.tensors)
-            for role, tensor in done.tensors.items():
-                yield f"{own.prefix}.{role}", tensor
+            narrow = tensor.to(torch.float16)
+            lost = torch.isfinite(tensor) & ~torch.isfinite(narrow)
+            if bool(lost.any()):
+                value = float(tensor[lost].reshape(-1)[0])
+                raise UsageError(
+                    f"{name} has a value of {value:g}, beyond the 65504 of float16: expected "
+                    "--dtype bfloat16 or float32"
+                )
 
-    def _note_order(self, tensors: dict[str, torch.Tensor]) -> None:
-        index = tensors.get("g_idx")
-        if index is not None and bool((index[1:] < index[:-1]).any()):
-            self._orders_groups = True
+    def write(self) -> Written:
+        output = self._settings.output
+        # Whatever an earlier attempt left promises nothing.
+        for name in ("config.json", "quantize_config.json", INDEX):
+            (output / name).unlink(missing_ok=True)
+        shards = self._source.files.shards()
+        weight_map: dict[str, str] = {}
+        total = 0
+        for file, names in shards.items():
+            entries = [entry for name in names for entry in self._entries(name)]
+            write_safetensors(output / file, entries)
+            weight_map |= {entry.name: file for entry in entries}
+            total += sum(entry.info.bytes for entry in entries)
+        if len(shards) > 1:
+            self._write_index(output, weight_map, total)
+        copied, left = self._copy_files(output)
+        self._write_config(output)
+        return Written(total, copied, left)
+
+    def _kept(self, name: str) -> bool:
+        """True: a tensor that stays as it is, byte for byte."""
+        if name in self._source.decoded_names():
+            return False
+        if self._settings.dtype is None and not self._source.is_gguf:
+            return True
+        # What has another type than the checkpoint's has it for a reason.
+        main = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        return self._source.files.info(name).dtype != main.get(self._source.stored_dtype, "F32")
+
+    def _entries(self, name: str) -> Iterator[Entry]:
+        linears = self._in_tensor.get(name)
+        if name in self._joined:
+            yield self._joined_entry(*self._joined[name])
+        elif name in self._within:
+            return
+        elif linears is None:
+            yield self._kept_entry(name)
+        elif not self._packed:
+            yield self._dense_entry(name, linears)
+        else:
+            for linear in linears:
+                yield from self._packed_entries(linear)
+            yield from self._float_experts(name, linears)
+
+    def _kept_entry(self, name: str) -> Entry:
+        return Entry(name, self._kept_info(name), lambda: self._read_kept(name))
+
+    def _kept_info(self, name: str) -> TensorInfo:
+        info = self._source.files.info(name)
+        if self._kept(name) or not info.dtype.startswith(("F", "BF")):
+            return info
+        return TensorInfo(DTYPE_NAMES[DTYPES[self._dtype]], info.shape)
+
+    def _read_kept(self, name: str) -> torch.Tensor:
+        tensor = self._source.files.read(name)
+        if self._kept(name) or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(DTYPES[self._dtype])
+
+    def _joined_entry(self, parameter: str, experts: list[StoredLinear]) -> Entry:
+        """A tensor of all experts as the model has it."""
+        first = experts[0]
+        assert first.tensor is not None
+        shape = tuple(self._source.model.get_parameter(parameter).shape)
+        info = TensorInfo(self._kept_info(first.tensor).dtype, shape)
+
+        def made() -> torch.Tensor:
+            tensor = torch.empty(shape, dtype=TORCH_DTYPES[info.dtype])
+            for own in experts:
+                assert own.tensor is not None
+                assert own.matrix is not None
+                own.matrix.put(tensor, self._read_kept(own.tensor))
+            return tensor
+
+        return Entry(parameter, info, made)
+
+    def _dense_entry(self, name: str, linears: list[StoredLinear]) -> Entry:
+        """An ordinary tensor, in the layout that it had."""
+        dtype = _DENSE[self._plan.format]
+
+        def made() -> torch.Tensor:
+            tensor = self._source.files.read(name).to(dtype)
+            for linear in linears:
+                weight = self._journal.read_tensor(linear.name, "weight").to(dtype)
+                if linear.together:
+                    assert linear.matrix is not None
+                    linear.matrix.put(tensor, weight)
+                else:
+                    tensor = weight.t() if linear.transposed else weight
+            return tensor
+
+        info = self._source.files.info(name)
+        return Entry(name, TensorInfo(DTYPE_NAMES[dtype], info.shape), made)
+
+    def _packed_entries(self, linear: StoredLinear) -> Iterator[Entry]:
+        for role, info in self._journal.infos(linear.name).items():
+            read = self._reader(linear.name, role)
+            if role == "g_idx":
+                index = read()
+                self._orders_groups |= bool((index[1:] < index[:-1]).any())
+            yield Entry(f"{linear.prefix}.{role}", info, read)
+
+    def _reader(self, linear: str, role: str) -> Callable[[], torch.Tensor]:
+        return lambda: self._journal.read_tensor(linear, role)
+
+    def _float_experts(self, name: str, linears: list[StoredLinear]) -> Iterator[Entry]:
+        """Those that stay float, of a tensor of all experts of which some are packed."""
+        packed = {linear.name for linear in linears}
+        others = [
+            linear
+            for linear in self._plan.linears.values()
+            if linear.together and linear.tensor == name and linear.name not in packed
+        ]
+        for linear in others:
+            assert linear.matrix is not None
+            matrix = linear.matrix
+            info = self._kept_info(name)
+            yield Entry(
+                f"{linear.prefix}.weight",
+                TensorInfo(info.dtype, (linear.rows, linear.features)),
+                lambda matrix=matrix: matrix.of(self._read_kept(name)),
+            )
+
+    def _write_index(self, output: Path, weight_map: Mapping[str, str], total: int) -> None:
+        metadata: dict[str, Any] = {}
+        own = self._source.folder / INDEX
+        if own.exists():
+            metadata = dict(json.loads(own.read_text(encoding="utf-8")).get("metadata") or {})
+        metadata["total_size"] = total
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(output / INDEX, json.dumps(index, indent=2) + "\n")
+
+    def _copy_files(self, output: Path) -> tuple[list[str], list[str]]:
+        """All other files of the model."""
+        if self._source.is_gguf:
+            self._source.tokenizer().save_pretrained(output)
+            return [], []
+        copied: list[str] = []
+        left: list[str] = []
+        folder = self._source.folder
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            if not path.is_file() or any(part.startswith(".") for part in name.parts):
+                continue
+            if path.suffix in _WEIGHTS or path.name.endswith(".index.json"):
+                if path not in self._source.files.files() and path.name != INDEX:
+                    left.append(str(name))
+                continue
+            if len(name.parts) == 1 and path.name in _OURS:
+                continue
+            target = output / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            shutil.copyfile(path, part)
+            part.replace(target)
+            copied.append(str(name))
+        return copied, left
 
     def _write_config(self, output: Path) -> None:
-        self._source.config.save_pretrained(output)
-        path = output / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["dtype"] = self._dtype
-        config.setdefault("architectures", [type(self._source.model).__name__])
-        if config["architectures"] is None:
-            config["architectures"] = [type(self._source.model).__name__]
-        quantization = self._quantization_config()
+        config = self._config()
+        quantization = quantization_config(
+            self._plan.specs(), self._plan.float_modules, desc_act=self._orders_groups
+        )
         if quantization is not None:
             config["quantization_config"] = quantization
-        write_text(path, json.dumps(config, indent=2) + "\n")
         if quantization is not None and quantization["quant_method"] == "gptq":
             write_text(output / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")
+        write_text(output / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def _quantization_config(self) -> dict[str, Any] | None:
-        spec = self._settings.spec
-        bits, group_size = spec.bits or 4, spec.group_size or 0
-        symmetric = spec.symmetric is not False
-        if spec.format in ("gptq", "gptq_v2"):
-            return {
-                "bits": bits,
-                "group_size": group_size or -1,
-                "desc_act": self._orders_groups,
-                "sym": symmetric,
-                "lm_head": False,
-                "quant_method": "gptq",
-                "checkpoint_format": spec.format,
-                "pack_dtype": "int32",
-                "meta": {"quantizer": ["certiq"]},
-                **self._left_in_blocks(),
-            }
-        if spec.format == "compressed_tensors":
-            weights = {
-                "num_bits": bits,
-                "type": "int",
-                "symmetric": symmetric,
-                "strategy": "group" if group_size else "channel",
-                "group_size": group_size or None,
-                "dynamic": False,
-                "actorder": None,
-            }
-            group = {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None,
-                "output_activations": None,
-            }
-            return {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "quantization_status": "compressed",
-                "config_groups": {"group_0": group},
-                "ignore": self.left_float(),
-                "kv_cache_scheme": None,
-            }
-        return None
-
-    def _left_in_blocks(self) -> dict[str, Any]:
-        """Loaders of GPTQ take every linear of a block for packed unless they are told otherwise:
-        GPTQModel what is not, transformers what is."""
-        stack, _ = find_stack(self._source.model)
-        left = [name for name in self.left_float() if name.startswith(f"{stack}.")]
-        if not left:
-            return {}
-        return {
-            "dynamic": {f"-:^{re.escape(name)}$": {} for name in left},
-            "modules_in_block_to_quantize": [list(self._names)],
-        }
-
-
-def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+    def _config(self) -> dict[str, Any]:
+        """The model's own, of which only what changed is changed."""
+        if self._source.is_gguf:
+            config = json.loads(self._source.config.to_json_string(use_diff=True))
+            config["dtype"] = self._dtype
+        else:
+            config = dict(self._source.config_json)
+            config.pop("quantization_config", None)
+            if self._settings.dtype is not None:
+                config["torch_dtype" if "torch_dtype" in config else "dtype"] = self._dtype
+        if not config.get("architectures"):
+            config["architectures"] = [type(self._source.model).__name__]
+        return config

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from certiq import Client, Error, Spec, Tls
 from certiq.model.errors import UsageError
 from certiq.model.settings import DENSE, PACKED, RunSettings
+
+if TYPE_CHECKING:
+    from certiq.model.plan import Plan
 
 DEFAULT_FORMAT = "compressed_tensors"
 
@@ -26,7 +30,14 @@ def parser() -> argparse.ArgumentParser:
     )
     where = p.add_argument_group("what and where")
     where.add_argument("--model", type=Path, required=True, help="a checkpoint folder or a .gguf")
-    where.add_argument("--calibration", type=Path, required=True, help="text, UTF-8")
+    where.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        required=True,
+        help="text in UTF-8, or .jsonl with a text or the messages of a chat in each line; may be "
+        "given several times; self: samples of the model's own",
+    )
     where.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     where.add_argument("--server", required=True, metavar="HOST:PORT")
     where.add_argument("--tls-ca", type=Path, help="PEM; speak TLS and trust these authorities")
@@ -61,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
         choices=[*names, "gptq_v2"],
         help="who loads which: python -m certiq.readers",
     )
+    spec.add_argument(
+        "--recipe",
+        type=Path,
+        help="YAML that says it module by module, and wins over the flags above",
+    )
     spec.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the rest")
 
     text = p.add_argument_group("calibration and evaluation")
@@ -78,8 +94,15 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--no-float-evaluation", action="store_true", help="only perplexity after")
     text.add_argument("--ignore", action="append", default=[], metavar="REGEX")
     text.add_argument("--layers", type=int, help="only the first so many decoder layers")
+    text.add_argument(
+        "--min-share",
+        type=float,
+        default=0.0,
+        help="an error where less of the layers' weights would be quantized, 0 to 1",
+    )
     text.add_argument("--batch-size", type=int, default=8)
     text.add_argument("--device", default="cpu")
+    p.add_argument("--dry-run", action="store_true", help="show the plan, and stop there")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
 
@@ -105,10 +128,16 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
         format=arguments.format.replace("-", "_"),
         compare_nearest=None,
     )
+    calibration = tuple(arguments.calibration)
+    if Path("self") in calibration:
+        if len(calibration) > 1:
+            raise UsageError("calibration: expected files or self, got both")
+        calibration = ()
     return RunSettings(
         model=arguments.model,
         output=arguments.output,
-        calibration=arguments.calibration,
+        calibration=calibration,
+        recipe=arguments.recipe,
         spec=spec,
         sequences=arguments.sequences,
         sequence_length=arguments.sequence_length,
@@ -123,6 +152,7 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
         batch_size=arguments.batch_size,
         device=arguments.device,
         blocks=arguments.layers,
+        min_share=arguments.min_share,
     )
 
 
@@ -138,24 +168,32 @@ def client_from(arguments: argparse.Namespace) -> Client:
 
 def versions() -> dict[str, str]:
     found = {}
-    for name in ("certiq", "torch", "transformers"):
+    for name in ("certiq", "torch", "transformers", "compressed-tensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "from sources"
+            found[name] = "not installed as a package"
     return found
 
 
 def quantize_model(
-    client: Client, settings: RunSettings, *, restart: bool = False, bar: bool = True
-) -> dict[str, object]:
-    """Runs to the end, or goes on with what an earlier run left; returns report.json's content."""
+    client: Client,
+    settings: RunSettings,
+    *,
+    restart: bool = False,
+    dry_run: bool = False,
+    bar: bool = True,
+) -> dict[str, object] | None:
+    """Runs to the end, or goes on with what an earlier run left; returns report.json's content, or
+    None after a dry run."""
     import torch
     from tqdm.auto import tqdm
 
-    from certiq.model.checkpoint import CheckpointWriter, check_loadable, scale_dtype
+    from certiq.model.checkpoint import CheckpointWriter, scale_dtype
     from certiq.model.journal import Journal, write_text
-    from certiq.model.naming import linear_names
+    from certiq.model.lockstep import BlockStack
+    from certiq.model.plan import described, make_plan
+    from certiq.model.recipe import Recipe
     from certiq.model.report import model_report
     from certiq.model.report_html import render
     from certiq.model.run import ModelRun
@@ -166,21 +204,25 @@ def quantize_model(
     settings = dataclasses.replace(
         settings, spec=dataclasses.replace(settings.spec, scale_dtype=scale_dtype(settings, source))
     )
+    recipe = (
+        Recipe.of_flags(settings.spec, settings.ignore)
+        if settings.recipe is None
+        else Recipe.read(settings.recipe, settings.spec, settings.ignore)
+    )
+    stack = BlockStack(source.model)
+    plan = make_plan(source, stack, settings, recipe)
+    _show_plan(plan, settings)
+    if dry_run:
+        return None
     settings.output.mkdir(parents=True, exist_ok=True)
     if (settings.output / "report.json").exists() and not restart:
         raise UsageError(f"{settings.output} holds a finished run: another --output, or --restart")
     journal = Journal(settings.output)
-    run = ModelRun(client, settings, source, journal)
-    check_loadable(settings, source, run.linears)
-    names = linear_names(source, run.linears)
+    writer = CheckpointWriter(settings, source, journal, plan)
+    writer.check_values()
+    run = ModelRun(client, settings, source, stack, plan, journal)
     resumed = journal.open(settings.fingerprint(source.identity()), restart=restart)
     done = run.done()
-    if not settings.loads_in():
-        print(
-            f"warning: no reader is known to load {settings.spec.format} with these bits, zero "
-            "points, groups and order; help(certiq.loads_in) tells what each takes",
-            file=sys.stderr,
-        )
     if resumed and bar:
         print(f"goes on: {len(done)} of {len(run.linears)} linears are done", file=sys.stderr)
     with tqdm(
@@ -192,22 +234,42 @@ def quantize_model(
             progress.set_postfix_str(f"{name} {error:.3g}")
 
         run.run(step)
-    quality = run.perplexity()
-    writer = CheckpointWriter(settings, source, journal, names)
-    writer.write()
+    written = writer.write()
+    assert run.checked is not None
     report = model_report(
         settings.described(),
         [journal.read_report(name) for name in run.linears],
-        left_float=writer.left_float(),
-        perplexity=quality,
+        left_float=plan.float_modules,
+        plan=described(plan),
+        evaluation=run.evaluation(),
         seconds=run.seconds(),
         versions=versions(),
         loads_in=[str(reader) for reader in settings.loads_in()],
+        texts=run.texts,
+        float_model=run.checked.logits,
+        tensor_bytes=written.tensor_bytes,
+        files={"copied": written.copied, "not_copied": written.not_copied},
     )
+    write_text(settings.output / "recipe.yaml", recipe.resolved())
     write_text(settings.output / "report.html", render(report, f"{settings.model.name}, quantized"))
     write_text(settings.output / "report.json", json.dumps(report, indent=1) + "\n")
     journal.remove()
     return report
+
+
+def _show_plan(plan: Plan, settings: RunSettings) -> None:
+    print("plan:")
+    for line in plan.lines():
+        print(line)
+    warnings = list(plan.warnings)
+    if not settings.loads_in():
+        warnings.append(
+            f"no reader is known to load {settings.spec.format} with these bits, zero points, "
+            "groups and order; help(certiq.loads_in) tells what each takes"
+        )
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    sys.stdout.flush()
 
 
 def summary(report: dict[str, object]) -> str:
@@ -217,12 +279,17 @@ def summary(report: dict[str, object]) -> str:
         f"{totals['linears']} linears, {totals['bits_per_weight']:.3f} bits a weight, "
         f"mean relative error {totals['mean_relative_error'] or 0.0:.4f}",
     ]
-    quality = report["perplexity"]
-    if isinstance(quality, dict):
+    evaluation = report["evaluation"]
+    assert isinstance(evaluation, dict)
+    for text, quality in evaluation.items():
         before = quality["float"]
-        lines.append(
-            f"perplexity {'' if before is None else f'{before:.2f} -> '}{quality['quantized']:.2f}"
-        )
+        line = f"{'' if before is None else f'{before:.2f} -> '}{quality['quantized']:.2f}"
+        if before is not None:
+            line += (
+                f", KL {quality['kl_divergence']:.4f}, the same first token in "
+                f"{100 * quality['top1_agreement']:.1f} %, flips {100 * quality['flips']:.1f} %"
+            )
+        lines.append(f"perplexity on {text.replace('_', ' ')}: {line}")
     readers = report["loads_in"]
     assert isinstance(readers, list)
     lines.append(f"loads in: {'; '.join(readers) or 'no reader that is known'}")
@@ -244,7 +311,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_from(arguments)
         with client_from(arguments) as client:
             report = quantize_model(
-                client, settings, restart=arguments.restart, bar=not arguments.quiet
+                client,
+                settings,
+                restart=arguments.restart,
+                dry_run=arguments.dry_run,
+                bar=not arguments.quiet,
             )
     except (UsageError, OSError) as error:
         print(f"certiq-quantize-model: {error}", file=sys.stderr)
@@ -255,5 +326,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ncertiq-quantize-model: interrupted; start it again to go on", file=sys.stderr)
         return 130
-    print(summary(report))
+    if report is not None:
+        print(summary(report))
     return 0

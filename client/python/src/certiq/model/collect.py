@@ -1,10 +1,12 @@
-"""From the inputs of a block to calibrations, one for each group of linears that share theirs."""
+"""From what linears read to calibrations, one for each group of linears that read the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,30 +14,123 @@ from torch import nn
 from certiq.calibration import ActivationStream, Calibration
 from certiq.client import Client
 from certiq.model.errors import UsageError
-from certiq.model.levels import Level, is_expert
+from certiq.model.levels import Group, Level
+from certiq.model.lockstep import AtLevel, running
+from certiq.torch.experts import TakenApart
 from certiq.torch.finite import not_finite
-from certiq.torch.linears import features_of
-from certiq.torch.taps import InputGroup, InputTap
+from certiq.torch.taps import Seen
 
 STREAM = "calibration"
-# It runs one block on the hidden states of a batch.
-RunBlock = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-
-
-class _StopError(Exception):
-    """Ends a pass once what it was for has been read."""
 
 
 @dataclass
 class Collected:
     """A group of linears and the calibration of what they read; None where no token came."""
 
-    name: str
-    members: tuple[str, ...]
+    group: Group
     features: int
     calibration: Calibration | None
     tokens: int
     mismatched: bool
+
+
+class BlockReader:
+    """Hooks on the linears of a block.
+
+    What a group of them reads goes to the forward that runs it, which then waits for the group's
+    level.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        blocks: Mapping[str, nn.Module],
+        *,
+        waits: bool,
+    ) -> None:
+        """`blocks`: the block that each stream which is read runs. `waits`: False where a forward
+        reads the whole block in float first."""
+        self.levels = list(levels)
+        self._done: set[int] = set()
+        self._waits = waits
+        self._level_of: dict[str, int] = {}
+        self._group_of: dict[str, Group] = {}
+        for number, level in enumerate(self.levels):
+            for group in level.groups:
+                for member in group.members:
+                    self._level_of[member] = number
+                    self._group_of[member] = group
+        self._seen: dict[tuple[Any, str], Seen] = {}
+        self._handles: list[Any] = []
+        self._apart: list[TakenApart] = []
+        self._streams = frozenset(blocks)
+        for block in {id(own): own for own in blocks.values()}.values():
+            self._watch(block)
+
+    def _watch(self, block: nn.Module) -> None:
+        names = {}
+        for name in self._level_of:
+            module = block.get_submodule(name)
+            names[module] = name
+            self._handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, arguments, name=name: self._called(name, arguments[0])
+                )
+            )
+        for module in block.modules():
+            if isinstance(module, TakenApart):
+                self._apart.append(module)
+                module.announce = lambda readers: [
+                    self._read(names[linear], x) for linear, x in readers if linear in names
+                ]
+
+    def __enter__(self) -> BlockReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._apart:
+            module.announce = None
+        self._seen.clear()
+
+    def set_done(self, level: int) -> None:
+        self._done.add(level)
+
+    def is_done(self, level: int) -> bool:
+        return level in self._done
+
+    def _called(self, name: str, x: torch.Tensor) -> None:
+        self._read(name, x)
+        level = self._level_of[name]
+        own = running()
+        if self._waits and level not in self._done and own.stream in self._streams:
+            own.pause(AtLevel(level))
+
+    def _read(self, name: str, x: torch.Tensor) -> None:
+        own = running()
+        if own.stream not in self._streams:
+            return
+        group = self._group_of[name]
+        seen = self._seen.get((own, group.name))
+        if seen is not None:
+            if not seen.same(x) and (self._waits or self._level_of[name] not in self._done):
+                raise UsageError(
+                    f"{name} does not read what {group.name} reads, as it did in a short sequence: "
+                    "expected blocks that run the same way on every text; --ignore it"
+                )
+            return
+        if self._level_of[name] in self._done:
+            return
+        self._seen[own, group.name] = Seen(x)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if rows.shape[0]:
+            own.rows[group.name] = rows
 
 
 @dataclass
@@ -43,133 +138,104 @@ class _Filling:
     calibration: Calibration
     stream: ActivationStream
     mismatched: bool
+    features: int
     tokens: int = 0
 
 
 class Collector:
-    """Fills calibrations with what the linears of one level read.
+    """Fills the calibrations of a block's groups while forwards read it.
 
-    `block` is the block as quantized so far, `float_block` the original one where Qronos needs
-    both. Routing differs between the two, so experts are calibrated on what they see in the
-    quantized model alone.
+    With `mismatched` each row has the float model's beside it. Routing differs between the two, so
+    experts are calibrated on what they see in the quantized model alone.
     """
 
     def __init__(
         self,
         client: Client,
-        run: RunBlock,
         *,
         block_name: str,
+        mismatched: bool,
+        experts: frozenset[str],
         held_out_fraction: float,
         sequence_length: int,
     ) -> None:
         self._client = client
-        self._run = run
         self._block_name = block_name
+        self._mismatched = mismatched
+        self._experts = experts
         self._held_out_fraction = held_out_fraction
         self._sequence_length = sequence_length
+        self._fillings: dict[str, _Filling] = {}
+        self._streams = ExitStack()
 
-    def discover(
-        self, block: nn.Module, linears: dict[str, nn.Module], x: torch.Tensor
-    ) -> dict[str, InputGroup]:
-        """The groups of linears that share an input, in the order one pass calls them."""
-        with InputTap(linears, lambda name, rows: None) as tap:
-            self._run(block, x)
-        return tap.groups
+    def __enter__(self) -> Collector:
+        return self
 
-    @contextmanager
-    def fill(
+    def __exit__(
         self,
-        level: Level,
-        block: nn.Module,
-        linears: dict[str, nn.Module],
-        batches: Sequence[torch.Tensor],
-        *,
-        float_block: nn.Module | None = None,
-        float_linears: dict[str, nn.Module] | None = None,
-        float_batches: Sequence[torch.Tensor] = (),
-    ) -> Iterator[list[Collected]]:
-        """Calibrations of a level, finalized; deleted at the end of the `with` block."""
-        own = {name: linears[name] for name in level.linears}
-        fillings: dict[str, _Filling] = {}
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with ExitStack() as calibrations:
-            with ExitStack() as streams:
-                rows: dict[str, torch.Tensor] = {}
-                tap = streams.enter_context(InputTap(own, rows.__setitem__))
-                float_rows: dict[str, torch.Tensor] = {}
-                if float_block is not None and float_linears is not None:
-                    floats = {name: float_linears[name] for name in level.linears}
-                    streams.enter_context(InputTap(floats, float_rows.__setitem__))
-                for index, batch in enumerate(batches):
-                    self._pass(block, batch, level, linears)
-                    if float_block is not None and float_linears is not None:
-                        self._pass(float_block, float_batches[index], level, float_linears)
-                    for name, x in rows.items():
-                        group = tap.groups[name]
-                        filling = fillings.get(name)
-                        if filling is None:
-                            filling = self._open(group, float_block, calibrations, streams)
-                            fillings[name] = filling
-                        self._send(name, filling, x, float_rows)
-                    rows.clear()
-                    float_rows.clear()
-            yield self._finish(level, linears, tap.groups, fillings)
+            for filling in self._fillings.values():
+                calibrations.push(filling.calibration)
+            self._streams.__exit__(kind, error, trace)
 
-    def _pass(
-        self, block: nn.Module, batch: torch.Tensor, level: Level, linears: dict[str, nn.Module]
-    ) -> None:
-        """Runs the block until all of the level has read its inputs, where that can be told: the
-        last one that reads is not computed any more."""
-        waiting = set(level.linears)
+    def take(self, rows: dict[str, torch.Tensor], float_rows: dict[str, torch.Tensor]) -> None:
+        """Sends what one batch read, and forgets it."""
+        for name, x in rows.items():
+            self._send(name, x, float_rows.get(name))
+        rows.clear()
+        float_rows.clear()
 
-        def read(name: str) -> Callable[..., None]:
-            def hook(*_: object) -> None:
-                waiting.discard(name)
-                if not waiting:
-                    raise _StopError
-
-            return hook
-
-        # This hook runs behind those of the tap, which was entered before.
-        watched = () if level.repeated else level.linears
-        handles = [linears[name].register_forward_pre_hook(read(name)) for name in watched]
-        try:
-            self._run(block, batch)
-        except _StopError:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _open(
-        self,
-        group: InputGroup,
-        float_block: nn.Module | None,
-        calibrations: ExitStack,
-        streams: ExitStack,
-    ) -> _Filling:
-        expert = is_expert(group.name)
-        mismatched = float_block is not None and not expert
-        calibration = calibrations.enter_context(
-            self._client.calibration(
-                group.features,
-                mismatched=mismatched,
-                held_out_fraction=self._held_out_fraction,
-                # Tokens that were routed to an expert are no sequences any more.
-                sequence_rows=0 if expert else self._sequence_length,
-                labels=[f"{self._block_name}.{group.name}"],
+    def finish(self, level: Level) -> list[Collected]:
+        """Finalizes the calibrations of a level."""
+        collected = []
+        for group in level.groups:
+            filling = self._fillings.get(group.name)
+            if filling is None:
+                collected.append(Collected(group, 0, None, 0, False))
+                continue
+            filling.stream.close()
+            filling.calibration.finalize(expected_tokens=filling.tokens)
+            collected.append(
+                Collected(
+                    group,
+                    filling.features,
+                    filling.calibration,
+                    filling.tokens,
+                    filling.mismatched,
+                )
             )
-        )
-        return _Filling(calibration, streams.enter_context(calibration.stream(STREAM)), mismatched)
+        return collected
 
-    def _send(
-        self,
-        name: str,
-        filling: _Filling,
-        x: torch.Tensor,
-        float_rows: dict[str, torch.Tensor],
-    ) -> None:
-        for rows, of_model in ((x, "quantized"), (float_rows.get(name), "float")):
+    def drop(self, level: Level) -> None:
+        """Deletes the calibrations of a level, once its jobs have ended."""
+        for group in level.groups:
+            filling = self._fillings.pop(group.name, None)
+            if filling is not None:
+                filling.calibration.delete()
+
+    def _open(self, name: str, features: int) -> _Filling:
+        expert = name in self._experts
+        mismatched = self._mismatched and not expert
+        calibration = self._client.calibration(
+            features,
+            mismatched=mismatched,
+            held_out_fraction=self._held_out_fraction,
+            # Tokens that were routed to an expert are no sequences any more.
+            sequence_rows=0 if expert else self._sequence_length,
+            labels=[f"{self._block_name}.{name}"[:256]],
+        )
+        stream = self._streams.enter_context(calibration.stream(STREAM))
+        return _Filling(calibration, stream, mismatched, features)
+
+    def _send(self, name: str, x: torch.Tensor, float_x: torch.Tensor | None) -> None:
+        filling = self._fillings.get(name)
+        if filling is None:
+            filling = self._fillings[name] = self._open(name, x.shape[-1])
+        for rows, of_model in ((x, "quantized"), (float_x, "float")):
             bad = None if rows is None else not_finite(rows, filling.tokens)
             if bad is not None:
                 raise UsageError(
@@ -177,41 +243,12 @@ class Collector:
                     "the calibration's tokens: expected finite values in float32"
                 )
         if filling.mismatched:
-            if name not in float_rows or float_rows[name].shape != x.shape:
+            if float_x is None or float_x.shape != x.shape:
                 raise UsageError(
                     f"{self._block_name}.{name} reads other tokens in the float model than in the "
                     "quantized one; only OPTQ can quantize it"
                 )
-            filling.stream.send(float_rows[name], x)
+            filling.stream.send(float_x, x)
         else:
             filling.stream.send(x)
         filling.tokens += x.shape[0]
-
-    def _finish(
-        self,
-        level: Level,
-        linears: dict[str, nn.Module],
-        groups: dict[str, InputGroup],
-        fillings: dict[str, _Filling],
-    ) -> list[Collected]:
-        collected: list[Collected] = []
-        reached: set[str] = set()
-        for name, filling in fillings.items():
-            filling.calibration.finalize(expected_tokens=filling.tokens)
-            members = tuple(groups[name].members)
-            reached.update(members)
-            collected.append(
-                Collected(
-                    name,
-                    members,
-                    groups[name].features,
-                    filling.calibration,
-                    filling.tokens,
-                    filling.mismatched,
-                )
-            )
-        for name in level.linears:
-            if name not in reached:
-                features = features_of(linears[name])
-                collected.append(Collected(name, (name,), features, None, 0, False))
-        return collected

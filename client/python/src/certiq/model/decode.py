@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from certiq.model.checkpoint_files import TensorFiles
+from certiq.model.checkpoint_files import TensorFiles, TensorInfo
 from certiq.model.errors import UsageError
 
 # The values of e2m1 by code, of OCP Microscaling Formats (MX) 1.0.
@@ -129,14 +128,12 @@ class DecodedFiles:
         self._files = files
         self._blocks = _block_sizes(config)
         self._columns = config.get("quant_method") == "fbgemm_fp8"
-        self._known: dict[str, _Stored] = _headers(files.files())
         self._all = set(files.names())
         for name in files.names():
             _refuse_foreign(name)
         self._made: dict[str, _Scaled | _Packed] = {}
         self._find_packed()
-        # Files without headers (PyTorch's) are read for their types where that can matter.
-        self._find_scaled(every=bool(config))
+        self._find_scaled()
         hidden = {name for made in self._made.values() for name in made.stored()}
         quantized = bool(config) or bool(self._made)
         self._dropped = [
@@ -161,8 +158,28 @@ class DecodedFiles:
             raise _without_scale(name, _Stored(tensor.dtype, tuple(tensor.shape)))
         return tensor
 
+    def info(self, name: str) -> TensorInfo:
+        made = self._made.get(name)
+        if made is None:
+            return self._files.info(name)
+        if isinstance(made, _Packed):
+            experts, rows, groups, half = self._stored(made.blocks).shape
+            return TensorInfo("F32", (experts, groups * 2 * half, rows))
+        stored = self._stored(made.weight)
+        if stored.dtype in _CODES:
+            return TensorInfo("F32", stored.shape)
+        return TensorInfo("F32", (*stored.shape[:-1], 2 * stored.shape[-1]))
+
     def files(self) -> list[Path]:
         return self._files.files()
+
+    def shards(self) -> dict[str, list[str]]:
+        at = {made.stored()[0]: name for name, made in self._made.items()}
+        shown = set(self._names)
+        return {
+            file: [at.get(name, name) for name in names if at.get(name, name) in shown]
+            for file, names in self._files.shards().items()
+        }
 
     def decoded_names(self) -> frozenset[str]:
         return frozenset(self._made)
@@ -177,10 +194,9 @@ class DecodedFiles:
         return list(self._dropped)
 
     def _stored(self, name: str) -> _Stored:
-        if name not in self._known:
-            tensor = self._files.read(name)
-            self._known[name] = _Stored(tensor.dtype, tuple(tensor.shape))
-        return self._known[name]
+        info = self._files.info(name)
+        # Types that are not listed are neither codes nor scales.
+        return _Stored(_DTYPES.get(info.dtype) or torch.bool, info.shape)
 
     def _find_packed(self) -> None:
         for name in self._files.names():
@@ -214,13 +230,11 @@ class DecodedFiles:
                 f"got {exponents}: {_FLOAT}"
             )
 
-    def _find_scaled(self, *, every: bool) -> None:
+    def _find_scaled(self) -> None:
         packed = {name for made in self._made.values() for name in made.stored()}
         alone: list[str] = []
         for name in self._files.names():
             scale = self._scale_of(name)
-            if not every and scale is None and name not in self._known:
-                continue
             if name in packed or _is_not_of_weights(name):
                 continue
             stored = self._stored(name)
@@ -424,22 +438,6 @@ def _block_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
             )
         if (rows, columns) not in found:
             found.append((rows, columns))
-    return found
-
-
-def _headers(paths: Iterable[Path]) -> dict[str, _Stored]:
-    """Types and shapes of the tensors in safetensors files, without reading them."""
-    found: dict[str, _Stored] = {}
-    for path in paths:
-        if path.suffix != ".safetensors":
-            continue
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                view = file.get_slice(name)
-                dtype = _DTYPES.get(view.get_dtype())
-                # Types that torch or this table lacks are known when they are read.
-                if dtype is not None:
-                    found[name] = _Stored(dtype, tuple(view.get_shape()))
     return found
 
 

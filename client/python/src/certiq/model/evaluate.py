@@ -1,32 +1,88 @@
-"""Perplexity of a model on text, block by block."""
+"""How far the quantized model is from the float one, and both from the text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from certiq.model.blocks import BlockStack
+from certiq.model.errors import UsageError
 
 
-@torch.no_grad()
-def perplexity(
-    stack: BlockStack, ids: Sequence[torch.Tensor], hidden: Sequence[torch.Tensor]
-) -> float:
-    """exp of the mean negative log likelihood of each window's tokens but the first.
+@dataclass
+class Agreement:
+    """Sums over the predicted tokens of a text: each window's but the first and special ones."""
 
-    `ids` are batches [windows, positions], `hidden` what the last block returned for them.
-    """
-    total, count = 0.0, 0
-    for tokens, states in zip(ids, hidden, strict=True):
-        # Logits are large, so there is one window at a time.
-        for index in range(tokens.shape[0]):
-            window = tokens[index : index + 1]
-            logits = stack.finish(window, states[index : index + 1]).logits[0, :-1].float()
-            total += torch.nn.functional.cross_entropy(
-                logits, window[0, 1:], reduction="sum"
-            ).item()
-            count += window.shape[1] - 1
+    tokens: int = 0
+    loss: float = 0.0
+    """Negative log likelihood of the text in the quantized model, nats."""
+    float_loss: float = 0.0
+    divergence: float = 0.0
+    """KL(float || quantized) of the predicted distributions, nats."""
+    same_first: int = 0
+    """Positions where both models think the same token most likely."""
+    flips: int = 0
+    """Positions where one model is right about the next token and the other is not."""
+    compared: bool = False
+
+    @torch.no_grad()
+    def add(
+        self, ids: torch.Tensor, output: Any, float_output: Any | None, *, special: int = 0
+    ) -> None:
+        """One batch of windows [batch, positions], of which the first `special` tokens are no text;
+        `float_output` None: only the text counts."""
+        start = max(1, special)
+        # Logits are large: there is one window at a time.
+        for index in range(ids.shape[0]):
+            following = ids[index, start:]
+            logits = logits_of(output)[index, start - 1 : -1].float()
+            log_p = torch.log_softmax(logits, dim=-1)
+            self.tokens += following.numel()
+            self.loss -= _sum(log_p.gather(1, following[:, None]))
+            if float_output is None:
+                continue
+            self.compared = True
+            float_logits = logits_of(float_output)[index, start - 1 : -1].float()
+            float_log_p = torch.log_softmax(float_logits, dim=-1)
+            self.float_loss -= _sum(float_log_p.gather(1, following[:, None]))
+            self.divergence += _sum(
+                torch.nn.functional.kl_div(log_p, float_log_p, reduction="none", log_target=True)
+            )
+            first, float_first = log_p.argmax(dim=-1), float_log_p.argmax(dim=-1)
+            self.same_first += int((first == float_first).sum())
+            self.flips += int(((first == following) != (float_first == following)).sum())
+
+    def described(self) -> dict[str, Any]:
+        """For the report: perplexities, and how the models differ where both were run."""
+        found: dict[str, Any] = {
+            "tokens": self.tokens,
+            "quantized": _perplexity(self.loss, self.tokens),
+            "float": _perplexity(self.float_loss, self.tokens) if self.compared else None,
+        }
+        if self.compared:
+            found["kl_divergence"] = self.divergence / self.tokens
+            found["top1_agreement"] = self.same_first / self.tokens
+            found["flips"] = self.flips / self.tokens
+        return found
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        raise UsageError(
+            f"{type(output).__name__} has no logits of tokens: expected a model that predicts them "
+            "for --evaluation"
+        )
+    return logits
+
+
+def _sum(values: torch.Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
+
+
+def _perplexity(loss: float, tokens: int) -> float:
     # Beyond a double's range a model is as bad as any.
-    return math.exp(total / count) if total / count < 700 else math.inf
+    mean = loss / tokens
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,8 +1,8 @@
 """The journal of a run, on disk: an interrupted run goes on where it stopped.
 
-`OUTPUT/unfinished/` holds `run.json` (what was asked for), a file for each linear that is done
-(its tensors, its certificate) and the hidden states in front of the next block. Files appear whole:
-each is written beside its place and renamed.
+`OUTPUT/unfinished/` holds `run.json` (what was asked for) and a file for each linear that is done
+(its tensors, its certificate). A run that goes on computes the hidden states anew, which takes one
+forward of what is done. Files appear whole: each is written beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
-from safetensors import safe_open
+from google.protobuf.json_format import ParseDict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from certiq._proto.certificate_pb2 import Certificate
+from certiq.layer import Layer
+from certiq.model.checkpoint_files import TensorInfo
 from certiq.model.errors import UsageError
 
 FOLDER = "unfinished"
@@ -26,11 +32,22 @@ FOLDER = "unfinished"
 
 @dataclass(frozen=True)
 class DoneLinear:
-    """One linear that is done: the tensors of its checkpoint, W as it is now, and its report."""
+    """One linear that is done: the tensors of its checkpoint, and its report."""
 
     tensors: dict[str, torch.Tensor]
-    dequantized: torch.Tensor
     report: dict[str, Any]
+
+    def dequantized(self) -> torch.Tensor:
+        """W [R, N] as it is now, float32."""
+        certificate = ParseDict(self.report["certificate"], Certificate())
+        arrays = {role: _array(tensor) for role, tensor in self.tensors.items()}
+        return torch.from_numpy(Layer(arrays, certificate).dequantized())
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 class Journal:
@@ -72,40 +89,37 @@ class Journal:
         return self._linear_file(name).exists()
 
     def write(self, name: str, done: DoneLinear) -> None:
-        tensors = {f"t.{key}": value.contiguous() for key, value in done.tensors.items()}
-        tensors["dequantized"] = done.dequantized.contiguous()
+        tensors = {role: value.contiguous() for role, value in done.tensors.items()}
         _save(self._linear_file(name), tensors, {"report": json.dumps(done.report)})
 
     def read(self, name: str) -> DoneLinear:
-        with safe_open(self._linear_file(name), framework="pt") as file:
+        with self._open(name) as file:
             report = json.loads(file.metadata()["report"])
-            keys = list(file.keys())
-            tensors = {key[2:]: file.get_tensor(key) for key in keys if key.startswith("t.")}
-            return DoneLinear(tensors, file.get_tensor("dequantized"), report)
+            return DoneLinear({key: file.get_tensor(key) for key in file.keys()}, report)  # noqa: SIM118
 
     def read_report(self, name: str) -> dict[str, Any]:
-        with safe_open(self._linear_file(name), framework="pt") as file:
+        with self._open(name) as file:
             return json.loads(file.metadata()["report"])  # type: ignore[no-any-return]
 
-    def write_states(self, block: int, states: Mapping[str, torch.Tensor]) -> None:
-        """The hidden states that block `block` reads; those before it go."""
-        _save(
-            self._state_file(block),
-            {name: value.contiguous() for name, value in states.items()},
-            {"block": str(block)},
-        )
-        for file in self.folder.glob("states-*.safetensors"):
-            if file != self._state_file(block):
-                file.unlink()
+    def infos(self, name: str) -> dict[str, TensorInfo]:
+        """The tensors of a linear by their roles, not read."""
+        with self._open(name) as file:
+            slices = {role: file.get_slice(role) for role in file.keys()}  # noqa: SIM118
+            return {
+                role: TensorInfo(part.get_dtype(), tuple(part.get_shape()))
+                for role, part in slices.items()
+            }
 
-    def read_states(self) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """The newest hidden states and the block that reads them."""
-        files = sorted(self.folder.glob("states-*.safetensors"))
-        if not files:
-            return None
-        with safe_open(files[-1], framework="pt") as file:
-            states = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return int(file.metadata()["block"]), states
+    def read_tensor(self, name: str, role: str) -> torch.Tensor:
+        with self._open(name) as file:
+            return file.get_tensor(role)  # type: ignore[no-any-return]
+
+    def _open(self, name: str) -> Any:
+        path = self._linear_file(name)
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path}: is damaged ({error}): --restart the run") from error
 
     def write_note(self, name: str, content: Mapping[str, Any]) -> None:
         write_text(self.folder / f"{name}.json", json.dumps(content) + "\n")
@@ -120,9 +134,6 @@ class Journal:
     def _linear_file(self, name: str) -> Path:
         return self._linears / f"{name}.safetensors"
 
-    def _state_file(self, block: int) -> Path:
-        return self.folder / f"states-{block:05d}.safetensors"
-
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
@@ -133,7 +144,11 @@ def write_text(path: Path, text: str) -> None:
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, metadata)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        save_file(tensors, part, metadata)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise UsageError(f"{path}: cannot be written: {error}") from error

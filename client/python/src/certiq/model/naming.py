@@ -1,55 +1,148 @@
-"""Names of a model's linears in its checkpoint, and the tensors there that they replace."""
+"""The linears of a model, and where the checkpoint keeps their weights."""
 
 from __future__ import annotations
 
-import re
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from certiq.model.errors import UsageError
+from torch import nn
+
 from certiq.model.source import ModelSource
-
-_EXPERT = re.compile(r"^(?P<fused>.+)\.(?P<index>\d+)\.(?P<projection>gate|up|down)_proj$")
+from certiq.torch.experts import ExpertMatrix, take_experts_apart
+from certiq.torch.linears import features_of, find_linears, is_conv1d, rows_of
 
 
 @dataclass(frozen=True)
-class LinearName:
-    # It stands before ".weight", ".qweight" ... in the output.
+class StoredLinear:
+    """A linear of the model, its fused experts taken apart, and its weight in the checkpoint."""
+
+    name: str
+    """In the model: "model.layers.0.mlp.experts.3.gate_proj"."""
     prefix: str
-    # These tensors of the checkpoint hold the float weight, alone or with others.
-    replaces: tuple[str, ...]
+    """In the checkpoint, before ".weight": "model.layers.0.block_sparse_moe.experts.3.w1"."""
+    rows: int
+    features: int
+    tensor: str | None = None
+    """The checkpoint's tensor that holds the weight, alone or with others."""
+    matrix: ExpertMatrix | None = None
+    """Of an expert: its place in the model's parameter of all of them."""
+    parameter: str = ""
+    """That parameter's name in the model."""
+    fused: str = ""
+    """The class of the module that has it."""
+    together: bool = False
+    """True: the checkpoint has all experts in one tensor, too."""
+    transposed: bool = False
+    """True: the tensor has [features, rows] (Conv1D)."""
+    float_because: str | None = None
+    """Why it cannot be quantized; None where it can."""
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.features
 
 
-def linear_names(source: ModelSource, linears: list[str]) -> dict[str, LinearName]:
-    """The name of each linear, by its name in the (taken apart) model."""
-    return {name: _name_of(source, name) for name in linears}
+def stored_linears(
+    source: ModelSource, stack: str, blocks: Sequence[nn.Module]
+) -> dict[str, StoredLinear]:
+    """The linears of these blocks by their names in the model, in its order."""
+    found: dict[str, StoredLinear] = {}
+    for index, block in enumerate(blocks):
+        prefix = f"{stack}.{index}"
+        skeleton = copy.deepcopy(block)
+        apart = take_experts_apart(skeleton)
+        of_experts = {
+            f"{fused}.{name}": (fused, matrix)
+            for fused, module in apart.items()
+            for name, matrix in module.matrices.items()
+        }
+        kinds = {fused: type(block.get_submodule(fused)).__name__ for fused in apart}
+        for name, module in find_linears(skeleton).items():
+            own = f"{prefix}.{name}"
+            shape = (rows_of(module), features_of(module))
+            if name in of_experts:
+                fused, matrix = of_experts[name]
+                parameter = f"{prefix}.{fused}.{matrix.parameter}"
+                found[own] = _expert(source, own, parameter, matrix, shape, kinds[fused])
+            else:
+                found[own] = _plain(source, own, shape, is_conv1d(module))
+    return found
 
 
-def _name_of(source: ModelSource, linear: str) -> LinearName:
-    found = source.names_of(f"{linear}.weight")
-    if len(found) == 1 and found[0][1] is None:
-        own = found[0][0]
-        return LinearName(own.removesuffix(".weight"), (own,))
-    match = _EXPERT.match(linear)
-    if not found and match is not None:
-        return _expert_name(source, match)
-    raise UsageError(
-        f"{linear}: its weight is not one tensor of the checkpoint "
-        f"({', '.join(name for name, _ in found) or 'none'}); --ignore it"
+def outside_linears(source: ModelSource, stack: str) -> dict[str, StoredLinear]:
+    """Those outside the stack of blocks: a head, for example."""
+    return {
+        name: _plain(source, name, (rows_of(module), features_of(module)), is_conv1d(module))
+        for name, module in find_linears(source.model).items()
+        if not name.startswith(f"{stack}.")
+    }
+
+
+def _plain(
+    source: ModelSource, name: str, shape: tuple[int, int], transposed: bool
+) -> StoredLinear:
+    parameter = f"{name}.weight"
+    sources = source.names_of(parameter)
+    if len(sources) == 1 and sources[0][1] is None and sources[0][0].endswith(".weight"):
+        tensor = sources[0][0]
+        other = source.shared.get(parameter)
+        return StoredLinear(
+            name,
+            tensor.removesuffix(".weight") if other is None else name,
+            *shape,
+            tensor=tensor,
+            transposed=transposed,
+            float_because=_sharing(source, parameter),
+        )
+    made_of = ", ".join(own for own, _ in sources) or "none"
+    return StoredLinear(
+        name,
+        name,
+        *shape,
+        transposed=transposed,
+        float_because=f"its weight is not one tensor of the checkpoint (but {made_of})",
     )
 
 
-def _expert_name(source: ModelSource, match: re.Match[str]) -> LinearName:
+def _sharing(source: ModelSource, parameter: str) -> str | None:
+    other = source.shared.get(parameter)
+    if other is not None:
+        return f"it shares its weight with {other.removesuffix('.weight')}"
+    sharing = [name for name, first in source.shared.items() if first == parameter]
+    if sharing:
+        return f"{sharing[0].removesuffix('.weight')} shares its weight"
+    return None
+
+
+def _expert(
+    source: ModelSource,
+    name: str,
+    parameter: str,
+    matrix: ExpertMatrix,
+    shape: tuple[int, int],
+    fused: str,
+) -> StoredLinear:
     """Checkpoints have a matrix for each expert and projection, or all of them in one tensor."""
-    fused, index, projection = match["fused"], int(match["index"]), match["projection"]
-    parameter = f"{fused}.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
-    found = source.names_of(parameter)
-    if not found:
-        raise UsageError(f"{parameter}: the checkpoint has no tensors for it")
-    if len(found) == 1 and found[0][1] is None:
-        return LinearName(f"{fused}.{index}.{projection}_proj", (found[0][0],))
+    sources = source.names_of(parameter)
+    place: dict[str, Any] = {"matrix": matrix, "parameter": parameter, "fused": fused}
+    if len(sources) == 1 and sources[0][1] is None:
+        # Loaders that take packed experts know them by these names.
+        return StoredLinear(name, name, *shape, tensor=sources[0][0], together=True, **place)
     # Names are sorted by expert; a converter's first source pattern is gate, its second up.
-    patterns = list(dict.fromkeys(pattern for _, pattern in found))
-    pattern = patterns[1 if projection == "up" else 0]
-    of_pattern = [name for name, own in found if own == pattern]
-    name = of_pattern[index]
-    return LinearName(name.removesuffix(".weight"), (name,))
+    patterns = list(dict.fromkeys(pattern for _, pattern in sources))
+    part = 1 if matrix.part in ("second_half", "odd") else 0
+    if part < len(patterns):
+        of_pattern = [tensor for tensor, own in sources if own == patterns[part]]
+        if matrix.expert < len(of_pattern) and of_pattern[matrix.expert].endswith(".weight"):
+            tensor = of_pattern[matrix.expert]
+            return StoredLinear(
+                name, tensor.removesuffix(".weight"), *shape, tensor=tensor, **place
+            )
+    return StoredLinear(
+        name,
+        name,
+        *shape,
+        float_because=f"the checkpoint's tensors for {parameter} are in a layout that is not known",
+    )

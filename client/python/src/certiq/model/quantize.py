@@ -16,17 +16,16 @@ from certiq.jobs import Job
 from certiq.layer import Layer
 from certiq.model.collect import Collected
 from certiq.model.journal import DoneLinear, Journal
-from certiq.model.levels import is_expert
 from certiq.model.report import linear_report
 from certiq.spec import Spec
-from certiq.torch.linears import weight_of
+from certiq.torch.linears import features_of, set_weight, weight_of
 
 # An expert that saw fewer tokens than it has features gets this damping: its sums say nothing about
 # most directions, and there is too little to hold out and choose by.
 FEW_TOKENS_DAMPING = 0.1
 
 
-def spec_for(spec: Spec, collected: Collected) -> tuple[Spec, list[str]]:
+def spec_for(spec: Spec, collected: Collected, *, is_expert: bool) -> tuple[Spec, list[str]]:
     """The spec for one group, and what differs from the one asked for."""
     if collected.calibration is None:
         plain = Spec(
@@ -43,7 +42,7 @@ def spec_for(spec: Spec, collected: Collected) -> tuple[Spec, list[str]]:
         ]
     notes: list[str] = []
     changes: dict[str, object] = {}
-    if not is_expert(collected.name):
+    if not is_expert:
         return spec, notes
     if spec.method == "qronos":
         changes["method"] = "optq"
@@ -64,10 +63,14 @@ class LevelQuantizer:
     """Submits the linears of a level, waits for them and writes them to the journal."""
 
     def __init__(
-        self, client: Client, spec: Spec, journal: Journal, done: Callable[[str, float], None]
+        self,
+        client: Client,
+        spec_of: Callable[[str], Spec],
+        journal: Journal,
+        done: Callable[[str, float], None],
     ) -> None:
         self._client = client
-        self._spec = spec
+        self._spec_of = spec_of
         self._journal = journal
         self._done = done
 
@@ -77,36 +80,41 @@ class LevelQuantizer:
         collected: Sequence[Collected],
         linears: dict[str, nn.Module],
         pending: frozenset[str],
+        experts: frozenset[str],
     ) -> None:
-        """`linears` still have their float weights; `pending` are those not done yet."""
+        """Quantizes those that are `pending` and gives each module its new weight."""
         identities: list[Calibration] = []
         running: list[tuple[str, Collected, list[str], Job]] = []
         try:
-            for group in collected:
-                spec, notes = spec_for(self._spec, group)
-                for member in group.members:
+            for own in collected:
+                calibration = own.calibration
+                for member in own.group.members:
                     if member not in pending:
                         continue
-                    calibration = group.calibration
+                    name = f"{block_name}.{member}"
                     if calibration is None:
-                        calibration = self._identity(group)
+                        calibration = self._identity(own.group.name, features_of(linears[member]))
                         identities.append(calibration)
+                    spec, notes = spec_for(
+                        self._spec_of(name), own, is_expert=own.group.name in experts
+                    )
                     try:
                         job = self._client.submit(
                             weight_of(linears[member]),
                             calibration=calibration,
                             spec=spec,
-                            name=f"{block_name}.{member}"[:256],
+                            name=name[:256],
                         )
                     except Error as error:
-                        raise error.of(f"{block_name}.{member}") from error
-                    running.append((member, group, notes, job))
-            for member, group, notes, job in running:
+                        raise error.of(name) from error
+                    running.append((member, own, notes, job))
+            for member, own, notes, job in running:
                 try:
                     layer = job.result()
                 except Error as error:
                     raise error.of(f"{block_name}.{member}") from error
-                self._write(block_name, member, group, notes, layer)
+                set_weight(linears[member], torch.from_numpy(layer.dequantized()))
+                self._write(block_name, member, own, notes, layer)
                 job.delete()
             for calibration in identities:
                 calibration.delete()
@@ -115,18 +123,18 @@ class LevelQuantizer:
                 _cancel(job)
             raise
 
-    def _identity(self, group: Collected) -> Calibration:
+    def _identity(self, name: str, features: int) -> Calibration:
         """A stand-in for tokens that never came: every direction counts alike."""
-        calibration = self._client.calibration(group.features, labels=[f"{group.name}: identity"])
+        calibration = self._client.calibration(features, labels=[f"{name}: identity"[:256]])
         calibration.import_statistics(
             stream_id="identity",
-            gram=torch.eye(group.features, dtype=torch.float32),
-            tokens=group.features,
+            gram=torch.eye(features, dtype=torch.float32),
+            tokens=features,
         )
         return calibration.finalize()
 
     def _write(
-        self, block_name: str, member: str, group: Collected, notes: list[str], layer: Layer
+        self, block_name: str, member: str, own: Collected, notes: list[str], layer: Layer
     ) -> None:
         certificate = MessageToDict(
             layer.certificate,
@@ -142,13 +150,12 @@ class LevelQuantizer:
         report = linear_report(
             name,
             block_name,
-            [f"{block_name}.{other}" for other in group.members],
+            [f"{block_name}.{other}" for other in own.group.members],
             certificate,
             notes,
             seconds,
         )
-        dequantized = torch.from_numpy(layer.dequantized())
-        self._journal.write(name, DoneLinear(layer.torch(), dequantized, report))
+        self._journal.write(name, DoneLinear(layer.torch(), report))
         self._done(name, float(report["relative_error"]))
 
 

@@ -6,10 +6,11 @@ The certificates' numbers as the service sent them; nothing is recomputed but ra
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 WORST = 10
 
 
@@ -107,11 +108,18 @@ def model_report(
     linears: Sequence[Mapping[str, Any]],
     *,
     left_float: Sequence[str],
-    perplexity: Mapping[str, Any] | None,
+    plan: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
     seconds: float,
     versions: Mapping[str, str],
     loads_in: Sequence[str],
+    texts: Mapping[str, Any],
+    float_model: str,
+    tensor_bytes: int,
+    files: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """`float_model`: how the float model's logits compare with transformers'. `evaluation` has a
+    text's measurements by its name."""
     return {
         "schema_version": SCHEMA_VERSION,
         "settings": dict(settings),
@@ -119,9 +127,17 @@ def model_report(
         # Who reads the checkpoint, with versions; empty where nobody is known to.
         "loads_in": list(loads_in),
         "totals": totals(linears),
-        "perplexity": dict(perplexity) if perplexity else None,
+        "plan": dict(plan),
+        "texts": dict(texts),
+        "float_model": float_model,
+        # The first text's, which is --evaluation's.
+        "perplexity": (evaluation or {}).get("evaluation"),
+        "evaluation": dict(evaluation or {}),
         "left_float": list(left_float),
+        "tensor_bytes": tensor_bytes,
+        "files": dict(files),
         # All sessions of the run count together.
         "seconds": seconds,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "linears": [dict(item) for item in linears],
     }

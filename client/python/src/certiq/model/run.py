@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import copy
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from certiq.client import Client
-from certiq.model.blocks import BlockStack
-from certiq.model.collect import Collector
+from certiq.model.check import Checked, check_model, whole_model
+from certiq.model.collect import BlockReader, Collector
 from certiq.model.errors import UsageError
-from certiq.model.evaluate import perplexity
+from certiq.model.evaluate import Agreement
 from certiq.model.journal import Journal
-from certiq.model.levels import Level, levels_of
+from certiq.model.levels import Level, is_expert
+from certiq.model.lockstep import AtBlock, AtLevel, BlockStack, Finished, Forward
+from certiq.model.plan import Plan
 from certiq.model.quantize import LevelQuantizer
 from certiq.model.settings import RunSettings
 from certiq.model.source import ModelSource
-from certiq.model.text import calibration_sequences, evaluation_windows, read_token_ids
+from certiq.model.text import CalibrationText, read_calibration, read_evaluation, self_samples
 from certiq.torch.experts import take_experts_apart
-from certiq.torch.linears import find_linears, set_weight
+from certiq.torch.linears import set_weight
+from certiq.torch.sums import held_out_hash, is_held_out_block
 
-# These names stand for what runs through the model: "quantized" and "float" are calibration
-# sequences.
+# What runs through the model: calibration sequences through the quantized and the float one, and
+# evaluation windows alike.
 QUANTIZED, FLOAT = "quantized", "float"
 EVALUATED, EVALUATED_FLOAT = "evaluated", "evaluated_float"
+# Logits of so many bytes are in memory at a time.
+LOGITS_BYTES = 256 << 20
 
 # It is called with the name of a linear and its relative error.
 Done = Callable[[str, float], None]
@@ -38,52 +42,52 @@ class ModelRun:
     """One run over one model; all that is finished is in the journal."""
 
     def __init__(
-        self, client: Client, settings: RunSettings, source: ModelSource, journal: Journal
+        self,
+        client: Client,
+        settings: RunSettings,
+        source: ModelSource,
+        stack: BlockStack,
+        plan: Plan,
+        journal: Journal,
     ) -> None:
         self._client = client
         self._settings = settings
         self._source = source
         self._journal = journal
-        self._device = source.device
-        self.stack = BlockStack(source.model)
-        self.block_count = min(settings.blocks or len(self.stack), len(self.stack))
-        self.linears = self._find_all()
-        self._ids: dict[str, list[torch.Tensor]] = {}
-        self._states: dict[str, list[torch.Tensor]] = {}
+        self._plan = plan
+        self.stack = stack
+        self.linears = list(plan.quantized)
+        self.checked: Checked | None = None
+        # Batches of windows to evaluate on and how many special tokens each begins with, by the
+        # text they are from.
+        self._windows: dict[str, tuple[list[torch.Tensor], int]] = {}
+        self.texts: dict[str, Any] = {}
+        """What was read, for the report."""
+        self._forwards: dict[str, list[Forward]] = {}
 
     def done(self) -> list[str]:
         return [name for name in self.linears if self._journal.has(name)]
 
     def run(self, done: Done) -> None:
         """Quantizes what is not done. Call again after an interruption, with the same journal."""
-        self._prepare()
-        saved = self._journal.read_states()
-        start = 0
-        if saved is None:
-            self._begin()
-        else:
-            start = saved[0]
-            self._restore(saved[1])
-        for index in range(start, len(self.stack)):
-            began = time.monotonic()
-            self._block(index, done)
-            self._journal.write_states(index + 1, self._joined())
+        began = time.monotonic()
+        try:
+            with torch.no_grad():
+                ids = self._prepare()
+                with self.stack.entered():
+                    self._begin(ids)
+                    for index in range(len(self.stack)):
+                        self._block(index, done)
+                    self._evaluate()
+        finally:
             self._add_seconds(time.monotonic() - began)
+            for forwards in self._forwards.values():
+                for forward in forwards:
+                    forward.end()
 
-    def perplexity(self) -> dict[str, Any] | None:
-        """Perplexities of the float and the quantized model, once `run` has returned."""
-        known = self._journal.read_note("perplexity")
-        if known is not None or EVALUATED not in self._states:
-            return known
-        result: dict[str, Any] = {"float": None}
-        windows = self._ids[EVALUATED]
-        for name, key in ((EVALUATED, "quantized"), (EVALUATED_FLOAT, "float")):
-            if name in self._states:
-                result[key] = perplexity(self.stack, windows, self._states[name])
-        result["tokens"] = sum(batch.numel() for batch in windows)
-        result["window"] = self._settings.evaluation_window
-        self._journal.write_note("perplexity", result)
-        return result
+    def evaluation(self) -> dict[str, Any] | None:
+        """Perplexities and agreement by text, once `run` has returned."""
+        return self._journal.read_note("evaluation")
 
     def seconds(self) -> float:
         return float((self._journal.read_note("seconds") or {"seconds": 0.0})["seconds"])
@@ -91,147 +95,237 @@ class ModelRun:
     def _add_seconds(self, seconds: float) -> None:
         self._journal.write_note("seconds", {"seconds": self.seconds() + seconds})
 
-    def _find_all(self) -> list[str]:
-        """The linears to quantize, by their names in the whole model."""
-        found: list[str] = []
-        for index in range(self.block_count):
-            block = copy.deepcopy(self.stack.blocks[index])
-            take_experts_apart(block)
-            prefix = self.stack.block_name(index)
-            found += [f"{prefix}.{name}" for name in self._block_linears(prefix, block)]
-        if not found:
-            raise UsageError("no linears to quantize: all are ignored")
-        return found
+    def _linears_of(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
+        """Those of a block that are to be quantized, by their names within it."""
+        prefix = f"{self.stack.block_name(index)}."
+        return {
+            name.removeprefix(prefix): block.get_submodule(name.removeprefix(prefix))
+            for name in self.linears
+            if name.startswith(prefix)
+        }
 
-    def _block_linears(self, prefix: str, block: nn.Module) -> dict[str, nn.Module]:
-        patterns = [re.compile(pattern) for pattern in self._settings.ignore]
-        return find_linears(
-            block, lambda name, _: not any(p.search(f"{prefix}.{name}") for p in patterns)
-        )
-
-    def _prepare(self) -> None:
-        """Loads all but the blocks and tokenizes the texts."""
+    def _prepare(self) -> torch.Tensor:
+        """Loads all but the blocks, tokenizes the texts and checks the model on a few tokens; the
+        calibration's ids [sequences, positions]."""
         settings, tokenizer = self._settings, self._source.tokenizer()
-        ids = calibration_sequences(
-            read_token_ids(settings.calibration, tokenizer),
-            settings.sequences,
-            settings.sequence_length,
-            tokenizer,
-            source=str(settings.calibration),
-        )
-        self._ids[QUANTIZED] = list(ids.split(settings.batch_size))
-        if settings.mismatched:
-            self._ids[FLOAT] = self._ids[QUANTIZED]
+        vocabulary = int(self._source.config.get_text_config().vocab_size)
+        text = self._calibration(tokenizer, vocabulary)
+        ids = text.sequences
+        self.texts["calibration"] = text.described
         if settings.evaluation is not None:
-            windows = evaluation_windows(
-                read_token_ids(settings.evaluation, tokenizer),
+            found = read_evaluation(
+                settings.evaluation,
+                tokenizer,
                 settings.evaluation_tokens,
                 settings.evaluation_window,
-                source=str(settings.evaluation),
+                vocabulary=vocabulary,
             )
-            self._ids[EVALUATED] = list(windows.split(settings.batch_size))
-            if settings.evaluate_float:
-                self._ids[EVALUATED_FLOAT] = self._ids[EVALUATED]
-        self._ids = {
-            name: [batch.to(self._device) for batch in batches]
-            for name, batches in self._ids.items()
-        }
+            self.texts["evaluation"] = found.described
+            self._windows["evaluation"] = (self._batches_of_windows(found.windows), found.special)
+            held_out = self._held_out(ids)
+            if held_out is not None and settings.evaluate_float:
+                # Its sequences begin as the evaluation's windows do.
+                self._windows["held_out_calibration"] = (
+                    self._batches_of_windows(held_out),
+                    found.special,
+                )
         self._source.load_shell(self.stack.name)
-        first = self.stack.blocks[0]
-        empty = copy.deepcopy(first)
-        self._source.load_block(self.stack.block_name(0), first)
-        self.stack.learn(self._ids[QUANTIZED][0][:1])
-        self.stack.blocks[0] = empty
+        self.checked = check_model(
+            self._source, self.stack, ids, self._linears_of, sequential=settings.sequential
+        )
+        return ids
 
-    def _begin(self) -> None:
-        for name, batches in self._ids.items():
-            self._states[name] = [self.stack.begin(batch).cpu() for batch in batches]
+    def _calibration(self, tokenizer: Any, vocabulary: int) -> CalibrationText:
+        settings = self._settings
+        if settings.calibration:
+            return read_calibration(
+                settings.calibration,
+                tokenizer,
+                settings.sequences,
+                settings.sequence_length,
+                vocabulary=vocabulary,
+            )
+        kept = self._journal.read_note("own_samples")
+        if kept is not None:
+            return CalibrationText(
+                torch.tensor(kept["sequences"]), kept["described"], kept["digest"]
+            )
+        text = self_samples(
+            whole_model(self._source),
+            tokenizer,
+            settings.sequences,
+            settings.sequence_length,
+            settings.spec.seed or 0,
+            settings.batch_size,
+        )
+        note = {
+            "sequences": text.sequences.tolist(),
+            "described": text.described,
+            "digest": text.digest,
+        }
+        # Another torch might draw others.
+        self._journal.write_note("own_samples", note)
+        return text
 
-    def _restore(self, joined: dict[str, torch.Tensor]) -> None:
-        """Hidden states from the journal; the blocks' other arguments are found anew."""
-        for name, batches in self._ids.items():
-            for batch in {tuple(batch.shape): batch for batch in batches}.values():
-                self.stack.begin(batch)
-            sizes = [batch.shape[0] for batch in batches]
-            self._states[name] = list(joined[name].split(sizes))
+    def _batches_of_windows(self, windows: torch.Tensor) -> list[torch.Tensor]:
+        vocabulary = int(self._source.config.get_text_config().vocab_size)
+        fitting = LOGITS_BYTES // (4 * windows.shape[1] * vocabulary)
+        return list(windows.split(max(1, min(self._settings.batch_size, fitting))))
 
-    def _joined(self) -> dict[str, torch.Tensor]:
-        return {name: torch.cat(batches) for name, batches in self._states.items()}
+    def _held_out(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """The calibration sequences whose rows no fit sees, by the server's own rule."""
+        fraction = self._settings.effective_held_out_fraction
+        stream = held_out_hash("calibration")
+        rows = [row for row in range(len(ids)) if is_held_out_block(stream, row, fraction)]
+        return ids[rows] if rows else None
+
+    def _begin(self, ids: torch.Tensor) -> None:
+        """Starts the forwards, which come to the first block."""
+        batches = list(ids.split(self._settings.batch_size))
+        self._start(QUANTIZED, batches)
+        if self._settings.mismatched:
+            self._start(FLOAT, batches)
+        windows = [batch for batches, _ in self._windows.values() for batch in batches]
+        self._start(EVALUATED, windows)
+        if self._settings.evaluate_float:
+            self._start(EVALUATED_FLOAT, windows)
+
+    def _start(self, stream: str, batches: Sequence[torch.Tensor]) -> None:
+        self._forwards[stream] = [
+            Forward(self.stack.model, batch.to(self._source.device), stream) for batch in batches
+        ]
+        for forward in self._forwards[stream]:
+            forward.advance()
+
+    def _of(self, stream: str) -> list[Forward]:
+        return self._forwards.get(stream, [])
 
     def _block(self, index: int, done: Done) -> None:
-        prefix = self.stack.block_name(index)
-        block = self.stack.blocks[index]
-        empty = copy.deepcopy(block)
-        self._source.load_block(prefix, block)
+        """One block: from all forwards in front of it to all of them behind it."""
+        assert self.checked is not None
+        block = self._source.load_block(self.stack.blocks, self.stack.name, index)
         take_experts_apart(block)
-        float_block = None
-        if FLOAT in self._states or EVALUATED_FLOAT in self._states:
-            float_block = copy.deepcopy(block)
-        if index < self.block_count:
-            linears = self._block_linears(prefix, block)
-            names = {f"{prefix}.{name}" for name in linears}
-            if all(self._journal.has(name) for name in names):
-                self._restore_weights(prefix, tuple(linears), linears)
-            else:
-                self._quantize_block(index, block, float_block, linears, done)
-        for name in self._states:
-            runs_float = name in (FLOAT, EVALUATED_FLOAT)
-            self._states[name] = [
-                self._run(index, float_block if runs_float and float_block else block, batch).cpu()
-                for batch in self._states[name]
-            ]
-        self.stack.blocks[index] = empty
+        self.stack.set_block(index, lambda stream: block)
+        # The block is float yet.
+        for forward in self._of(EVALUATED_FLOAT):
+            forward.advance()
+        linears = self._linears_of(index, block)
+        if not linears:
+            for stream in (QUANTIZED, FLOAT, EVALUATED):
+                for forward in self._of(stream):
+                    forward.advance()
+            return
+        float_block = copy.deepcopy(block) if self._of(FLOAT) else block
+        of_stream = {QUANTIZED: block, EVALUATED: block, FLOAT: float_block}
+        read = {QUANTIZED: block} | ({FLOAT: float_block} if self._of(FLOAT) else {})
+        waits = self._settings.sequential
+        with BlockReader(self.checked.levels[index], read, waits=waits) as reader:
+            self.stack.set_block(
+                index,
+                of_stream.__getitem__,
+                repeats=lambda stream: stream == QUANTIZED and not waits and not reader.is_done(0),
+            )
+            self._quantize(index, reader, linears, done)
+        for forward in self._of(EVALUATED):
+            forward.advance()
 
-    def _quantize_block(
-        self,
-        index: int,
-        block: nn.Module,
-        float_block: nn.Module | None,
-        linears: dict[str, nn.Module],
-        done: Done,
+    def _quantize(
+        self, index: int, reader: BlockReader, linears: dict[str, nn.Module], done: Done
     ) -> None:
+        """The levels of a block, one after another."""
         prefix = self.stack.block_name(index)
-        collector = Collector(
+        names = {member for level in reader.levels for member in level.linears}
+        experts = frozenset(name for name in names if is_expert(name))
+        quantizer = LevelQuantizer(
+            self._client, lambda name: self._plan.quantized[name].spec, self._journal, done
+        )
+        for number, level in enumerate(reader.levels):
+            self._restore(prefix, level, linears)
+            if not self._pending(prefix, level):
+                reader.set_done(number)
+        with Collector(
             self._client,
-            lambda module, x: self._run(index, module, x),
             block_name=prefix,
+            mismatched=bool(self._of(FLOAT)),
+            experts=experts,
             held_out_fraction=self._settings.effective_held_out_fraction,
             sequence_length=self._settings.sequence_length,
-        )
-        quantizer = LevelQuantizer(self._client, self._settings.spec, self._journal, done)
-        batches = self._states[QUANTIZED]
-        groups = collector.discover(block, linears, batches[0])
-        mismatched = FLOAT in self._states
-        for level in levels_of(list(linears), groups, sequential=self._settings.sequential):
-            pending = self._pending(prefix, level)
-            if pending:
-                with collector.fill(
-                    level,
-                    block,
+        ) as collector:
+
+            def quantize(number: int) -> None:
+                level = reader.levels[number]
+                quantizer.quantize(
+                    prefix,
+                    collector.finish(level),
                     linears,
-                    batches,
-                    float_block=float_block if mismatched else None,
-                    float_linears=(
-                        self._block_linears(prefix, float_block)
-                        if mismatched and float_block is not None
-                        else None
-                    ),
-                    float_batches=self._states.get(FLOAT, ()),
-                ) as collected:
-                    quantizer.quantize(prefix, collected, linears, pending)
-            self._restore_weights(prefix, level.linears, linears)
+                    self._pending(prefix, level),
+                    experts,
+                )
+                collector.drop(level)
+                reader.set_done(number)
+
+            while (level := self._advance(index, reader, collector)) is not None:
+                quantize(level)
+            # Those that no token reached; one of the float model may wait for them.
+            for number in range(len(reader.levels)):
+                if not reader.is_done(number):
+                    quantize(number)
+            self._advance(index, reader, collector)
+
+    def _advance(self, index: int, reader: BlockReader, collector: Collector) -> int | None:
+        """Runs each batch until it waits for a level; the first level that one waits for, or None
+        where all are behind the block."""
+        floats: Sequence[Forward | None] = self._of(FLOAT) or [None] * len(self._of(QUANTIZED))
+        waiting: set[int] = set()
+        for forward, beside in zip(self._of(QUANTIZED), floats, strict=True):
+            self._advance_one(forward, index, reader)
+            if beside is not None:
+                self._advance_one(beside, index, reader)
+            collector.take(forward.rows, {} if beside is None else beside.rows)
+            if isinstance(forward.stop, AtLevel):
+                waiting.add(forward.stop.level)
+        return min(waiting, default=None)
+
+    @staticmethod
+    def _advance_one(forward: Forward, index: int, reader: BlockReader) -> None:
+        stop = forward.stop
+        waits = isinstance(stop, AtLevel) and not reader.is_done(stop.level)
+        if not waits and (isinstance(stop, AtLevel) or stop == AtBlock(index)):
+            forward.advance()
 
     def _pending(self, prefix: str, level: Level) -> frozenset[str]:
         return frozenset(
             name for name in level.linears if not self._journal.has(f"{prefix}.{name}")
         )
 
-    def _restore_weights(
-        self, prefix: str, names: tuple[str, ...], linears: dict[str, nn.Module]
-    ) -> None:
-        for name in names:
-            set_weight(linears[name], self._journal.read(f"{prefix}.{name}").dequantized)
+    def _restore(self, prefix: str, level: Level, linears: dict[str, nn.Module]) -> None:
+        """Gives those that are done their weights."""
+        for name in level.linears:
+            if self._journal.has(f"{prefix}.{name}"):
+                set_weight(linears[name], self._journal.read(f"{prefix}.{name}").dequantized())
 
-    def _run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """One block, or a copy of it, on a batch."""
-        return self.stack.run(index, hidden.to(self._device), block)
+    def _evaluate(self) -> None:
+        """Runs the evaluation's forwards to their ends, window by window."""
+        if not self._windows or self._journal.read_note("evaluation") is not None:
+            return
+        quantized = iter(self._of(EVALUATED))
+        floats = iter(self._of(EVALUATED_FLOAT))
+        result: dict[str, Any] = {}
+        for text, (batches, special) in self._windows.items():
+            agreement = Agreement()
+            for batch in batches:
+                own = self._output(next(quantized))
+                other = self._output(next(floats)) if self._of(EVALUATED_FLOAT) else None
+                agreement.add(batch.to(self._source.device), own, other, special=special)
+            result[text] = agreement.described() | {"window": batches[0].shape[1]}
+        self._journal.write_note("evaluation", result)
+
+    def _output(self, forward: Forward) -> Any:
+        stop = forward.advance()
+        forward.stop = None
+        if not isinstance(stop, Finished):
+            raise UsageError(
+                f"{type(self.stack.model).__name__}: its forward stopped at {stop} behind the last "
+                "block, unlike that of a short sequence"
+            )
+        return stop.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ DENSE = ("dense_f32", "dense_f16", "dense_bf16")
 class RunSettings:
     model: Path
     output: Path
-    calibration: Path
+    # Files of text; none: the model's own samples.
+    calibration: tuple[Path, ...]
     spec: Spec
     sequences: int = 128
     sequence_length: int = 512
@@ -31,14 +33,18 @@ class RunSettings:
     evaluation_window: int = 512
     # The float model is measured too.
     evaluate_float: bool = True
-    # Linears whose names match one of these regular expressions stay float.
+    # Linears whose names in the checkpoint match one of these regular expressions stay float.
     ignore: tuple[str, ...] = ()
+    # A file that says how each linear is quantized.
+    recipe: Path | None = None
     # The type of the tensors that are not quantized; None: as the checkpoint has them.
     dtype: str | None = None
     batch_size: int = 8
     device: str = "cpu"
     # So many blocks are quantized, from the first on; the rest stays float.
     blocks: int | None = None
+    # Less than this share of the blocks' weights quantized is an error.
+    min_share: float = 0.0
 
     @property
     def mismatched(self) -> bool:
@@ -99,11 +105,24 @@ class RunSettings:
         for name in ("sequences", "sequence_length", "batch_size", "evaluation_window"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.min_share <= 1:
+            raise UsageError(f"min_share: expected 0 to 1, got {self.min_share:g}")
+        self._check_folders()
         fraction = self.effective_held_out_fraction
         if 0 < fraction * self.sequences < 1:
             raise UsageError(
                 f"held_out_fraction: {fraction:g} of the sequences ({self.sequences}) is not one"
             )
+
+    def _check_folders(self) -> None:
+        """The float model is not written over."""
+        model, output = self.model.resolve(), self.output.resolve()
+        if model.is_dir() and (output == model or model in output.parents):
+            raise UsageError(
+                f"output: expected a folder outside the model's ({self.model}), got {self.output}"
+            )
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"output: expected a folder, got the file {self.output}")
 
     def described(self) -> dict[str, Any]:
         """All settings as plain values, for reports."""
@@ -111,25 +130,28 @@ class RunSettings:
         own = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in ("spec", "model", "output", "calibration", "evaluation")
+            if field.name not in ("spec", "model", "output", "calibration", "evaluation", "recipe")
         }
         return {
             "model": self.model.name,
-            "calibration": self.calibration.name,
+            "calibration": [path.name for path in self.calibration] or "self",
             "evaluation": self.evaluation.name if self.evaluation else None,
             "held_out_fraction": self.effective_held_out_fraction,
             "spec": spec,
         } | {key: value for key, value in own.items() if key != "held_out_fraction"}
 
-    def fingerprint(self, model_identity: str) -> dict[str, Any]:
-        """The settings that must not change between the sessions of one run."""
+    def fingerprint(self, identity: Mapping[str, str]) -> dict[str, Any]:
+        """The settings that must not change between the sessions of one run; `identity` has
+        digests of the model's files."""
         described = self.described()
-        for name in ("batch_size", "device"):
+        for name in ("batch_size", "device", "min_share"):
             del described[name]
-        described["model_files"] = model_identity
-        described["calibration_sha256"] = _digest(self.calibration)
-        if self.evaluation:
-            described["evaluation_sha256"] = _digest(self.evaluation)
+        described |= {f"model_{name}": digest for name, digest in identity.items()}
+        described["calibration_sha256"] = [_digest(path) for path in self.calibration]
+        for name in ("evaluation", "recipe"):
+            path = getattr(self, name)
+            if path is not None:
+                described[f"{name}_sha256"] = _digest(path)
         return described
 
 

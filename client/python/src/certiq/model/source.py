@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +27,22 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from certiq.model.checkpoint_files import GgufFiles, TensorFiles, open_folder
+from certiq.model.checkpoint_files import GgufFiles, open_folder
+from certiq.model.decode import decoded
 from certiq.model.errors import UsageError
 from certiq.torch.finite import not_finite
+
+# What a tokenizer, a chat template or a configuration may be in; the weights are counted apart.
+_SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
 
 class ModelSource:
     """A checkpoint folder of transformers, or a GGUF file.
 
-    `model` has its parameters on the meta device; `load` fills those that are asked for. Old names
-    and fused tensors are converted by transformers' own rules; `names_of` tells what the checkpoint
-    calls a parameter of the model.
+    `model` has its parameters on the meta device; `load_shell` fills those outside the stack of
+    blocks and `load_block` those of a copy of one block. Old names and fused tensors are converted
+    by transformers' own rules; `names_of` tells what the checkpoint calls a parameter of the model.
+    Tensors that a quantized checkpoint keeps in FP8 or MXFP4 are read as what they stand for.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -43,57 +52,169 @@ class ModelSource:
         self.is_gguf = path.is_file()
         if self.is_gguf and path.suffix.lower() != ".gguf":
             raise UsageError(f"{path}: expected a folder or a .gguf file")
-        folder = path.parent if self.is_gguf else path
-        arguments = {"gguf_file": path.name} if self.is_gguf else {}
-        self._arguments = (str(folder), arguments)
-        self.config = AutoConfig.from_pretrained(str(folder), **arguments)
+        self.folder = path.parent if self.is_gguf else path
+        self.arguments = {"gguf_file": path.name} if self.is_gguf else {}
+        self.config_json = {} if self.is_gguf else _read_config(path)
+        self.config = self._read("config.json", AutoConfig)
+        quantization = self.config_json.get("quantization_config")
         if getattr(self.config, "quantization_config", None) is not None:
-            raise UsageError(f"{path}: is quantized already")
+            # The model is built as the float one that its tensors are decoded to.
+            del self.config.quantization_config
         # This is the checkpoint's type; building the model sets it to `dtype`.
         own = str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
         self.stored_dtype = own
         self.dtype = dtype
         self.device = device
+        kind = model_class(self.config)
+        _check_kind(self.config, kind)
         with init_empty_weights(include_buffers=False):
-            self.model = _model_class(self.config)._from_config(self.config, dtype=dtype)
+            self.model = kind._from_config(copy.deepcopy(self.config), dtype=dtype)
         self.model.eval().requires_grad_(False)
-        self.files: TensorFiles = GgufFiles(path, self.model) if self.is_gguf else open_folder(path)
+        if self.is_gguf:
+            self.files: Any = GgufFiles(path, self.model)
+        else:
+            self.files = decoded(open_folder(path), quantization)
         self._mapping = get_model_conversion_mapping(self.model)
         # Each parameter of the model has the tensors it is made of, and their converter's pattern.
         self._sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+        # Tensors that the model has no parameter for (of further heads, say) stay as they are.
         self.unused: list[str] = []
         # Tensors of the checkpoint that are parameters; a buffer may be infinite, as a mask is.
         self._weights: set[str] = set()
         self._map_names()
+        self.shared = self._find_shared()
+        self._check_complete()
 
     def tokenizer(self) -> Any:
-        folder, arguments = self._arguments
-        return AutoTokenizer.from_pretrained(folder, **arguments)
+        return self._read("its tokenizer", AutoTokenizer)
 
-    def load(self, wanted: Callable[[str], bool], where: str = "") -> None:
-        """Reads the parameters (and persistent buffers) whose names are wanted.
-
-        UsageError where a parameter is not finite: its name, the place in it, and `where`.
-        """
+    def load_shell(self, stack: str) -> None:
+        """Everything but the blocks of the stack, tied and moved to the device."""
+        inside = f"{stack}."
         names = [
             name
-            for target, sources in self._sources.items()
-            if wanted(target)
-            for name, _ in sources
+            for name, _ in self._parameters_and_buffers(self.model)
+            if not name.startswith(inside)
         ]
+        outside = f" (beside {stack}.*, which would read it or be read by it)"
+        self._fill(self.model, "", names, outside)
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.device.type != "meta":
+                    module._buffers[name] = buffer.to(self.device)
+
+    def load_block(self, blocks: nn.ModuleList, stack: str, index: int) -> nn.Module:
+        """A copy of a block with its weights; the model's own keeps none."""
+        own = blocks[index]
+        loaded = copy.deepcopy(own)
+        # What runs the stack gives the model's own blocks another one.
+        vars(loaded).pop("forward", None)
+        prefix = f"{stack}.{index}."
+        names = [name for name, _ in self._parameters_and_buffers(loaded)]
+        # Converters write into the model.
+        blocks[index] = loaded
+        try:
+            self._fill(loaded, prefix, names)
+        finally:
+            blocks[index] = own
+        for module in loaded.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+        return loaded.eval().requires_grad_(False)
+
+    def names_of(self, parameter: str) -> list[tuple[str, str | None]]:
+        """A parameter's names in the checkpoint: one, or several that a converter (whose
+        source pattern stands beside each) fuses."""
+        return self._sources.get(self.shared.get(parameter, parameter), [])
+
+    def decoded_names(self) -> frozenset[str]:
+        """Tensors that the checkpoint keeps in another form than their float values."""
+        return frozenset() if self.is_gguf else self.files.decoded_names()
+
+    def identity(self) -> dict[str, str]:
+        """Digests of all that the model is: its weights and the small files beside them."""
+        small = [] if self.is_gguf else self._small_files()
+        with ThreadPoolExecutor() as pool:
+            weights = list(pool.map(_sha256, self.files.files()))
+            rest = list(pool.map(_sha256, small))
+        named = {path.name: digest for path, digest in zip(small, rest, strict=True)}
+        config = named.pop("config.json", "")
+        return {
+            "weights": _joined(weights),
+            "config": config,
+            "tokenizer_and_other_files": _joined(f"{name} {named[name]}" for name in sorted(named)),
+        }
+
+    def _small_files(self) -> list[Path]:
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file() and path.suffix in _SMALL_FILES and not path.name.startswith(".")
+        )
+
+    def _read(self, what: str, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(str(self.folder), **self.arguments)
+        except Exception as error:  # transformers raises a dozen types for files that do not serve.
+            raise UsageError(
+                f"{self.path}: transformers cannot read {what}: {_first_line(error)}"
+            ) from error
+
+    def _fill(self, module: nn.Module, prefix: str, names: Iterable[str], where: str = "") -> None:
+        """Reads the named parameters and buffers of a module.
+
+        UsageError where one is not finite: its name, the place in it, and `where`.
+        """
+        converted: list[str] = []
+        for name in names:
+            sources = self.names_of(prefix + name)
+            if len(sources) == 1 and sources[0][1] is None:
+                self._assign(module, name, self._read_tensor(sources[0][0], where))
+            elif sources:
+                converted.append(prefix + name)
+        if converted:
+            self._convert(converted, where)
+
+    def _read_tensor(self, name: str, where: str) -> torch.Tensor:
+        tensor = self.files.read(name)
+        bad = not_finite(tensor) if name in self._weights else None
+        if bad is not None:
+            raise UsageError(
+                f"{self.path}: {name}{where} is {bad}: expected finite values in float32"
+            )
+        return tensor
+
+    def _assign(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        parent, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(parent)
+        is_parameter = leaf in holder._parameters
+        expected = (holder._parameters if is_parameter else holder._buffers)[leaf]
+        assert expected is not None
+        if tensor.shape != expected.shape:
+            raise UsageError(
+                f"{self.path}: {name}: expected {list(expected.shape)} as its configuration says, "
+                f"got {list(tensor.shape)}"
+            )
+        if tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
+        # A tensor that was mapped from a file would hold the file.
+        value = tensor.to(self.device).contiguous()
+        if is_parameter:
+            holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            holder._buffers[leaf] = value
+
+    def _convert(self, parameters: list[str], where: str) -> None:
+        """Lets transformers put parameters together from several tensors."""
+        names = [name for own in parameters for name, _ in self.names_of(own)]
+        tensors = {name: self._read_tensor(name, where) for name in names}
         config = LoadStateDictConfig(
             dtype=self.dtype,
             device_map={"": self.device},
             weight_mapping=copy.deepcopy(self._mapping),
         )
-        tensors = {name: self.files.read(name) for name in names}
-        for name, tensor in tensors.items():
-            bad = not_finite(tensor) if name in self._weights else None
-            if bad is not None:
-                raise UsageError(
-                    f"{self.path}: {name}{where} is {bad}: expected finite values in float32"
-                )
-        with _quiet_bars():
+        with quiet_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config, None)
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             raise UsageError(
@@ -101,57 +222,65 @@ class ModelSource:
                 f"{[*info.mismatched_keys, *info.conversion_errors, *info.error_msgs]}"
             )
 
-    def load_shell(self, stack: str) -> None:
-        """Everything but the blocks of the stack, tied and moved to the device."""
-        outside = f" (beside {stack}.*, which would read it or be read by it)"
-        self.load(lambda name: not name.startswith(f"{stack}."), outside)
-        self.model.tie_weights()
-        for name, parameter in self.model.named_parameters():
-            if parameter.device.type == "meta" and not name.startswith(f"{stack}."):
-                raise UsageError(f"{self.path}: has no tensor for {name}")
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.device)
-
-    def load_block(self, prefix: str, block: nn.Module) -> None:
-        self.load(lambda name: name.startswith(f"{prefix}."))
-        missing = [name for name, value in block.named_parameters() if value.device.type == "meta"]
-        if missing:
-            raise UsageError(f"{self.path}: has no tensor for {prefix}.{missing[0]}")
-        block.requires_grad_(False)
-
-    def names_of(self, parameter: str) -> list[tuple[str, str | None]]:
-        """A parameter's names in the checkpoint: one, or several that a converter (whose
-        source pattern stands beside each) fuses."""
-        return self._sources.get(parameter, [])
-
-    def identity(self) -> str:
-        """A digest of the files' names, sizes and times: whether it is the same model as before."""
-        digest = hashlib.sha256()
-        for file in self.files.files():
-            status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+    @staticmethod
+    def _parameters_and_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+        return [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
 
     def _map_names(self) -> None:
         renamings = [item for item in self._mapping if isinstance(item, WeightRenaming)]
         converters = [item for item in self._mapping if isinstance(item, WeightConverter)]
         state = self.model.state_dict()
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        targets = {
+            pattern: converter.target_patterns
+            for converter in converters
+            for pattern in converter.source_patterns
+        }
         prefix = self.model.base_model_prefix
         for name in sorted(self.files.names(), key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, state)
             if target not in state:
                 target, pattern = rename_source_key(name, [], [], prefix, state)
-            if target in state:
-                self._sources[target].append((name, pattern))
-                if target in parameters:
-                    self._weights.add(name)
-            else:
+            if target not in state:
                 self.unused.append(name)
+                continue
+            made = [target]
+            if pattern is not None:
+                # A converter that splits a tensor is found under the first of its targets.
+                first, *others = targets[pattern]
+                made += [target.replace(first, other) for other in others]
+            for own in made:
+                self._sources[own].append((name, pattern))
+            if target in parameters:
+                self._weights.add(name)
+
+    def _find_shared(self) -> dict[str, str]:
+        """Parameters that are the same as another one, which has tensors in the checkpoint."""
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
+        # Without weights, what transformers ties later is apart yet.
+        tied = [[name, other] for name, other in self.model.all_tied_weights_keys.items()]
+        shared: dict[str, str] = {}
+        for same in [*names.values(), *tied]:
+            stored = [name for name in same if name in self._sources]
+            if stored:
+                shared |= {name: stored[0] for name in same if name not in self._sources}
+        return shared
+
+    def _check_complete(self) -> None:
+        optional = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or []
+        for name, _ in self.model.named_parameters(remove_duplicate=False):
+            if self.names_of(name) or any(re.search(pattern, name) for pattern in optional):
+                continue
+            raise UsageError(f"{self.path}: has no tensor for {name}")
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
+    """The class of transformers that a configuration names, or that generates text with it."""
     import transformers
 
     for name in config.architectures or []:
@@ -160,20 +289,59 @@ def _model_class(config: Any) -> Any:
             return kind
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM._model_mapping[type(config)]
-    raise UsageError(f"{config.model_type}: transformers has no model class for it")
+    raise UsageError(
+        f"{config.model_type}: transformers has no model class for it "
+        f"(architectures: {config.architectures})"
+    )
 
 
-class _quiet_bars:  # noqa: N801 - reads as a word of the language
+def _check_kind(config: Any, kind: Any) -> None:
+    """Refuses what token ids alone do not run."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{kind.__name__} is an encoder-decoder: expected a model that is one stack of blocks "
+            "reading token ids (a decoder or an encoder)"
+        )
+    if getattr(kind, "main_input_name", "input_ids") != "input_ids":
+        raise UsageError(
+            f"{kind.__name__} reads {kind.main_input_name}: expected a model that reads token ids"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: expected a configuration in JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
     """transformers shows a bar for every piece it loads."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._on = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *error: object) -> None:
-        from transformers.utils import logging
-
-        if self._on:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
             logging.enable_progress_bar()

@@ -29,6 +29,12 @@ def features_of(module: nn.Module) -> int:
     return int(weight.shape[0] if is_conv1d(module) else weight.shape[1])
 
 
+def rows_of(module: nn.Module) -> int:
+    """R, the outputs of a linear."""
+    weight = _parameter(module)
+    return int(weight.shape[1] if is_conv1d(module) else weight.shape[0])
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """W [R, N], detached; a view where the module keeps it that way."""
     weight = _parameter(module).detach()

@@ -51,7 +51,7 @@ class InputTap:
         self._share_inputs = share_inputs
         self._leader: dict[str, str] = {}
         # Each group has the tensor that its first linear read last.
-        self._latest: dict[str, _Seen] = {}
+        self._latest: dict[str, Seen] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> InputTap:
@@ -91,7 +91,7 @@ class InputTap:
                     "record them apart (share_inputs=False)"
                 )
             return
-        self._latest[name] = _Seen(x)
+        self._latest[name] = Seen(x)
         rows = self._counting_rows(x.detach())
         if rows.shape[0]:
             self._sink(name, rows)
@@ -114,7 +114,7 @@ class InputTap:
         return rows[self.mask.reshape(-1).to(rows.device)]
 
 
-class _Seen:
+class Seen:
     """A tensor that was read, held weakly."""
 
     def __init__(self, x: torch.Tensor) -> None:

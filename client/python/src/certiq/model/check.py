@@ -1,0 +1,155 @@
+"""The model run as this package runs it, once and on a short sequence, before anything depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from certiq.model.errors import UsageError
+from certiq.model.levels import Level, levels_of
+from certiq.model.lockstep import AtBlock, BlockStack, Finished, Forward
+from certiq.model.source import ModelSource, model_class, quiet_bars
+from certiq.torch.experts import take_experts_apart
+from certiq.torch.taps import InputTap
+
+# So many tokens show which linears share an input.
+TOKENS = 64
+# Both run in float32; sums in another order differ by a few units of it, and depth multiplies that.
+TOLERANCE = 1e-3
+# The whole model is compared where its float32 weights take no more than this part of the memory
+# that is available.
+_MEMORY_PART = 0.4
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a short forward showed."""
+
+    levels: list[list[Level]]
+    """Of each block."""
+    logits: str
+    """How the logits were compared with transformers' own, or why not; for the report."""
+
+
+def check_model(
+    source: ModelSource,
+    stack: BlockStack,
+    ids: torch.Tensor,
+    wanted: Callable[[int, nn.Module], Mapping[str, nn.Module]],
+    *,
+    sequential: bool,
+) -> Checked:
+    """Runs `ids` [1, positions] through the float model block by block. The shell must be loaded.
+
+    `wanted(index, block)` are the linears to quantize of a block. UsageError where blocks do not
+    run one after another, once each, and where the logits are not transformers' own.
+    """
+    short = ids[:1, :TOKENS].to(source.device)
+    forward = Forward(stack.model, short, "check")
+    levels: list[list[Level]] = []
+    try:
+        with torch.no_grad(), stack.entered():
+            stop = forward.advance()
+            for index in range(len(stack)):
+                _expect(stop, index, stack)
+                block = source.load_block(stack.blocks, stack.name, index)
+                apart = take_experts_apart(block)
+                linears = dict(wanted(index, block))
+                stack.set_block(index, lambda stream, block=block: block)
+                with InputTap(linears, lambda name, rows: None) as tap:
+                    stop = forward.advance()
+                groups = {name: group.members for name, group in tap.groups.items()}
+                levels.append(levels_of(list(linears), groups, apart, sequential=sequential))
+            _expect(stop, len(stack), stack)
+            stop = forward.advance()
+        if not isinstance(stop, Finished):
+            raise _other_order(stop, len(stack), stack)
+        return Checked(levels, _compare(source, short, stop.output))
+    finally:
+        forward.end()
+
+
+def _expect(stop: object, index: int, stack: BlockStack) -> None:
+    if stop != AtBlock(index):
+        raise _other_order(stop, index, stack)
+
+
+def _other_order(stop: object, index: int, stack: BlockStack) -> UsageError:
+    came = f"block {stop.index}" if isinstance(stop, AtBlock) else "its end"
+    expected = f"block {index}" if index < len(stack) else "its end"
+    return UsageError(
+        f"{type(stack.model).__name__}: its forward came to {came} of {stack.name} where {expected} "
+        "was expected: models whose blocks run once each, in order, are supported"
+    )
+
+
+def _compare(source: ModelSource, ids: torch.Tensor, output: Any) -> str:
+    """The same ids through the model as transformers loads it."""
+    ours = _outcome(output)
+    if not bool(torch.isfinite(ours).all()):
+        # The run itself says where values cease to be finite.
+        return "not compared: not finite"
+    if source.decoded_names():
+        return "not compared: transformers runs the quantized model, not the decoded one"
+    size = 4 * sum(source.files.info(name).values for name in source.files.names())
+    available = _available_bytes()
+    if available is not None and size > _MEMORY_PART * available:
+        return (
+            f"not compared: {size / 1e9:.1f} GB of float32 weights, {available / 1e9:.1f} GB of "
+            "memory available"
+        )
+    theirs = _outcome(_run_whole(source, ids))
+    difference = float((ours - theirs).abs().max())
+    largest = float(theirs.abs().max())
+    if not difference <= TOLERANCE * largest:
+        raise UsageError(
+            f"{source.path}: run block by block it gives other logits than transformers' "
+            f"{type(source.model).__name__}: they differ by {difference:.3g}, the largest is "
+            f"{largest:.3g}"
+        )
+    return f"equal to transformers' own to {difference:.2g} of {largest:.2g}"
+
+
+def whole_model(source: ModelSource) -> Any:
+    """The float model as transformers loads it, all of it in memory."""
+    try:
+        with quiet_bars():
+            model = model_class(source.config).from_pretrained(
+                str(source.folder), dtype=source.dtype, **source.arguments
+            )
+    except Exception as error:
+        raise UsageError(
+            f"{source.path}: transformers does not load it: {type(error).__name__}: {error}"
+        ) from error
+    return model.to(source.device).eval()
+
+
+@torch.no_grad()
+def _run_whole(source: ModelSource, ids: torch.Tensor) -> Any:
+    return whole_model(source)(input_ids=ids)
+
+
+def _outcome(output: Any) -> torch.Tensor:
+    """Logits, or what a model without a head returns."""
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, torch.Tensor):
+            return value.float()
+    raise UsageError(
+        f"{type(output).__name__}: expected logits or last_hidden_state, got {list(output)}"
+    )
+
+
+def _available_bytes() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None

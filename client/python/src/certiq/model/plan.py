@@ -1,0 +1,356 @@
+"""What a run will do, known and checked before the first forward."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from certiq.model.checkpoint_files import TensorInfo
+from certiq.model.errors import UsageError
+from certiq.model.levels import pattern_of
+from certiq.model.lockstep import BlockStack
+from certiq.model.naming import StoredLinear, outside_linears, stored_linears
+from certiq.model.recipe import Recipe
+from certiq.model.settings import PACKED, RunSettings
+from certiq.model.siblings import disagreements
+from certiq.model.source import ModelSource
+from certiq.spec import Spec
+
+# A smaller share of quantized weights is worth a warning.
+EXPECTED_SHARE = 0.9
+# transformers puts a list of modules in the place of this one where a checkpoint is packed, and
+# vLLM reads the same names (transformers 5.24's MODULES_TO_PATCH_FOR_QUANTIZATION).
+_PACKED_BY_EXPERT = {"compressed_tensors": ("Llama4TextExperts",)}
+IGNORED = "ignored"
+_FLOAT_BYTES = {"dense_f32": 4, "dense_f16": 2, "dense_bf16": 2}
+_DENSE_DTYPES = {"dense_f32": "F32", "dense_f16": "F16", "dense_bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A linear that will be quantized."""
+
+    linear: StoredLinear
+    spec: Spec
+
+
+@dataclass
+class Plan:
+    """Which linears are quantized how, and which stay float for what reason."""
+
+    format: str
+    quantized: dict[str, Planned] = field(default_factory=dict)
+    """By their names in the model, in the order of the work."""
+    linears: dict[str, StoredLinear] = field(default_factory=dict)
+    """All of the blocks' linears by their names in the model."""
+    floats: dict[str, str] = field(default_factory=dict)
+    """Reasons by the checkpoint's names of modules and tensors."""
+    float_modules: list[str] = field(default_factory=list)
+    """All that loaders must not look for packed, by the names of modules and tensors."""
+    joined: dict[str, list[StoredLinear]] = field(default_factory=dict)
+    """Float experts that are written as one tensor, by the name of the model's parameter."""
+    weights: int = 0
+    """Of the blocks, those that were ignored left out."""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Of the weights of the blocks that nobody asked to ignore, the part that is quantized."""
+        done = sum(planned.linear.weights for planned in self.quantized.values())
+        return done / self.weights if self.weights else 0.0
+
+    def specs(self) -> dict[str, Spec]:
+        """By the checkpoint's names."""
+        return {planned.linear.prefix: planned.spec for planned in self.quantized.values()}
+
+    def bytes(self) -> int:
+        """What the quantized linears take in the checkpoint."""
+        return sum(
+            sum(info.bytes for info in result_tensors(planned).values())
+            for planned in self.quantized.values()
+        )
+
+    def lines(self) -> Iterator[str]:
+        """For people: linears that are alike are one line."""
+        done = Counter(
+            (pattern_of(own.linear.prefix), own.linear.rows, own.linear.features, _scheme(own.spec))
+            for own in self.quantized.values()
+        )
+        for (pattern, rows, features, scheme), count in done.items():
+            yield f"  {pattern}: {count} of [{rows}, {features}], {scheme}"
+        left = Counter((pattern_of(name), reason) for name, reason in self.floats.items())
+        for (pattern, reason), count in left.items():
+            yield f"  {pattern}: {count} stay float: {reason}"
+        yield (
+            f"  {100 * self.share:.1f} % of the layers' weights are quantized, "
+            f"to {self.bytes() / 1e6:,.3g} MB"
+        )
+
+
+def make_plan(
+    source: ModelSource, stack: BlockStack, settings: RunSettings, recipe: Recipe
+) -> Plan:
+    """Raises UsageError, with all linears that are concerned, for what the format cannot hold and
+    for a share of quantized weights below --min-share."""
+    format = settings.spec.format or "dense_f32"
+    plan = Plan(format)
+    count = min(settings.blocks or len(stack), len(stack))
+    inside = stored_linears(source, stack.name, list(stack.blocks))
+    plan.linears = inside
+    cannot: list[str] = []
+    names = [own.prefix for own in inside.values()]
+    for name, own in inside.items():
+        if _index(name, stack.name) >= count:
+            plan.floats[own.prefix] = "behind --layers"
+            continue
+        spec = recipe.spec_of(own.prefix)
+        if spec is None:
+            plan.floats[own.prefix] = IGNORED
+            continue
+        plan.weights += own.weights
+        reason = own.float_because or _unreadable(own, format)
+        if reason is not None:
+            plan.floats[own.prefix] = reason
+            continue
+        refusal = _refusal(own, spec)
+        if refusal is not None:
+            cannot.append(f"{own.prefix} {refusal}")
+            continue
+        plan.quantized[name] = Planned(own, spec)
+    outside = outside_linears(source, stack.name)
+    names += [own.prefix for own in outside.values()]
+    for own in outside.values():
+        if recipe.chosen(own.prefix):
+            plan.warnings.append(
+                f"{own.prefix} lies outside {stack.name} and stays float, though a rule names it"
+            )
+        plan.floats.setdefault(own.prefix, f"outside {stack.name}")
+    _add_unclaimed(plan, source, stack, inside, count, recipe)
+    if cannot:
+        raise UsageError(_refused(cannot))
+    if not plan.quantized:
+        raise UsageError("no linears to quantize: all are ignored or stay float")
+    plan.float_modules = _float_modules(source, plan, {**inside, **outside})
+    plan.joined = _joined_experts(plan)
+    if plan.joined:
+        plan.warnings.append(
+            f"{pattern_of(min(plan.joined))}: experts that stay float are written as one tensor, "
+            "since transformers (5.24) does not load them one by one in a packed checkpoint; vLLM "
+            "is not known to read them so"
+        )
+    for unmatched in recipe.unmatched(names):
+        plan.warnings.append(f"{unmatched} matches no linear")
+    if format in PACKED:
+        plan.warnings += disagreements(names, lambda name: plan.specs().get(name))
+    _check_share(plan, settings)
+    return plan
+
+
+def _index(name: str, stack: str) -> int:
+    return int(name.removeprefix(f"{stack}.").partition(".")[0])
+
+
+def _unreadable(own: StoredLinear, format: str) -> str | None:
+    """Why no loader would find a packed matrix of experts that the checkpoint has in one tensor."""
+    if own.matrix is None or not own.together or format not in PACKED:
+        return None
+    if own.fused in _PACKED_BY_EXPERT.get(format, ()):
+        return None
+    names = own.prefix.rpartition(".")[2]
+    plain = own.matrix.part not in ("even", "odd") and not own.matrix.transposed
+    if format.startswith("gptq") and plain and names.endswith("_proj"):
+        # GPTQModel's defuser takes such experts apart before it loads.
+        return None
+    return (
+        f"all experts are one tensor ({pattern_of(own.tensor or '')}), which no reader of {format} "
+        "takes packed; a dense format quantizes them"
+    )
+
+
+def _refusal(own: StoredLinear, spec: Spec) -> str | None:
+    """Why the format cannot hold a linear, as the server would say it in the middle of the work."""
+    bits, group, rows, features = spec.bits or 4, spec.group_size or 0, own.rows, own.features
+    if spec.format in PACKED and group and features % group:
+        return f"[{rows}, {features}]: groups of {group} do not divide its {features} features"
+    if spec.format in ("gptq", "gptq_v2"):
+        if features * bits % 32:
+            return (
+                f"[{rows}, {features}]: {spec.format} packs features into words of 32 bits, which "
+                f"{features} x {bits} bits do not fill"
+            )
+        if rows * bits % 32:
+            return (
+                f"[{rows}, {features}]: {spec.format} packs the rows' zero points into words of 32 "
+                f"bits, which {rows} x {bits} bits do not fill"
+            )
+    if spec.format == "compressed_tensors" and own.transposed:
+        return "is a Conv1D, which compressed-tensors does not know: use gptq or gptq_v2"
+    return None
+
+
+def _refused(cannot: list[str]) -> str:
+    shown = Counter(pattern_of(text) for text in cannot)
+    listed = "; ".join(
+        text if count == 1 else f"{text} ({count} of them)"
+        for text, count in list(shown.items())[:8]
+    )
+    names = {pattern_of(text.split()[0]).rpartition(".")[2] for text in cannot}
+    flags = " ".join(f"--ignore '{name}$'" for name in sorted(names))
+    return f"these linears cannot be quantized so: {listed}. {flags} leaves them float"
+
+
+def _add_unclaimed(
+    plan: Plan,
+    source: ModelSource,
+    stack: BlockStack,
+    linears: Mapping[str, StoredLinear],
+    count: int,
+    recipe: Recipe,
+) -> None:
+    """Weights of the blocks that belong to no linear."""
+    claimed = {own.tensor for own in linears.values() if own.tensor}
+    for index, block in enumerate(stack.blocks):
+        if index >= count:
+            break
+        for name, parameter in block.named_parameters():
+            if parameter.dim() < 2 or isinstance(_owner(block, name), nn.modules.conv._ConvNd):
+                continue
+            sources = [tensor for tensor, _ in source.names_of(f"{stack.block_name(index)}.{name}")]
+            if not sources or any(tensor in claimed for tensor in sources):
+                continue
+            stored = module_name(sources[0])
+            if stored in plan.floats or any(own.prefix == stored for own in linears.values()):
+                continue
+            if recipe.spec_of(stored) is None:
+                plan.floats[stored] = IGNORED
+                continue
+            plan.floats[stored] = "no linear"
+            plan.weights += parameter.numel()
+
+
+def _owner(block: nn.Module, name: str) -> nn.Module:
+    return block.get_submodule(name.rpartition(".")[0])
+
+
+def module_name(tensor: str) -> str:
+    """The module of a tensor: its own name where it is a parameter of another sort."""
+    return tensor.removesuffix(".weight")
+
+
+def _float_modules(
+    source: ModelSource, plan: Plan, linears: Mapping[str, StoredLinear]
+) -> list[str]:
+    """Modules with matrices that stay float, by the checkpoint's names and, where they differ, by
+    the model's."""
+    replaced = {own.linear.tensor for own in plan.quantized.values()}
+    quantized = {own.linear.prefix for own in plan.quantized.values()}
+    embeddings = {
+        tensor
+        for name, module in source.model.named_modules()
+        if isinstance(module, nn.Embedding)
+        for tensor, _ in source.names_of(f"{name}.weight")
+    }
+    found: dict[str, None] = {}
+    for name, own in linears.items():
+        # Of experts in one tensor, those have names of their own that stay beside packed ones.
+        if name not in plan.quantized and not (own.together and own.tensor not in replaced):
+            found |= {own.prefix: None, name: None}
+    for tensor in source.files.names():
+        shape = source.files.info(tensor).shape
+        if tensor in replaced or tensor in embeddings or len(shape) < 2:
+            continue
+        if len(shape) == 2 and tensor.endswith(".weight"):
+            found[module_name(tensor)] = None
+        elif len(shape) == 3 and not tensor.endswith(("conv1d.weight", "conv.weight")):
+            module = tensor.removesuffix(".weight")
+            # Where it is no module's weight, it belongs to one of fused experts.
+            found[module if module != tensor else tensor.rpartition(".")[0]] = None
+    return [name for name in found if name and name not in quantized]
+
+
+def _joined_experts(plan: Plan) -> dict[str, list[StoredLinear]]:
+    """Experts that the checkpoint has one by one, and of which none is packed, by the model's
+    parameter: transformers' loader of compressed-tensors takes what is one by one for packed."""
+    if plan.format != "compressed_tensors":
+        return {}
+    of_parameter: dict[str, list[StoredLinear]] = defaultdict(list)
+    for own in plan.linears.values():
+        if own.matrix is not None and not own.together:
+            of_parameter[own.parameter].append(own)
+    return {
+        parameter: experts
+        for parameter, experts in of_parameter.items()
+        if not any(own.name in plan.quantized for own in experts)
+    }
+
+
+def _check_share(plan: Plan, settings: RunSettings) -> None:
+    if plan.share < settings.min_share:
+        raise UsageError(
+            f"{100 * plan.share:.1f} % of the layers' weights can be quantized, less than the "
+            f"{100 * settings.min_share:g} % of --min-share: {_reasons(plan)}"
+        )
+    if plan.share < EXPECTED_SHARE:
+        plan.warnings.append(
+            f"only {100 * plan.share:.1f} % of the layers' weights are quantized: {_reasons(plan)}"
+        )
+
+
+def _reasons(plan: Plan) -> str:
+    found = Counter(
+        (pattern_of(name), reason)
+        for name, reason in plan.floats.items()
+        if reason not in (IGNORED, "behind --layers") and not reason.startswith("outside ")
+    )
+    return "; ".join(f"{name} ({reason})" for (name, reason), _ in found.most_common(4))
+
+
+def _scheme(spec: Spec) -> str:
+    grid = "symmetric" if spec.symmetric is not False else "asymmetric"
+    scales = f"groups of {spec.group_size}" if spec.group_size else "a scale a row"
+    return f"{spec.method or 'optq'} {spec.bits or 4} bits, {scales}, {grid}"
+
+
+_SCALE_BYTES = {"f32": ("F32", 4), "f16": ("F16", 2), "bf16": ("BF16", 2), None: ("F32", 4)}
+
+
+def result_tensors(planned: Planned) -> dict[str, TensorInfo]:
+    """The tensors that a linear will have in the checkpoint, by role."""
+    own, spec = planned.linear, planned.spec
+    bits, rows, features = spec.bits or 4, own.rows, own.features
+    groups = features // spec.group_size if spec.group_size else 1
+    format = spec.format or "dense_f32"
+    if format not in PACKED:
+        return {"weight": TensorInfo(_DENSE_DTYPES[format], (rows, features))}
+    if format == "compressed_tensors":
+        scale, _ = _SCALE_BYTES[spec.scale_dtype]
+        found = {
+            "weight_packed": TensorInfo("I32", (rows, -(-features * bits // 32))),
+            "weight_scale": TensorInfo(scale, (rows, groups)),
+            "weight_shape": TensorInfo("I64", (2,)),
+        }
+        if spec.symmetric is False:
+            found["weight_zero_point"] = TensorInfo("I32", (-(-rows * bits // 32), groups))
+        return found
+    found = {
+        "qweight": TensorInfo("I32", (features * bits // 32, rows)),
+        "qzeros": TensorInfo("I32", (groups, rows * bits // 32)),
+        "scales": TensorInfo("F16", (groups, rows)),
+    }
+    if spec.group_size:
+        found["g_idx"] = TensorInfo("I32", (features,))
+    return found
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """For the report."""
+    return {
+        "share_quantized": plan.share,
+        "predicted_bytes": plan.bytes(),
+        "stay_float": dict(plan.floats),
+        "warnings": list(plan.warnings),
+    }
