@@ -239,6 +239,12 @@ def all_float(copy: Copy) -> None:
         copy.make_float(name)
 
 
+def tied_head(copy: Copy) -> None:
+    copy.config["tie_word_embeddings"] = True
+    copy.quantization["ignore"].remove("lm_head")
+    copy.pack("lm_head", rows=models.VOCABULARY)
+
+
 ROLES = "weight_packed", "weight_scale", "weight_shape"
 GROUPS = "quantization_config.config_groups.group_0"
 INTEGRITY: dict[str, tuple[str, Damage, str]] = {
@@ -321,6 +327,14 @@ INTEGRITY: dict[str, tuple[str, Damage, str]] = {
     "packed and ignored": (
         *("compressed", lambda copy: copy.quantization["ignore"].append("re:.*q_proj")),
         f"{Q}: has packed tensors, and quantization_config tells that it is float",
+    ),
+    "a tied head": (
+        *("compressed", tied_head),
+        "lm_head: is packed: expected tie_word_embeddings false in config.json, got true",
+    ),
+    "a table no group targets": (
+        *("compressed", lambda copy: copy.pack("model.embed_tokens", rows=models.VOCABULARY)),
+        "model.embed_tokens: has packed tensors, and quantization_config tells that it is float",
     ),
     "packed and excluded": (
         *("gptq", edit("quantization_config", dynamic={"-:.*q_proj": {}})),
@@ -546,9 +560,9 @@ def test_index_and_files_agree(case: str, written: dict[str, Path], tmp_path: Pa
     assert result.ok == expected.startswith("warning")
 
 
-def two_groups(copy: Copy, name: str, bits: int = 8) -> None:
+def two_groups(copy: Copy, name: str, bits: int = 8, rows: int = 128) -> None:
     """One module with bits of its own."""
-    copy.pack(name, bits=bits)
+    copy.pack(name, bits=bits, rows=rows)
     if copy.quantization["quant_method"] == "gptq":
         copy.quantization["dynamic"] = {f"+:^{name}$": {"bits": bits}}
         return
@@ -569,6 +583,12 @@ def experts(copy: Copy, *bits: int) -> None:
 def asymmetric_expert(copy: Copy) -> None:
     for role in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"):
         copy.tensors[f"{EXPERT}.{role}"] = copy.tensors[f"{Q}.{role}"].clone()
+
+
+def packed_embeddings(copy: Copy) -> None:
+    own = json.loads(json.dumps(copy.group)) | {"targets": ["Embedding"]}
+    copy.quantization["config_groups"]["group_1"] = own
+    copy.pack("model.embed_tokens", rows=models.VOCABULARY)
 
 
 def siblings_in_8_bits(copy: Copy) -> None:
@@ -657,7 +677,14 @@ READER_CASES: dict[str, list[tuple[str, str, Damage, str]]] = {
             *(reader, "gptq", lambda copy: copy.pack(OUT, rows=132)),
             f"error: {reader}: {OUT}: expected rows whose codes of 4 bits fill words of 32 bits",
         )
-        for reader in ("vLLM", "transformers", "GPTQModel", "llama.cpp")
+        for reader in ("vLLM", "llama.cpp")
+    ],
+    "codes_of_3_bits_fill_words": [
+        (
+            *(reader, "gptq", lambda copy: two_groups(copy, OUT, bits=3, rows=132)),
+            f"error: {reader}: {OUT}: expected rows divisible by 32 with 3 bits, got 132",
+        )
+        for reader in ("transformers", "GPTQModel")
     ],
     "sizes_suit_marlin": [
         (
@@ -665,11 +692,15 @@ READER_CASES: dict[str, list[tuple[str, str, Damage, str]]] = {
             f"warning: vLLM: {OUT}: runs without the Marlin kernels",
         )
     ],
-    "asymmetric_is_dequantized": [
+    "dequantize_is_asked_for": [
         (
             *("transformers", "asymmetric", lambda copy: None),
             "warning: transformers: config.json: grids with zero points load only with",
-        )
+        ),
+        (
+            *("transformers", "compressed", packed_embeddings),
+            "warning: transformers: config.json: packed embeddings load only with",
+        ),
     ],
     "experts_are_symmetric": [
         (
@@ -998,6 +1029,27 @@ def test_loading_finds_one_wrong_value(
     assert proof.largest_difference > 0
 
 
+@pytest.mark.parametrize("table", [False, True], ids=["lm_head", "embeddings"])
+def test_tables_load_too(table: bool, copy: Callable[[str], Copy]) -> None:
+    made, name = copy("compressed"), "lm_head"
+    if table:
+        name = "model.embed_tokens"
+        packed_embeddings(made)
+    else:
+        made.quantization["ignore"].remove(name)
+        made.pack(name, rows=models.VOCABULARY)
+    words = made.tensors[f"{name}.weight_packed"]
+    made.tensors[f"{name}.weight_packed"] = torch.arange(words.numel(), dtype=torch.int32).reshape(
+        words.shape
+    )
+    assert made.check("transformers").ok
+    expected = torch.from_numpy(unpack.compressed(made.tensors, name, 4))
+    loaded = Loaded(made.folder)
+    assert loaded.dequantize == table
+    assert loaded.result.failures == ()
+    assert torch.equal(loaded.result.model.get_submodule(name).weight, expected)
+
+
 def test_loading_names_what_is_missing(
     copy: Callable[[str], Copy], written: dict[str, Path]
 ) -> None:
@@ -1030,3 +1082,8 @@ def test_what_transformers_cannot_load_is_said(copy: Callable[[str], Copy]) -> N
     assert proof.not_loaded == (
         "error: transformers: config.json: the linears of gpt2 are Conv1D: expected nn.Linear"
     )
+    made = Copy(made.folder, made.folder.with_name("with code"))
+    made.config |= {"model_type": "of_its_own", "auto_map": {"AutoConfig": "code.Config"}}
+    made.write()
+    proof = compare_with(made.folder, {Q: torch.ones(128, 128)})
+    assert proof.not_loaded == "of_its_own: the checkpoint's own code is not run"

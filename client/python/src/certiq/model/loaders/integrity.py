@@ -125,6 +125,18 @@ def float_and_packed_at_once(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield error(name, "has both a float weight and packed tensors: expected either")
 
 
+def packed_head_is_untied(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Loaders take a tied head from the embeddings and leave its own tensors."""
+    if checkpoint.config.get("tie_word_embeddings") or checkpoint.text_config.get(
+        "tie_word_embeddings"
+    ):
+        for name in checkpoint.modules:
+            if _last(name) == "lm_head":
+                yield error(
+                    name, "is packed: expected tie_word_embeddings false in config.json, got true"
+                )
+
+
 def packed_only_with_a_config(checkpoint: Checkpoint) -> Iterator[Finding]:
     if checkpoint.quantization is not None or not checkpoint.understood:
         return
@@ -268,6 +280,7 @@ RULES: tuple[Rule, ...] = (
     blocks_are_complete,
     packed_modules_are_whole,
     float_and_packed_at_once,
+    packed_head_is_untied,
     packed_only_with_a_config,
     floats_are_told,
     told_modules_are_packed,

@@ -56,7 +56,7 @@ class Loaded:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        checkpoint = Checkpoint(folder)
+        checkpoint = self._checkpoint = Checkpoint(folder)
         self.gptq = checkpoint.gptq is not None
         self.dequantize = needs_dequantizing(checkpoint)
         kind = "float16" if self.gptq else checkpoint.dtype
@@ -93,6 +93,9 @@ class Loaded:
         for finding in check_model(self.folder, ["transformers"]).errors:
             if finding.reader == "transformers":
                 return str(finding)
+        own = self._checkpoint.config.get("auto_map")
+        if own and not worker.is_known(self._checkpoint.model_type):
+            return f"{self._checkpoint.model_type}: the checkpoint's own code is not run"
         if self.gptq:
             lacking = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
             if lacking:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from certiq.model.loaders.checkpoint import Checkpoint, Module, experts_of, in_block
 from certiq.model.loaders.findings import Severity
-from certiq.model.loaders.schemes import COMPRESSED, GPTQ, Scheme
+from certiq.model.loaders.schemes import COMPRESSED, GPTQ, Scheme, is_table
 from certiq.readers import Reader
 
 DENSE = ("dense_f32", "dense_f16", "dense_bf16")
@@ -114,6 +114,17 @@ def groups_divide_features(checkpoint: Checkpoint) -> Iterator[Place]:
             )
 
 
+def codes_fill_words(checkpoint: Checkpoint) -> Iterator[Place]:
+    for module, scheme, rows, features in _sized(checkpoint):
+        for side, count in (("rows", rows), ("features", features)):
+            if count * scheme.bits % 32:
+                yield (
+                    module.name,
+                    f"expected {side} whose codes of {scheme.bits} bits fill words of 32 bits, "
+                    f"got {count}",
+                )
+
+
 def sizes_suit_marlin(checkpoint: Checkpoint) -> Iterator[Place]:
     sizes = {module.name: (rows, features) for module, _, rows, features in _sized(checkpoint)}
     for members in sibling_sets(checkpoint):
@@ -137,12 +148,12 @@ def sizes_suit_marlin(checkpoint: Checkpoint) -> Iterator[Place]:
 # -- transformers ----------------------------------------------------------------------------------
 
 
-def asymmetric_is_dequantized(checkpoint: Checkpoint) -> Iterator[Place]:
-    if needs_dequantizing(checkpoint):
+def dequantize_is_asked_for(checkpoint: Checkpoint) -> Iterator[Place]:
+    cause = _why_dequantized(checkpoint)
+    if cause is not None:
         yield (
             "config.json",
-            "grids with zero points load only with "
-            "quantization_config=CompressedTensorsConfig(dequantize=True)",
+            f"{cause} load only with quantization_config=CompressedTensorsConfig(dequantize=True)",
         )
 
 
@@ -174,7 +185,9 @@ def _read_with_another(checkpoint: Checkpoint, *, experts: bool) -> Iterator[Pla
     used = config.groups[group][1]
     for module, scheme, _, _ in _sized(checkpoint):
         if bool(experts_of(module.name)) == experts and scheme != used:
-            kind = "all experts" if experts else "all dense layers, as some have zero points"
+            kind = "all experts"
+            if not experts:
+                kind = f"all dense layers, as {_why_dequantized(checkpoint)} are dequantized"
             yield module.name, f"has {scheme}, and is read with {used}: one scheme serves {kind}"
 
 
@@ -240,15 +253,12 @@ def no_experts_of_mixtral(checkpoint: Checkpoint) -> Iterator[Place]:
         yield from experts_are_no_linears(checkpoint)
 
 
-def codes_fill_words(checkpoint: Checkpoint) -> Iterator[Place]:
+def codes_of_3_bits_fill_words(checkpoint: Checkpoint) -> Iterator[Place]:
+    """Of 2, 4 and 8 bits the last word may be filled up."""
     for module, scheme, rows, features in _sized(checkpoint):
         for side, count in (("rows", rows), ("features", features)):
-            if count * scheme.bits % 32:
-                yield (
-                    module.name,
-                    f"expected {side} whose codes of {scheme.bits} bits fill words of 32 bits, "
-                    f"got {count}",
-                )
+            if scheme.bits == 3 and count % 32:
+                yield module.name, f"expected {side} divisible by 32 with 3 bits, got {count}"
 
 
 # -- llama.cpp -------------------------------------------------------------------------------------
@@ -303,17 +313,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         *("vLLM", "0.32", "2026-12-01", (COMPRESSED, *GPTQ), "error"),
-        "FusedMoE has one quant_method for all experts of a layer",
+        f"{_VLLM}/compressed_tensors/compressed_tensors_moe, get_moe_method; auto_gptq.py",
         experts_share_a_scheme,
     ),
     Rule(
         *("vLLM", "0.32", "2026-12-01", GPTQ, "error"),
-        f"{_VLLM}/utils/marlin_utils.py, verify_marlin_supports_shape",
+        f"{_VLLM}/auto_gptq.py, create_weights: the number of groups is rounded down",
         groups_divide_features,
     ),
     Rule(
         *("vLLM", "0.32", "2026-12-01", GPTQ, "error"),
-        f"{_VLLM}/gptq.py: the packed sizes are whole words",
+        f"{_VLLM}/auto_gptq.py, create_weights: packed sizes are rounded down",
         codes_fill_words,
     ),
     Rule(
@@ -323,8 +333,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         *("transformers", "5.24", "2026-12-01", (COMPRESSED,), "warning"),
-        "tried: compressed-tensors 0.20 makes no room for packed zero points",
-        asymmetric_is_dequantized,
+        "tried: compressed-tensors 0.20 makes no room for packed zero points, and takes the weight "
+        "away that transformers asks an embedding for",
+        dequantize_is_asked_for,
     ),
     Rule(
         *("transformers", "5.24", "2026-12-01", (COMPRESSED,), "error"),
@@ -365,8 +376,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         *("transformers", "5.24", "2026-12-01", GPTQ, "error"),
-        "it uses GPTQModel's kernels",
-        codes_fill_words,
+        "tried: it uses GPTQModel's kernels",
+        codes_of_3_bits_fill_words,
     ),
     Rule(
         *("compressed-tensors", "0.20", "2026-12-01", (COMPRESSED,), "error"),
@@ -385,8 +396,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         *("GPTQModel", "7.7", "2026-12-01", GPTQ, "error"),
-        "gptqmodel/nn_modules/qlinear/__init__.py: codes and zero points are unpacked by words",
-        codes_fill_words,
+        "gptqmodel/nn_modules/qlinear/__init__.py, dequantize_weight; tried",
+        codes_of_3_bits_fill_words,
     ),
     Rule(*("GPTQModel", "7.7", "2026-12-01", GPTQ, "error"), "tried", no_experts_of_mixtral),
     Rule(
@@ -430,10 +441,19 @@ RULES: tuple[Rule, ...] = (
 
 def needs_dequantizing(checkpoint: Checkpoint) -> bool:
     """transformers loads it with CompressedTensorsConfig(dequantize=True) only."""
-    return checkpoint.compressed is not None and any(
-        not scheme.symmetric and not experts_of(module.name)
-        for module, scheme, _, _ in _sized(checkpoint)
-    )
+    return _why_dequantized(checkpoint) is not None
+
+
+def _why_dequantized(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.compressed is None:
+        return None
+    for module, scheme, _, _ in _sized(checkpoint):
+        # Experts are dequantized in any event.
+        if not scheme.symmetric and not experts_of(module.name):
+            return "grids with zero points"
+        if is_table(module.name):
+            return "packed embeddings"
+    return None
 
 
 def sibling_sets(checkpoint: Checkpoint) -> Iterator[list[str]]:

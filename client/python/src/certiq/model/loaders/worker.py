@@ -78,6 +78,13 @@ def load(folder: Path, *, dequantize: bool = False, gptq_bits: int | None = None
     return Result(model.eval(), tuple(failures))
 
 
+def is_known(model_type: str) -> bool:
+    """transformers has code for it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Of one sequence [1, T]; the last hidden states of a model without a head."""
