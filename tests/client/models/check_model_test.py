@@ -257,6 +257,27 @@ INTEGRITY: dict[str, tuple[str, Damage, str]] = {
         *("dense", edit("", auto_map={"AutoConfig": "configuration_x.X"})),
         "config.json: auto_map promises configuration_x.py, which is not there",
     ),
+    "auto_map of numbers": (
+        "dense",
+        edit("", auto_map={"AutoConfig": 5}),
+        "auto_map: expected nam",
+    ),
+    "no list to ignore": (
+        *("compressed", edit("quantization_config", ignore=5)),
+        "config.json: quantization_config: ignore: expected a list of names and regular express",
+    ),
+    "no regular expression": (
+        *("compressed", edit(GROUPS, targets=["re:("])),
+        "config.json: quantization_config: targets: expected a list of names and regular expressi",
+    ),
+    "no rules": (
+        *("gptq", edit("quantization_config", dynamic={"-:(": {}})),
+        "config.json: quantization_config: dynamic: expected regular expressions with objects, got",
+    ),
+    "no list of modules": (
+        *("gptq", edit("quantization_config", modules_in_block_to_quantize="q_proj")),
+        "config.json: quantization_config: modules_in_block_to_quantize: expected a list, got 'q_p",
+    ),
     "vocabulary": ("dense", unlink("tokenizer.json"), "tokenizer_config.json: expected one of tok"),
     "gap": ("compressed", without_block, "model.layers.0: has no tensors, though model.layers.1"),
     **{

@@ -76,7 +76,8 @@ class Checkpoint:
     @property
     def text_config(self) -> dict[str, Any]:
         """The part about the decoder, which models of several kinds keep apart."""
-        return self.config | (self.config.get("text_config") or {})
+        own = self.config.get("text_config")
+        return self.config | own if isinstance(own, dict) else self.config
 
     @property
     def model_type(self) -> str:

@@ -52,15 +52,20 @@ def json_files_parse(checkpoint: Checkpoint) -> Iterator[Finding]:
 def promised_files_exist(checkpoint: Checkpoint) -> Iterator[Finding]:
     folder = checkpoint.folder
     for name in ("config.json", "tokenizer_config.json"):
-        content = _object(checkpoint, name)
-        for classes in (content.get("auto_map") or {}).values():
-            for reference in classes if isinstance(classes, list) else [classes]:
+        own = _object(checkpoint, name).get("auto_map") or {}
+        # A class, or several: a tokenizer's slow one and its fast one.
+        classes = list(own.values()) if isinstance(own, dict) else [own]
+        for kind in classes:
+            for reference in kind if isinstance(kind, list) else [kind]:
                 if reference is None:
+                    continue
+                if not isinstance(reference, str):
+                    yield error(name, f"auto_map: expected names of classes, got {own!r}")
                     continue
                 if "--" in reference:
                     yield warning(name, f"auto_map: the code of {reference} is not in this folder")
                     continue
-                module = str(reference).split(".")[0]
+                module = reference.split(".")[0]
                 if not (folder / f"{module}.py").is_file():
                     yield error(name, f"auto_map promises {module}.py, which is not there")
     present = [name for name in VOCABULARIES if (folder / name).is_file()]

@@ -60,7 +60,7 @@ class CompressedTensors(Quantization):
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise ConfigError(f"config_groups: expected one group or more, got {groups!r}")
-        self.ignore = [str(target) for target in config.get("ignore") or []]
+        self.ignore = _targets("ignore", config.get("ignore") or [])
         self.groups: list[tuple[list[str], Scheme]] = []
         for name, group in groups.items():
             try:
@@ -80,7 +80,7 @@ class CompressedTensors(Quantization):
         bits = int(weights["num_bits"])
         if not 2 <= bits <= 8 or size < 0:
             raise ValueError
-        targets = [str(target) for target in group["targets"]]
+        targets = _targets("targets", group["targets"])
         self.groups.append((targets, Scheme(bits, size, bool(weights.get("symmetric", True)))))
 
     def scheme_of(self, module: str) -> Scheme | None:
@@ -117,16 +117,23 @@ class Gptq(Quantization):
                 f"{ ({key: config.get(key) for key in ('bits', 'group_size', 'sym')}) }"
             ) from cause
         self.desc_act = bool(config.get("desc_act", False))
-        self.dynamic: dict[str, Any] = dict(config.get("dynamic") or {})
+        self.dynamic: dict[str, Any] = config.get("dynamic") or {}
+        try:
+            for expression, values in self.dynamic.items():
+                re.compile(_pattern(expression))
+                self._scheme({**config, **values})
+        except (AttributeError, TypeError, ValueError, re.error) as cause:
+            raise ConfigError(
+                f"dynamic: expected regular expressions with objects, got {self.dynamic!r}"
+            ) from cause
         # What transformers takes for packed; None: every linear of a block.
         listed = config.get("modules_in_block_to_quantize")
         self.packed_in_blocks: list[str] | None = None
         if listed:
-            self.packed_in_blocks = [
-                str(name)
-                for part in listed
-                for name in (part if isinstance(part, list) else [part])
-            ]
+            if not isinstance(listed, list):
+                raise ConfigError(f"modules_in_block_to_quantize: expected a list, got {listed!r}")
+            parts = [part if isinstance(part, list) else [part] for part in listed]
+            self.packed_in_blocks = [str(name) for part in parts for name in part]
 
     def _scheme(self, config: Mapping[str, Any]) -> Scheme:
         size = int(config["group_size"])
@@ -149,7 +156,7 @@ class Gptq(Quantization):
 
     def _rule(self, module: str) -> tuple[bool, dict[str, Any]] | None:
         for expression, values in self.dynamic.items():
-            if re.match(expression.removeprefix("-:").removeprefix("+:"), module):
+            if re.match(_pattern(expression), module):
                 return expression.startswith("-:"), dict(values)
         return None
 
@@ -181,6 +188,25 @@ def read(config: Mapping[str, Any]) -> Quantization | None:
 def is_table(module: str) -> bool:
     """By its name an embedding, which is no linear though its weight has two dimensions."""
     return _TABLES.search(module) is not None
+
+
+def _targets(field: str, given: object) -> list[str]:
+    try:
+        if not isinstance(given, list):
+            raise TypeError
+        for target in given:
+            if target.startswith("re:"):
+                re.compile(target[3:])
+    except (AttributeError, TypeError, re.error) as cause:
+        raise ConfigError(
+            f"{field}: expected a list of names and regular expressions, got {given!r}"
+        ) from cause
+    return given
+
+
+def _pattern(expression: str) -> str:
+    """Of a rule of `dynamic`."""
+    return expression.removeprefix("-:").removeprefix("+:")
 
 
 def _names(target: str, module: str) -> bool:
