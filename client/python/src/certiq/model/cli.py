@@ -17,6 +17,7 @@ from certiq.model.errors import UsageError
 from certiq.model.settings import DENSE, PACKED, RunSettings
 
 if TYPE_CHECKING:
+    from certiq.model.estimate import Estimate
     from certiq.model.plan import Plan
 
 DEFAULT_FORMAT = "compressed_tensors"
@@ -204,6 +205,7 @@ def quantize_model(
     from tqdm.auto import tqdm
 
     from certiq.model.checkpoint import CheckpointWriter, scale_dtype
+    from certiq.model.estimate import estimate
     from certiq.model.journal import Journal, write_text
     from certiq.model.lockstep import BlockStack
     from certiq.model.plan import described, make_plan
@@ -232,7 +234,7 @@ def quantize_model(
     )
     stack = BlockStack(source.model)
     plan = make_plan(source, stack, settings, recipe)
-    _show_plan(plan, settings)
+    _show_plan(plan, settings, estimate(settings, source, stack, plan))
     if dry_run:
         return None
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -278,10 +280,11 @@ def quantize_model(
     return report
 
 
-def _show_plan(plan: Plan, settings: RunSettings) -> None:
+def _show_plan(plan: Plan, settings: RunSettings, needs: Estimate) -> None:
     print("plan:")
     for line in plan.lines():
         print(line)
+    print(f"  {needs}")
     warnings = list(plan.warnings)
     if not settings.loads_in():
         warnings.append(
@@ -318,6 +321,13 @@ def summary(report: Mapping[str, Any]) -> str:
             "a sequence's logits compared"
         )
     lines += proof["warnings"]
+    if totals["experts"] is not None:
+        coverage = totals["experts"]
+        lines.append(
+            f"experts saw {coverage['fewest_tokens']} to {coverage['most_tokens']} tokens, "
+            f"{coverage['median_tokens']} in the middle; {coverage['without_tokens']} of "
+            f"{coverage['linears']} linears none"
+        )
     if totals["fell_back_to_nearest"]:
         lines.append(f"fell back to plain rounding: {', '.join(totals['fell_back_to_nearest'])}")
     if totals["underflowed_rows"]:
@@ -326,7 +336,9 @@ def summary(report: Mapping[str, Any]) -> str:
             f"{totals['underflowed_rows']} (the certificates' underflow names them)"
         )
     if totals["with_notes"]:
-        lines.append(f"see the report's notes on: {', '.join(totals['with_notes'])}")
+        named = totals["with_notes"]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        lines.append(f"see the report's notes on {', '.join(named[:3])}{more}")
     return "\n".join(lines)
 
 
