@@ -45,7 +45,7 @@ class Collected:
     tokens: int
     mismatched: bool
     prior: int = 0
-    """Tokens' worth of the other experts' sums in the calibration, beside the `tokens` of its own."""
+    """Tokens' worth of all experts' sums in the calibration, beside the `tokens` of its own."""
 
 
 class BlockReader:

@@ -27,8 +27,8 @@ def linear_report(
 ) -> dict[str, Any]:
     """One linear. `certificate` is the protobuf as JSON with the proto's field names.
 
-    `routed_tokens`: what an expert saw, None of others; `prior_tokens` are those of all experts that
-    the certificate's tokens count beside them.
+    `routed_tokens`: what an expert saw, None of others; `prior_tokens` are those of all experts
+    that the certificate's tokens count beside them.
     """
     energy = float(certificate.get("reference_energy", 0.0))
     bound = float(certificate.get("l2_bound", 0.0))
