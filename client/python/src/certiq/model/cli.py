@@ -182,12 +182,15 @@ def client_from(arguments: argparse.Namespace) -> Client:
 
 
 def versions() -> dict[str, str]:
+    import torch
+
     found = {}
     for name in ("certiq", "torch", "transformers", "compressed-tensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed as a package"
+    found["torch threads"] = str(torch.get_num_threads())
     return found
 
 
