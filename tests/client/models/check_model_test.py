@@ -953,9 +953,6 @@ def dequantized(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
             weight = tensors[f"{name}.weight"].float().numpy()
         weights[name] = torch.from_numpy(np.ascontiguousarray(weight))
         set_weight(model.get_submodule(name), weights[name])
-    if spec["format"].startswith("dense"):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16().float()
     return model, weights
 
 

@@ -337,3 +337,60 @@ def test_what_is_given_wins_over_the_preset(quantize: Quantize) -> None:
         assert certificate["spec"]["scale_objective"] == "SCALE_OBJECTIVE_DATA_FREE"
         assert certificate["ladder"] == []
         assert "held_out_relative_error" not in certificate
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_states_on_disk_change_nothing(name: str, quantize: Quantize, text: Path) -> None:
+    outputs = []
+    for memory in ("16", "0"):
+        output, _ = quantize(
+            models.make(name),
+            *("--method", "qronos", "--state-memory", memory, "--restart"),
+            *("--evaluation", str(text), "--evaluation-tokens", "512"),
+            *("--evaluation-window", "64"),
+        )
+        outputs.append(unpack.tensors_of(output))
+    first, second = outputs
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert second[key].equal(tensor), key
+
+
+def without_calling(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A gated MLP that reads a weight and does not call its linear."""
+    inner = module.act_fn(module.gate_proj(x)) * module.up_proj(x)
+    return torch.nn.functional.linear(inner, module.down_proj.weight)
+
+
+def test_a_weight_that_is_read_without_calling_its_linear(
+    server: Server,
+    text: Path,
+    tokenizer: Any,  # noqa: ANN401
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        transformers.models.llama.modeling_llama.LlamaMLP, "forward", without_calling
+    )
+    source = models.save(models.make("llama"), tokenizer, tmp_path / "source")
+    flags = [
+        *("--model", str(source), "--calibration", str(text), "--output", str(tmp_path / "output")),
+        *("--server", server.address, *CALIBRATION),
+    ]
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert "model.layers.0.mlp.down_proj: its weight is read without calling the linear" in said
+    assert main([*flags, "--ignore", "down_proj$"]) == 0
+
+
+def test_a_linear_that_nothing_calls(quantize: Quantize, monkeypatch: pytest.MonkeyPatch) -> None:
+    def skipping(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return module.down_proj(module.act_fn(module.gate_proj(x)))
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", skipping)
+    _, report = quantize(models.make("llama"))
+    for linear in report["linears"]:
+        uncalled = linear["name"].endswith("up_proj")
+        assert any("nothing called it" in note for note in linear["notes"]) == uncalled
+        assert (linear["certificate"]["method"] == "METHOD_NEAREST") == uncalled

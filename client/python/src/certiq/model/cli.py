@@ -114,6 +114,13 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="the type that the model is run in; bfloat16 for checkpoints that have it",
     )
+    text.add_argument(
+        "--state-memory",
+        type=float,
+        default=16.0,
+        metavar="GB",
+        help="what hidden states may take; beyond it they lie on disk, below --output",
+    )
     text.add_argument("--device", default="cpu")
     p.add_argument("--dry-run", action="store_true", help="show the plan, and stop there")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -164,6 +171,7 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         compute_dtype=arguments.compute_dtype,
+        state_memory=arguments.state_memory,
         device=arguments.device,
         blocks=arguments.layers,
         min_share=arguments.min_share,

@@ -128,7 +128,7 @@ class BlockReader:
         level = self._level_of[name]
         own = running()
         if self._waits and level not in self._done and own.stream in self._streams:
-            own.pause(AtLevel(level))
+            own.pause(AtLevel(level), x)
 
     def _read(self, name: str, x: torch.Tensor) -> None:
         own = running()

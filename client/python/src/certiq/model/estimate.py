@@ -51,23 +51,26 @@ def estimate(settings: RunSettings, source: ModelSource, stack: BlockStack, plan
     return Estimate(client, server / rate, _peak(settings, source, stack, in_blocks))
 
 
+def state_bytes(settings: RunSettings, source: ModelSource, stack: BlockStack) -> int:
+    """What suspended forwards hold in front of a linear: the residual and what it reads."""
+    size = torch.empty(0, dtype=source.dtype).element_size()
+    width = int(getattr(source.config.get_text_config(), "hidden_size", 0) or 0)
+    inner = max((own.shape[-1] for own in stack.blocks.parameters() if own.dim() >= 2), default=0)
+    tokens = settings.sequences * settings.sequence_length * (2 if settings.mismatched else 1)
+    if settings.evaluation is not None:
+        tokens += settings.evaluation_tokens * (2 if settings.evaluate_float else 1)
+    return size * tokens * (2 * width + inner)
+
+
 def _peak(
     settings: RunSettings, source: ModelSource, stack: BlockStack, in_blocks: list[int]
 ) -> int:
     size = torch.empty(0, dtype=source.dtype).element_size()
-    whole = sum(own.numel() for own in source.model.parameters())
-    shell = whole - sum(in_blocks)
-    copies = 2 if settings.mismatched else 1
-    config = source.config.get_text_config()
-    width = int(getattr(config, "hidden_size", 0) or 0)
-    inner = max((own.shape[-1] for own in stack.blocks.parameters() if own.dim() >= 2), default=0)
-    tokens = settings.sequences * settings.sequence_length * copies
-    if settings.evaluation is not None:
-        tokens += settings.evaluation_tokens * (2 if settings.evaluate_float else 1)
-    # Suspended in front of a linear, a forward holds the residual and what the linear reads.
-    states = tokens * (2 * width + inner)
+    shell = sum(own.numel() for own in source.model.parameters()) - sum(in_blocks)
+    blocks = (3 if settings.mismatched else 2) * max(in_blocks)
+    states = min(state_bytes(settings, source, stack), int(settings.state_memory * 1e9))
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return now + size * (shell + (copies + 1) * max(in_blocks) + states)
+    return now + size * (shell + blocks) + states
 
 
 def _rate(source: ModelSource) -> float:

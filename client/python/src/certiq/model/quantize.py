@@ -40,7 +40,9 @@ def spec_for(
             scale="absmax" if spec.scale == "absmax" else "mse",
             format=spec.format,
         )
-        why = "a table that is looked up" if is_table else "no token reached it"
+        why = "no token reached it" if is_expert else "nothing called it"
+        if is_table:
+            why = "a table that is looked up"
         return plain, [f"{why}: plain rounding; its errors are those of the weights themselves"]
     notes: list[str] = []
     changes: dict[str, object] = {}
