@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from certiq.model.errors import UsageError
 from certiq.readers import Reader, loads_in
 from certiq.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
 
 PACKED = ("gptq", "gptq_v2", "compressed_tensors")
 DENSE = ("dense_f32", "dense_f16", "dense_bf16")
@@ -114,6 +117,7 @@ class RunSettings:
         if not 0 <= self.min_share <= 1:
             raise UsageError(f"min_share: expected 0 to 1, got {self.min_share:g}")
         self._check_folders()
+        self.devices()
         fraction = self.effective_held_out_fraction
         if 0 < fraction * self.sequences < 1:
             raise UsageError(
@@ -129,6 +133,25 @@ class RunSettings:
             )
         if output.exists() and not output.is_dir():
             raise UsageError(f"output: expected a folder, got the file {self.output}")
+
+    def devices(self) -> list[torch.device]:
+        """Sequences are divided among them."""
+        import torch
+
+        found = []
+        for name in self.device.split(","):
+            try:
+                device = torch.device(name.strip())
+                # A device that is not there says so here.
+                torch.empty(0, device=device)
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UsageError(
+                    f"device: expected devices of torch such as cpu or cuda:0,cuda:1, got "
+                    f"{self.device!r} ({reason})"
+                ) from error
+            found.append(device)
+        return found
 
     def described(self) -> dict[str, Any]:
         """All settings as plain values, for reports."""
