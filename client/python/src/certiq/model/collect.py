@@ -62,8 +62,8 @@ class BlockReader:
         *,
         waits: bool,
     ) -> None:
-        """`blocks`: what each stream that is read runs, a copy for each device. `waits`: False where a forward
-        reads the whole block in float first."""
+        """`blocks`: what each stream that is read runs, a copy for each device. `waits`: False
+        where a forward reads the whole block in float first."""
         self.levels = list(levels)
         self._done: set[int] = set()
         self._waits = waits
