@@ -74,7 +74,17 @@ class Loaded:
     @cached_property
     def result(self) -> worker.Result:
         """The model in this process. What transformers misses is in `failures`."""
-        return worker.load(self.folder, dequantize=self.dequantize)
+        try:
+            return worker.load(self.folder, dequantize=self.dequantize)
+        except Exception as error:
+            if self.dequantize or self._checkpoint.compressed is None:
+                raise
+            # Some models touch a weight of their own before it is unpacked (Mamba 2's do).
+            self.route = (
+                "transformers, CompressedTensorsConfig(dequantize=True); without it: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            )
+            return worker.load(self.folder, dequantize=True)
 
     def fetch(
         self, names: Iterable[str], ids: torch.Tensor | None
