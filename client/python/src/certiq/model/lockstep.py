@@ -172,7 +172,10 @@ def find_stack(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def _holds_linears(blocks: nn.ModuleList) -> bool:
-    return any(is_linear(module) for module in blocks.modules())
+    # A list of linears themselves (Gemma 3n's altup_projections) is no stack of blocks.
+    return any(
+        is_linear(module) for block in blocks for module in block.modules() if module is not block
+    )
 
 
 class BlockStack:
