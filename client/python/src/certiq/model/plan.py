@@ -242,6 +242,7 @@ def _add_unclaimed(
 ) -> None:
     """Weights of the blocks that belong to no linear."""
     claimed = {own.tensor for own in linears.values() if own.tensor}
+    prefixes = {own.prefix for own in linears.values()}
     for index, block in enumerate(stack.blocks):
         if index >= count:
             break
@@ -251,14 +252,12 @@ def _add_unclaimed(
             sources = [tensor for tensor, _ in source.names_of(f"{stack.block_name(index)}.{name}")]
             if not sources or any(tensor in claimed for tensor in sources):
                 continue
-            stored = module_name(sources[0])
-            if stored in plan.floats or any(own.prefix == stored for own in linears.values()):
+            stored = [module_name(tensor) for tensor in sources]
+            if any(own in plan.floats or own in prefixes for own in stored):
                 continue
-            if recipe.spec_of(stored) is None:
-                plan.floats[stored] = IGNORED
-                continue
-            plan.floats[stored] = "no linear"
-            plan.weights += parameter.numel()
+            ignored = all(recipe.spec_of(own) is None for own in stored)
+            plan.floats |= dict.fromkeys(stored, IGNORED if ignored else "no linear")
+            plan.weights += 0 if ignored else parameter.numel()
 
 
 def _owner(block: nn.Module, name: str) -> nn.Module:
@@ -368,14 +367,12 @@ def result_tensors(planned: Planned) -> dict[str, TensorInfo]:
         if spec.symmetric is False:
             found["weight_zero_point"] = TensorInfo("I32", (-(-rows * bits // 32), groups))
         return found
-    found = {
+    return {
         "qweight": TensorInfo("I32", (features * bits // 32, rows)),
         "qzeros": TensorInfo("I32", (groups, rows * bits // 32)),
         "scales": TensorInfo("F16", (groups, rows)),
+        "g_idx": TensorInfo("I32", (features,)),
     }
-    if spec.group_size:
-        found["g_idx"] = TensorInfo("I32", (features,))
-    return found
 
 
 def described(plan: Plan) -> dict[str, Any]:
