@@ -12,7 +12,14 @@ from torch import nn
 
 from certiq.model.source import ModelSource
 from certiq.torch.experts import ExpertMatrix, take_experts_apart
-from certiq.torch.linears import features_of, find_linears, is_conv1d, is_linear, rows_of
+from certiq.torch.linears import (
+    features_of,
+    find_linears,
+    is_conv1d,
+    is_linear,
+    returns_outputs,
+    rows_of,
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,11 @@ def stored_linears(
                 found[own] = _expert(source, own, parameter, matrix, shape, kinds[fused])
             else:
                 found[own] = _plain(source, own, shape, is_conv1d(module))
+                if not returns_outputs(module):
+                    found[own] = dataclasses.replace(
+                        found[own],
+                        float_because=f"{type(module).__name__} returns more than a linear does",
+                    )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,22 @@ def is_conv1d(module: nn.Module) -> bool:
         kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
         for kind in type(module).__mro__
     )
+
+
+def returns_outputs(module: nn.Module) -> bool:
+    """False for a linear that returns something else than its outputs: a router that is a linear,
+    and that also chooses (Phi-3.5-MoE's, Llama 4's). Readers of packed weights do not know it."""
+    if is_conv1d(module) or type(module).forward is nn.Linear.forward:
+        return True
+    weight = _parameter(module)
+    bare = copy.deepcopy(module).to("meta")
+    x = torch.empty(1, 1, features_of(module), dtype=weight.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            outputs = bare(x)
+    except Exception:  # Whatever it expects, it is not what a linear reads.
+        return False
+    return isinstance(outputs, torch.Tensor) and outputs.shape == (1, 1, rows_of(module))
 
 
 def features_of(module: nn.Module) -> int:
