@@ -222,7 +222,10 @@ class CheckpointWriter:
             tensor = self._source.files.read(name).to(dtype)
             for linear in linears:
                 weight = self._journal.read_tensor(linear.name, "weight").to(dtype)
-                if linear.together:
+                if linear.within is not None:
+                    tensor = tensor.contiguous()
+                    linear.within.put(tensor, weight)
+                elif linear.together:
                     assert linear.matrix is not None
                     linear.matrix.put(tensor, weight)
                 else:

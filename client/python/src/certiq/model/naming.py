@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from certiq.model.levels import pattern_of
 from certiq.model.source import ModelSource
 from certiq.torch.experts import ExpertMatrix, take_experts_apart
 from certiq.torch.linears import (
@@ -20,6 +23,29 @@ from certiq.torch.linears import (
     returns_outputs,
     rows_of,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Within:
+    """Where a weight [R, N] lies in a stored tensor, whose values are counted through in its order:
+    [r, n] is at starts[r] + steps[n]. Rows of a fused tensor are so, every second one of them, what
+    is transposed, and experts."""
+
+    starts: torch.Tensor
+    steps: torch.Tensor
+
+    @classmethod
+    def of(cls, places: torch.Tensor) -> Within | None:
+        """From each value's place; None where rows and columns are not apart."""
+        found = cls(places[:, 0].clone(), places[0] - places[0, 0])
+        return found if torch.equal(found._places(), places) else None
+
+    def put(self, tensor: torch.Tensor, weight: torch.Tensor) -> None:
+        """Writes W [R, N] where it belongs; the tensor must be contiguous."""
+        tensor.view(-1)[self._places()] = weight
+
+    def _places(self) -> torch.Tensor:
+        return self.starts[:, None] + self.steps
 
 
 @dataclass(frozen=True)
@@ -44,6 +70,9 @@ class StoredLinear:
     """True: the checkpoint has all experts in one tensor, too."""
     transposed: bool = False
     """True: the tensor has [features, rows] (Conv1D)."""
+    within: Within | None = None
+    """Where in the tensor, which a converter of transformers makes several parameters of, or one
+    in another order."""
     embedding: bool = False
     """True: a table that is looked up."""
     tied: bool = False
@@ -61,6 +90,7 @@ def stored_linears(
 ) -> dict[str, StoredLinear]:
     """The linears of these blocks by their names in the model, in its order."""
     found: dict[str, StoredLinear] = {}
+    locator = _Locator(source)
     for index, block in enumerate(blocks):
         prefix = f"{stack}.{index}"
         skeleton = copy.deepcopy(block)
@@ -77,9 +107,9 @@ def stored_linears(
             if name in of_experts:
                 fused, matrix = of_experts[name]
                 parameter = f"{prefix}.{fused}.{matrix.parameter}"
-                found[own] = _expert(source, own, parameter, matrix, shape, kinds[fused])
+                found[own] = _expert(locator, own, parameter, matrix, shape, kinds[fused])
             else:
-                found[own] = _plain(source, own, shape, is_conv1d(module))
+                found[own] = _plain(source, own, shape, is_conv1d(module), locator)
                 if not returns_outputs(module):
                     found[own] = dataclasses.replace(
                         found[own],
@@ -108,8 +138,53 @@ def outside_modules(source: ModelSource, stack: str) -> dict[str, StoredLinear]:
     return found
 
 
+class _Locator:
+    """Finds weights in tensors that converters take apart or put together.
+
+    Blocks that are alike are so in this, too: the first of them tells.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self._latest: tuple[str, tuple[list[str], torch.Tensor] | None] = ("", None)
+        self._known: dict[Any, tuple[int, Within] | None] = {}
+
+    def find(self, parameter: str, matrix: ExpertMatrix | None) -> tuple[str, Within] | None:
+        """The tensor that has the weight, and where; None where no single one has it."""
+        names = [name for name, _ in self.source.names_of(parameter)]
+        shapes = tuple(self.source.files.info(name).shape for name in names)
+        kind = (pattern_of(parameter), shapes, matrix)
+        if kind not in self._known:
+            self._known[kind] = self._find(parameter, matrix)
+        found = self._known[kind]
+        return None if found is None else (names[found[0]], found[1])
+
+    def _find(self, parameter: str, matrix: ExpertMatrix | None) -> tuple[int, Within] | None:
+        if self._latest[0] != parameter:
+            self._latest = (parameter, self.source.places_of(parameter))
+        latest = self._latest[1]
+        if latest is None:
+            return None
+        names, places = latest
+        if names != [name for name, _ in self.source.names_of(parameter)]:
+            return None
+        own = places if matrix is None else matrix.of(places)
+        first = 0
+        for number, name in enumerate(names):
+            end = first + math.prod(self.source.files.info(name).shape)
+            if first <= int(own.min()) and int(own.max()) < end:
+                within = Within.of(own - first)
+                return None if within is None else (number, within)
+            first = end
+        return None
+
+
 def _plain(
-    source: ModelSource, name: str, shape: tuple[int, int], transposed: bool
+    source: ModelSource,
+    name: str,
+    shape: tuple[int, int],
+    transposed: bool,
+    locator: _Locator | None = None,
 ) -> StoredLinear:
     parameter = f"{name}.weight"
     sources = source.names_of(parameter)
@@ -124,6 +199,9 @@ def _plain(
             transposed=transposed,
             float_because=_sharing(source, parameter),
         )
+    found = None if locator is None or transposed else locator.find(parameter, None)
+    if found is not None:
+        return StoredLinear(name, name, *shape, tensor=found[0], within=found[1])
     made_of = ", ".join(own for own, _ in sources) or "none"
     return StoredLinear(
         name,
@@ -145,7 +223,7 @@ def _sharing(source: ModelSource, parameter: str) -> str | None:
 
 
 def _expert(
-    source: ModelSource,
+    locator: _Locator,
     name: str,
     parameter: str,
     matrix: ExpertMatrix,
@@ -153,6 +231,7 @@ def _expert(
     fused: str,
 ) -> StoredLinear:
     """Checkpoints have a matrix for each expert and projection, or all of them in one tensor."""
+    source = locator.source
     sources = source.names_of(parameter)
     place: dict[str, Any] = {"matrix": matrix, "parameter": parameter, "fused": fused}
     if len(sources) == 1 and sources[0][1] is None:
@@ -163,11 +242,16 @@ def _expert(
     part = 1 if matrix.part in ("second_half", "odd") else 0
     if part < len(patterns):
         of_pattern = [tensor for tensor, own in sources if own == patterns[part]]
-        if matrix.expert < len(of_pattern) and of_pattern[matrix.expert].endswith(".weight"):
-            tensor = of_pattern[matrix.expert]
+        tensor = of_pattern[matrix.expert] if matrix.expert < len(of_pattern) else ""
+        if tensor.endswith(".weight") and source.files.info(tensor).shape == shape:
             return StoredLinear(
                 name, tensor.removesuffix(".weight"), *shape, tensor=tensor, **place
             )
+    found = locator.find(parameter, matrix)
+    if found is not None:
+        return StoredLinear(
+            name, name, *shape, tensor=found[0], within=found[1], together=True, **place
+        )
     return StoredLinear(
         name,
         name,

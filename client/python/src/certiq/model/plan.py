@@ -179,7 +179,14 @@ def _index(name: str, stack: str) -> int:
 
 def _unreadable(own: StoredLinear, format: str) -> str | None:
     """Why no loader would find a packed matrix of experts that the checkpoint has in one tensor."""
-    if own.matrix is None or not own.together or format not in PACKED:
+    if format not in PACKED:
+        return None
+    if own.within is not None:
+        return (
+            f"it is a part of {pattern_of(own.tensor or '')}, or in another order there, which no "
+            f"reader of {format} takes packed; a dense format quantizes it"
+        )
+    if own.matrix is None or not own.together:
         return None
     if own.fused in _PACKED_BY_EXPERT.get(format, ()):
         return None

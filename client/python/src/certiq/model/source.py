@@ -77,6 +77,8 @@ class ModelSource:
         self._mapping = get_model_conversion_mapping(self.model)
         # Each parameter of the model has the tensors it is made of, and their converter's pattern.
         self._sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+        # The first of the parameters that the same converter makes, as transformers calls them.
+        self._converted: dict[str, str] = {}
         # Tensors that the model has no parameter for (of further heads, say) stay as they are.
         self.unused: list[str] = []
         # Tensors of the checkpoint that are parameters; a buffer may be infinite, as a mask is.
@@ -127,6 +129,44 @@ class ModelSource:
         """A parameter's names in the checkpoint: one, or several that a converter (whose
         source pattern stands beside each) fuses."""
         return self._sources.get(self.shared.get(parameter, parameter), [])
+
+    def places_of(self, parameter: str) -> tuple[list[str], torch.Tensor] | None:
+        """Where the values of a parameter that a converter makes are from: the tensors it is made
+        with, and for each value its number if these are counted through one after another.
+
+        The converter itself says so: it is run on those numbers. None where none makes it, or where
+        it does more than put values in other places.
+        """
+        target = self._converted.get(parameter)
+        if target is None:
+            return None
+        sources = self._sources[target]
+        converter = copy.deepcopy(
+            next(
+                item
+                for item in self._mapping
+                if isinstance(item, WeightConverter) and sources[0][1] in item.source_patterns
+            )
+        )
+        count = 0
+        for name, pattern in sources:
+            info = self.files.info(name)
+            numbers = torch.arange(count, count + info.values).reshape(info.shape)
+            converter.add_tensor(target, name, pattern, numbers)
+            count += info.values
+        try:
+            made = converter.convert(target, model=self.model, config=self.model.config)
+        except Exception:  # Converters are transformers', and made for float values.
+            return None
+        value = made.get(parameter)
+        places = value[0] if isinstance(value, list) else value
+        shape = self.model.get_parameter(parameter).shape
+        whole = isinstance(places, torch.Tensor) and not places.is_floating_point()
+        if not whole or places.shape != shape or len(torch.unique(places)) != places.numel():
+            return None
+        if not 0 <= int(places.min()) <= int(places.max()) < count:
+            return None
+        return [name for name, _ in sources], places
 
     def heads_of(self, embedding: str) -> list[str]:
         """Modules that share the weight of an embedding."""
@@ -262,6 +302,8 @@ class ModelSource:
                 made += [target.replace(first, other) for other in others]
             for own in made:
                 self._sources[own].append((name, pattern))
+                if pattern is not None:
+                    self._converted[own] = target
             if target in parameters:
                 self._weights.add(name)
 
