@@ -94,6 +94,7 @@ class CheckpointWriter:
             experts[0].tensor: (parameter, experts) for parameter, experts in plan.joined.items()
         }
         self._within = {own.tensor for experts in plan.joined.values() for own in experts}
+        self._within |= {name for _, names in plan.made.values() for name in names}
 
     def check_values(self) -> None:
         """UsageError for a value that stays and that its new type cannot hold."""
@@ -150,6 +151,9 @@ class CheckpointWriter:
         linears = self._in_tensor.get(name)
         if name in self._joined:
             yield self._joined_entry(*self._joined[name])
+        elif name in self._plan.made:
+            for parameter in self._plan.made[name][0]:
+                yield self._made_entry(parameter, name)
         elif name in self._within:
             return
         elif linears is None:
@@ -209,6 +213,19 @@ class CheckpointWriter:
                 assert own.matrix is not None
                 own.matrix.put(tensor, self._read_kept(own.tensor))
             return tensor
+
+        return Entry(parameter, info, made)
+
+    def _made_entry(self, parameter: str, first: str) -> Entry:
+        """What a converter makes of float tensors."""
+        shape = tuple(self._source.model.get_parameter(parameter).shape)
+        info = TensorInfo(self._kept_info(first).dtype, shape)
+
+        def made() -> torch.Tensor:
+            found = self._source.places_of(parameter)
+            assert found is not None
+            names, places = found
+            return torch.cat([self._read_kept(name).reshape(-1) for name in names])[places]
 
         return Entry(parameter, info, made)
 

@@ -57,6 +57,9 @@ class Plan:
     """Float experts that are written as one tensor, by the name of the model's parameter."""
     mixed: list[str] = field(default_factory=list)
     """The model's parameters of experts of which some are packed and some are not."""
+    made: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
+    """Other float tensors that are written as the parameters that a converter makes of them: both
+    names, by the first of the tensors."""
     weights: int = 0
     """Of the blocks, those that were ignored left out."""
     warnings: list[str] = field(default_factory=list)
@@ -164,6 +167,14 @@ def make_plan(
         plan.warnings.append(
             f"{pattern_of(min(plan.mixed))}: transformers (5.24) does not load experts of which "
             "some stay float"
+        )
+    plan.made = _made_floats(source, plan)
+    if plan.made:
+        parameters = [name for names, _ in plan.made.values() for name in names]
+        plan.warnings.append(
+            f"{', '.join(dict.fromkeys(map(pattern_of, parameters)))}: float tensors that "
+            "transformers (5.24) puts together or apart as it loads them are written so, since it "
+            "drops them in a packed checkpoint; vLLM is not known to read them so"
         )
     for unmatched in recipe.unmatched(names):
         plan.warnings.append(f"{unmatched} matches no linear")
@@ -324,6 +335,23 @@ def _float_experts(plan: Plan) -> tuple[dict[str, list[StoredLinear]], list[str]
     }
     joined = {name: experts for name, experts in of_parameter.items() if packed[name] == 0}
     return joined, [name for name in packed if 0 < packed[name] < len(of_parameter[name])]
+
+
+def _made_floats(
+    source: ModelSource, plan: Plan
+) -> dict[str, tuple[list[str], list[str]]]:
+    """Float tensors whose converter transformers' loader of compressed-tensors puts its unpacking
+    in front of, which drops what is not packed (transformers 5.24's update_weight_conversions)."""
+    if plan.format != "compressed_tensors":
+        return {}
+    packed = {planned.linear.tensor for planned in plan.quantized.values()}
+    return {
+        tensors[0]: (parameters, tensors)
+        for parameters, tensors in source.made_of_weights().values()
+        if not packed.intersection(tensors)
+        and not any(name in plan.joined for name in parameters)
+        and all(source.places_of(name) is not None for name in parameters)
+    }
 
 
 def _check_share(plan: Plan, settings: RunSettings) -> None:

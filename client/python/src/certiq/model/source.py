@@ -168,6 +168,22 @@ class ModelSource:
             return None
         return [name for name, _ in sources], places
 
+    def made_of_weights(self) -> dict[str, tuple[list[str], list[str]]]:
+        """Parameters that one converter makes of tensors that its patterns call `.weight`, and
+        these tensors, by the first of the parameters."""
+        found: dict[str, tuple[list[str], list[str]]] = {}
+        patterns = {
+            source: all(own.endswith(".weight") for own in item.source_patterns)
+            for item in self._mapping
+            if isinstance(item, WeightConverter)
+            for source in item.source_patterns
+        }
+        for parameter, target in self._converted.items():
+            sources = self._sources[target]
+            if all(pattern is not None and patterns[pattern] for _, pattern in sources):
+                found.setdefault(target, ([], [name for name, _ in sources]))[0].append(parameter)
+        return found
+
     def heads_of(self, embedding: str) -> list[str]:
         """Modules that share the weight of an embedding."""
         weight = f"{embedding}.weight"
