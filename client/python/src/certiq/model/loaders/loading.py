@@ -31,6 +31,7 @@ from certiq.model.loaders.table import needs_dequantizing
 FLOAT32_STEPS = 512
 # A weight that is rounded to the model's type moves it by a fraction of that type's step.
 HALF_STEPS = 16
+DEQUANTIZED = "transformers, CompressedTensorsConfig(dequantize=True)"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Loaded:
         self.route = (
             "transformers with GPTQModel (gptq_torch)"
             if self.gptq
-            else "transformers, CompressedTensorsConfig(dequantize=True)"
+            else DEQUANTIZED
             if self.dequantize
             else "transformers"
         )
@@ -74,16 +75,16 @@ class Loaded:
     @cached_property
     def result(self) -> worker.Result:
         """The model in this process. What transformers misses is in `failures`."""
-        try:
+        if self._checkpoint.compressed is None or self.dequantize:
             return worker.load(self.folder, dequantize=self.dequantize)
-        except Exception as error:
-            if self.dequantize or self._checkpoint.compressed is None:
+        try:
+            return worker.load(self.folder)
+        except AttributeError as error:
+            # Some models initialize a linear's weight without asking whether it has one.
+            if "'weight'" not in str(error):
                 raise
-            # Some models touch a weight of their own before it is unpacked (Mamba 2's do).
-            self.route = (
-                "transformers, CompressedTensorsConfig(dequantize=True); without it: "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            )
+            self.dequantize = True
+            self.route = DEQUANTIZED
             return worker.load(self.folder, dequantize=True)
 
     def fetch(

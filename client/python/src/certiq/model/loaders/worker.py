@@ -74,10 +74,10 @@ def load(folder: Path, *, dequantize: bool = False, gptq_bits: int | None = None
     if gptq_bits is None and quantizer is not None and not dequantize:
         # What the first forward would do.
         quantizer.compressor.decompress_model(model)
-        # Their type is the scales', which need not be the one that was asked for.
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
+    if gptq_bits is None:
+        # Experts come in the checkpoint's type, whatever is asked for; the model's own method
+        # refuses where the weights were packed.
+        nn.Module.float(model)
     take_experts_apart(model)
     return Result(model.eval(), tuple(failures))
 
