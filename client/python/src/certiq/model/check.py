@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from certiq.model.errors import UsageError
-from certiq.model.levels import Level, levels_of
+from certiq.model.levels import Level, levels_of, pattern_of
 from certiq.model.lockstep import AtBlock, BlockStack, Finished, Forward
 from certiq.model.source import ModelSource, model_class, quiet_bars
 from certiq.torch.experts import take_experts_apart
-from certiq.torch.taps import InputTap
+from certiq.torch.taps import InputTap, Seen
 
 # So many tokens show which linears share an input.
 TOKENS = 64
@@ -56,6 +57,7 @@ def check_model(
     short = ids[:1, :TOKENS].to(source.device)
     forward = Forward(stack.model, short, "check")
     levels: list[list[Level]] = []
+    several: list[str] = []
     try:
         with torch.no_grad(), stack.entered():
             stop = forward.advance()
@@ -66,14 +68,18 @@ def check_model(
                 linears = dict(wanted(index, block))
                 stack.set_block(index, {"check": block}.__getitem__)
                 uses = _Uses(linears)
-                with InputTap(linears, lambda name, rows: None) as tap, uses:
+                again = _SeveralInputs(linears)
+                with InputTap(linears, lambda name, rows: None) as tap, again, uses:
                     stop = forward.advance()
+                several += [f"{stack.block_name(index)}.{name}" for name in again.names()]
                 reached = {name for group in tap.groups.values() for name in group.members}
                 _expect_calls(stack.block_name(index), uses.seen - reached)
                 groups = {name: group.members for name, group in tap.groups.items()}
                 levels.append(levels_of(list(linears), groups, apart, sequential=sequential))
             _expect(stop, len(stack), stack)
             stop = forward.advance()
+        if several:
+            raise _reads_several(stack, several)
         if not isinstance(stop, Finished):
             raise _other_order(stop, len(stack), stack)
         return Checked(levels, _compare(source, short, stop.output, compare=compare))
@@ -106,6 +112,49 @@ def _expect_calls(block: str, uncalled: set[str]) -> None:
             f"{block}.{name}: its weight is read without calling the linear, so what it reads is "
             f"not seen: --ignore '{name.rpartition('.')[2]}$'"
         )
+
+
+class _SeveralInputs:
+    """Counts the inputs that linears read while it is entered."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        self._linears = linears
+        self._first: dict[str, Seen] = {}
+        self._again: dict[str, None] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _SeveralInputs:
+        for name, module in self._linears.items():
+            self._handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, arguments, name=name: self._read(name, arguments[0])
+                )
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def names(self) -> list[str]:
+        """Those that read more than one."""
+        return list(self._again)
+
+    def _read(self, name: str, x: torch.Tensor) -> None:
+        if name not in self._first:
+            self._first[name] = Seen(x)
+        elif not self._first[name].same(x):
+            self._again[name] = None
+
+
+def _reads_several(stack: BlockStack, names: list[str]) -> UsageError:
+    found = Counter(pattern_of(name) for name in names)
+    listed = ", ".join(f"{name} ({count} of them)" for name, count in found.items())
+    last = sorted({name.rpartition(".")[2] for name in names})
+    return UsageError(
+        f"{type(stack.model).__name__}: expected linears that read one input in a forward, got "
+        f"several for {listed}; --ignore '({'|'.join(last)})$' leaves them float"
+    )
 
 
 def _expect(stop: object, index: int, stack: BlockStack) -> None:
