@@ -115,6 +115,7 @@ def make_plan(
     plan = Plan(format)
     count = min(settings.blocks or len(stack), len(stack))
     inside = stored_linears(source, stack.name, list(stack.blocks))
+    others = _parameters_with_others(source, inside)
     plan.linears = inside
     cannot: list[str] = []
     names = [own.prefix for own in inside.values()]
@@ -127,7 +128,7 @@ def make_plan(
             plan.floats[own.prefix] = IGNORED
             continue
         plan.weights += own.weights
-        reason = own.float_because or _unreadable(own, format)
+        reason = own.float_because or _unreadable(own, format) or _among_others(own, format, others)
         if reason is not None:
             plan.floats[own.prefix] = reason
             continue
@@ -156,7 +157,7 @@ def make_plan(
     if not plan.quantized:
         raise UsageError("no linears to quantize: all are ignored or stay float")
     plan.float_modules = _float_modules(source, plan, {**inside, **outside})
-    plan.joined, plan.mixed = _float_experts(plan)
+    plan.joined, plan.mixed = _float_experts(plan, others)
     if plan.joined:
         plan.warnings.append(
             f"{pattern_of(min(plan.joined))}: experts that stay float are written as one tensor, "
@@ -203,12 +204,36 @@ def _unreadable(own: StoredLinear, format: str) -> str | None:
         return None
     names = own.prefix.rpartition(".")[2]
     plain = own.matrix.part not in ("even", "odd") and not own.matrix.transposed
+    plain = plain and not own.matrix.stacked_rows
     if format.startswith("gptq") and plain and names.endswith("_proj"):
         # GPTQModel's defuser takes such experts apart before it loads.
         return None
     return (
         f"all experts are one tensor ({pattern_of(own.tensor or '')}), which no reader of {format} "
         "takes packed; a dense format quantizes them"
+    )
+
+
+def _parameters_with_others(
+    source: ModelSource, linears: Mapping[str, StoredLinear]
+) -> frozenset[str]:
+    """Parameters of experts for which the checkpoint has more tensors than experts have linears."""
+    claimed = {own.tensor for own in linears.values() if own.tensor}
+    parameters = {own.parameter for own in linears.values() if own.matrix is not None}
+    return frozenset(
+        parameter
+        for parameter in parameters
+        if not claimed.issuperset(name for name, _ in source.names_of(parameter))
+    )
+
+
+def _among_others(own: StoredLinear, format: str, others: frozenset[str]) -> str | None:
+    """Why an expert is not packed beside experts that are none."""
+    if format != "compressed_tensors" or own.parameter not in others:
+        return None
+    return (
+        "other experts of its layer have weights and no linear, and transformers drops what is not "
+        "packed; a dense format quantizes it"
     )
 
 
@@ -268,14 +293,15 @@ def _add_unclaimed(
             if parameter.dim() < 2 or isinstance(_owner(block, name), nn.modules.conv._ConvNd):
                 continue
             sources = [tensor for tensor, _ in source.names_of(f"{stack.block_name(index)}.{name}")]
-            if not sources or any(tensor in claimed for tensor in sources):
+            sources = [tensor for tensor in sources if tensor not in claimed]
+            if not sources:
                 continue
             stored = [module_name(tensor) for tensor in sources]
             if any(own in plan.floats or own in prefixes for own in stored):
                 continue
             ignored = all(recipe.spec_of(own) is None for own in stored)
             plan.floats |= dict.fromkeys(stored, IGNORED if ignored else "no linear")
-            plan.weights += 0 if ignored else parameter.numel()
+            plan.weights += 0 if ignored else sum(source.files.info(own).values for own in sources)
 
 
 def _owner(block: nn.Module, name: str) -> nn.Module:
@@ -320,7 +346,9 @@ def _float_modules(
     return [name for name in found if name and name not in quantized]
 
 
-def _float_experts(plan: Plan) -> tuple[dict[str, list[StoredLinear]], list[str]]:
+def _float_experts(
+    plan: Plan, others: frozenset[str]
+) -> tuple[dict[str, list[StoredLinear]], list[str]]:
     """Experts that the checkpoint has one by one, by the model's parameter: those of which none is
     packed, and the parameters of which some are. transformers' loader of compressed-tensors takes
     what is one by one for packed."""
@@ -333,13 +361,15 @@ def _float_experts(plan: Plan) -> tuple[dict[str, list[StoredLinear]], list[str]
         parameter: sum(own.name in plan.quantized for own in experts)
         for parameter, experts in of_parameter.items()
     }
-    joined = {name: experts for name, experts in of_parameter.items() if packed[name] == 0}
+    joined = {
+        name: experts
+        for name, experts in of_parameter.items()
+        if packed[name] == 0 and name not in others
+    }
     return joined, [name for name in packed if 0 < packed[name] < len(of_parameter[name])]
 
 
-def _made_floats(
-    source: ModelSource, plan: Plan
-) -> dict[str, tuple[list[str], list[str]]]:
+def _made_floats(source: ModelSource, plan: Plan) -> dict[str, tuple[list[str], list[str]]]:
     """Float tensors whose converter transformers' loader of compressed-tensors puts its unpacking
     in front of, which drops what is not packed (transformers 5.24's update_weight_conversions)."""
     if plan.format != "compressed_tensors":

@@ -6,7 +6,8 @@ only the tokens that are routed to it. What stands in for the fused module compu
 
 The layouts are those that transformers' `use_experts_implementation` describes (transposed or not,
 gate and up behind each other or interleaved, with biases or not, without a gate), Llama 4's, whose
-tokens come sorted by expert, and lists of matrices that are applied to parts of a tensor
+tokens come sorted by expert, DBRX's, which lie one below another, LongCat Flash's, some of which
+return what they read, and lists of matrices that are applied to parts of a tensor
 (`...ParallelExperts`, as JetMoE has them).
 """
 
@@ -35,10 +36,14 @@ class ExpertMatrix:
     """Which rows of the expert's matrix are W, where two linears share it."""
     transposed: bool
     """True: the parameter has [experts, N, R]."""
+    stacked_rows: int = 0
+    """Where the parameter has two dimensions, the experts' matrices one below another: the rows of
+    each there."""
 
     def of(self, fused: torch.Tensor) -> torch.Tensor:
         """W as a view of the parameter."""
-        matrix = fused[self.expert]
+        rows = self.stacked_rows
+        matrix = fused[self.expert * rows :][:rows] if rows else fused[self.expert]
         if self.transposed:
             matrix = matrix.t()
         return _rows(matrix, self.part)
@@ -143,6 +148,47 @@ class Experts(TakenApart):
         return fused._apply_gate(torch.cat(outputs, dim=-1))
 
 
+class ExpertsAndIdentities(Experts):
+    """LongCat Flash's: experts beyond those that have a down projection return what they read."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        result = super().forward(hidden_states, top_k_index, top_k_weights)
+        token, position = torch.where(top_k_index >= len(self))
+        value = hidden_states[token] * top_k_weights[token, position, None]
+        return result.index_add_(0, token, value.to(result.dtype))
+
+
+class StackedExperts(Experts):
+    """DBRX's: w1, v1 and w2 [experts * F, N] of a module `mlp`; w2 is multiplied with from the
+    right."""
+
+    def __init__(self, fused: nn.Module) -> None:
+        TakenApart.__init__(self, [])
+        mlp: Any = fused.mlp
+        size: int = mlp.ffn_hidden_size
+        names = {"gate_proj": "w1", "up_proj": "v1", "down_proj": "w2"}
+        for index in range(mlp.moe_num_experts):
+            linears: dict[str, nn.Linear] = {}
+            for name, parameter in names.items():
+                matrix = ExpertMatrix(f"mlp.{parameter}", index, "whole", name == "down_proj", size)
+                self.matrices[f"{index}.{name}"] = matrix
+                linears[name] = _linear(matrix.of(getattr(mlp, parameter).detach()), None)
+            self.append(Expert(linears))
+        self.__dict__["_activation"] = mlp.activation_fn
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return super().forward(rows, top_k_index, top_k_weights).view(hidden_states.shape)
+
+    def _gated(self, expert: Expert, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (linear(x) for linear in expert.first())
+        return self.__dict__["_activation"](gate) * up  # type: ignore[no-any-return]
+
+
 class SortedExperts(Experts):
     """Llama 4's: every expert gets all tokens, those of others as zeros."""
 
@@ -188,6 +234,8 @@ def _kind(module: nn.Module) -> type[TakenApart] | None:
     name = type(module).__name__
     if name.endswith("ParallelExperts") and set(parameters) == {"weight"}:
         return ParallelExperts if parameters["weight"].dim() == 3 else None
+    if name == "DbrxExperts":
+        return StackedExperts
     first = "gate_up_proj" if "gate_up_proj" in parameters else "up_proj"
     if not {first, "down_proj"} <= set(parameters):
         return None
@@ -197,6 +245,8 @@ def _kind(module: nn.Module) -> type[TakenApart] | None:
         return None
     if name == "Llama4TextExperts":
         return SortedExperts
+    if name == "LongcatFlashExperts":
+        return ExpertsAndIdentities
     # transformers' decorator sets these.
     if not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False):
         return None
