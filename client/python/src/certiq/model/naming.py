@@ -201,7 +201,8 @@ def _plain(
         )
     found = None if locator is None or transposed else locator.find(parameter, None)
     if found is not None:
-        return StoredLinear(name, name, *shape, tensor=found[0], within=found[1])
+        prefix = found[0].removesuffix(".weight")
+        return StoredLinear(name, prefix, *shape, tensor=found[0], within=found[1])
     made_of = ", ".join(own for own, _ in sources) or "none"
     return StoredLinear(
         name,

@@ -375,13 +375,20 @@ def _made_floats(source: ModelSource, plan: Plan) -> dict[str, tuple[list[str], 
     if plan.format != "compressed_tensors":
         return {}
     packed = {planned.linear.tensor for planned in plan.quantized.values()}
-    return {
-        tensors[0]: (parameters, tensors)
-        for parameters, tensors in source.made_of_weights().values()
-        if not packed.intersection(tensors)
-        and not any(name in plan.joined for name in parameters)
-        and all(source.places_of(name) is not None for name in parameters)
-    }
+    made: dict[str, tuple[list[str], list[str]]] = {}
+    for parameters, tensors in source.made_of_weights().values():
+        joined = any(name in plan.joined for name in parameters)
+        if joined or packed.intersection(tensors):
+            continue
+        for name in parameters:
+            # Under its own name it may be converted again.
+            if source.is_converted(name) or source.places_of(name) is None:
+                raise UsageError(
+                    f"{source.path}: transformers (5.24) converts {tensors[0]} when it loads it, "
+                    "and drops what it converts beside packed weights: expected a dense format"
+                )
+        made[tensors[0]] = (parameters, tensors)
+    return made
 
 
 def _check_share(plan: Plan, settings: RunSettings) -> None:

@@ -168,6 +168,14 @@ class ModelSource:
             return None
         return [name for name, _ in sources], places
 
+    def is_converted(self, name: str) -> bool:
+        """Whether a converter takes a tensor of this name."""
+        renamings = [item for item in self._mapping if isinstance(item, WeightRenaming)]
+        converters = [item for item in self._mapping if isinstance(item, WeightConverter)]
+        state = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        return rename_source_key(name, renamings, converters, prefix, state)[1] is not None
+
     def made_of_weights(self) -> dict[str, tuple[list[str], list[str]]]:
         """Parameters that one converter makes of tensors that its patterns call `.weight`, and
         these tensors, by the first of the parameters."""
