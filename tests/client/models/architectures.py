@@ -344,8 +344,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # State spaces and recurrences.
     "lfm2": Architecture("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
-    "mamba": Architecture("MambaForCausalLM", {"state_size": 8}),
-    "falcon-mamba": Architecture("FalconMambaForCausalLM", {"state_size": 8}),
+    "mamba": Architecture("MambaForCausalLM", {"state_size": 8}, flags=("--ignore", "dt_proj$")),
+    "mamba-whole": Architecture(
+        "MambaForCausalLM",
+        {"state_size": 8},
+        formats=(),
+        refused="mixer.dt_proj: its weight is read without calling the linear",
+    ),
+    "falcon-mamba": Architecture(
+        "FalconMambaForCausalLM", {"state_size": 8}, flags=("--ignore", "dt_proj$")
+    ),
     "mamba2": Architecture(
         "Mamba2ForCausalLM",
         {"state_size": 8, "head_dim": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
@@ -392,6 +400,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mamba_dt_rank": 8,
             "use_mamba_kernels": False,
         },
+        flags=("--ignore", "dt_proj$"),
     ),
     "bamba": Architecture("BambaForCausalLM", MAMBA | {"attn_layer_indices": [1]}),
     "falcon-h1": Architecture("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 128}),
@@ -560,6 +569,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "moe_topk": 2,
             "zero_expert_num": 2,
         },
+        flags=("--ignore", "classifier$"),
     ),
     "afmoe": Architecture(
         "AfmoeForCausalLM", MOE | HEAD | SLIDING | {"num_dense_layers": 1, "num_shared_experts": 1}

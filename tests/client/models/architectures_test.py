@@ -156,7 +156,8 @@ def together(name: str, before: torch.Tensor, weights: dict[str, torch.Tensor]) 
 def is_told(tensor: str, told: set[str]) -> bool:
     """Whether the plan speaks of a tensor, or of an expert in it."""
     module = tensor.removesuffix(".weight")
-    parent = re.escape(module.rpartition(".")[0])
+    # DBRX's experts are the module around the one that has their weights.
+    parent = re.escape(module.rpartition(".")[0].removesuffix(".mlp"))
     expert = re.compile(rf"({re.escape(module)}|{parent}|{parent}\.experts)\.\d+(\.|$)")
     return module in told or any(expert.match(name) for name in told)
 
