@@ -84,6 +84,9 @@ class ModelSource:
         self._map_names()
         self.shared = self._find_shared()
         self._check_complete()
+        if not self.is_gguf:
+            # Those of a GGUF file take their shapes when they are read.
+            self._check_fit()
 
     def tokenizer(self) -> Any:
         return self._read("its tokenizer", AutoTokenizer)
@@ -277,6 +280,24 @@ class ModelSource:
             if self.names_of(name) or any(re.search(pattern, name) for pattern in optional):
                 continue
             raise UsageError(f"{self.path}: has no tensor for {name}")
+
+    def _check_fit(self) -> None:
+        """Shapes, and types of parameters, as far as a tensor is a parameter as it stands."""
+        for name, own in self._parameters_and_buffers(self.model):
+            sources = self._sources.get(name, [])
+            if len(sources) != 1 or sources[0][1] is not None:
+                continue
+            tensor, info = sources[0][0], self.files.info(sources[0][0])
+            if info.shape != tuple(own.shape):
+                raise UsageError(
+                    f"{self.path}: {tensor}: expected {list(own.shape)} as its configuration says, "
+                    f"got {list(info.shape)}"
+                )
+            if tensor in self._weights and not info.dtype.startswith(("F", "BF")):
+                raise UsageError(
+                    f"{self.path}: {tensor}: expected floating-point values, got {info.dtype}: "
+                    "whole numbers are codes of a quantized model, whose configuration is lost"
+                )
 
 
 def model_class(config: Any) -> Any:
