@@ -123,6 +123,13 @@ class RunSettings:
             )
         if output.exists() and not output.is_dir():
             raise UsageError(f"output: expected a folder, got the file {self.output}")
+        ours = any((output / name).exists() for name in ("report.json", "unfinished"))
+        others = [] if ours else [path for path in output.glob("*") if _is_of_a_model(path)]
+        if others:
+            raise UsageError(
+                f"output: {self.output} holds a model that this command did not write "
+                f"({min(others).name}): expected a new or an empty folder"
+            )
 
     def described(self) -> dict[str, Any]:
         """All settings as plain values, for reports."""
@@ -153,6 +160,10 @@ class RunSettings:
             if path is not None:
                 described[f"{name}_sha256"] = _digest(path)
         return described
+
+
+def _is_of_a_model(path: Path) -> bool:
+    return path.name == "config.json" or path.suffix in (".safetensors", ".bin")
 
 
 def _digest(path: Path) -> str:
