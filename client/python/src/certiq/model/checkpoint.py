@@ -12,7 +12,14 @@ from typing import Any, Literal
 
 import torch
 
-from certiq.model.checkpoint_files import DTYPE_NAMES, INDEX, TORCH_DTYPES, TensorInfo
+from certiq.model.checkpoint_files import (
+    DTYPE_NAMES,
+    INDEX,
+    SINGLE,
+    TORCH_DTYPES,
+    TensorInfo,
+    shard_names,
+)
 from certiq.model.errors import UsageError
 from certiq.model.journal import Journal, write_text
 from certiq.model.naming import StoredLinear
@@ -110,10 +117,12 @@ class CheckpointWriter:
 
     def write(self) -> Written:
         output = self._settings.output
-        # Whatever an earlier attempt left promises nothing.
-        for name in ("config.json", "quantize_config.json", INDEX):
-            (output / name).unlink(missing_ok=True)
         shards = self._source.files.shards()
+        # Whatever an earlier attempt left promises nothing. Loaders would take a whole file of it
+        # before shards.
+        stale = {SINGLE, *shard_names(output / INDEX)} - shards.keys()
+        for name in ("config.json", "quantize_config.json", *sorted(stale), INDEX):
+            (output / name).unlink(missing_ok=True)
         weight_map: dict[str, str] = {}
         total = 0
         for file, names in shards.items():
