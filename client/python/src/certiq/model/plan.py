@@ -336,14 +336,12 @@ def result_tensors(planned: Planned) -> dict[str, TensorInfo]:
         if spec.symmetric is False:
             found["weight_zero_point"] = TensorInfo("I32", (-(-rows * bits // 32), groups))
         return found
-    found = {
+    return {
         "qweight": TensorInfo("I32", (features * bits // 32, rows)),
         "qzeros": TensorInfo("I32", (groups, rows * bits // 32)),
         "scales": TensorInfo("F16", (groups, rows)),
+        "g_idx": TensorInfo("I32", (features,)),
     }
-    if spec.group_size:
-        found["g_idx"] = TensorInfo("I32", (features,))
-    return found
 
 
 def described(plan: Plan) -> dict[str, Any]:
