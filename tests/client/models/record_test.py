@@ -180,7 +180,7 @@ def test_experts_see_the_tokens_that_are_routed_to_them(client: certiq.Client) -
         before = model(input_ids=ids).logits
         names = certiq.torch.take_experts_apart(model)
         after = model(input_ids=ids).logits
-    assert names == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert list(names) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert torch.allclose(before, after, atol=1e-5)
     with (
         torch.no_grad(),

@@ -1,9 +1,10 @@
-"""The model run as this package runs it, once and on a short sequence, before anything depends on it."""
+"""The model run as this package runs it, on a short sequence, before anything depends on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from certiq.torch.taps import InputTap
 
 # So many tokens show which linears share an input.
 TOKENS = 64
-# Both run in float32; sums in another order differ by a few units of it, and depth multiplies that.
-TOLERANCE = 1e-3
+# Both run in the same type; sums in another order differ by a few units of it, and depth multiplies
+# that.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 # The whole model is compared where its float32 weights take no more than this part of the memory
 # that is available.
 _MEMORY_PART = 0.4
@@ -42,11 +44,13 @@ def check_model(
     wanted: Callable[[int, nn.Module], Mapping[str, nn.Module]],
     *,
     sequential: bool,
+    compare: bool = True,
 ) -> Checked:
     """Runs `ids` [1, positions] through the float model block by block. The shell must be loaded.
 
     `wanted(index, block)` are the linears to quantize of a block. UsageError where blocks do not
-    run one after another, once each, and where the logits are not transformers' own.
+    run one after another, once each, and where the logits are not transformers' own. These take
+    the whole model in memory; unless `compare` they are left out.
     """
     short = ids[:1, :TOKENS].to(source.device)
     forward = Forward(stack.model, short, "check")
@@ -59,7 +63,7 @@ def check_model(
                 block = source.load_block(stack.blocks, stack.name, index)
                 apart = take_experts_apart(block)
                 linears = dict(wanted(index, block))
-                stack.set_block(index, lambda stream, block=block: block)
+                stack.set_block(index, {"check": block}.__getitem__)
                 with InputTap(linears, lambda name, rows: None) as tap:
                     stop = forward.advance()
                 groups = {name: group.members for name, group in tap.groups.items()}
@@ -68,7 +72,7 @@ def check_model(
             stop = forward.advance()
         if not isinstance(stop, Finished):
             raise _other_order(stop, len(stack), stack)
-        return Checked(levels, _compare(source, short, stop.output))
+        return Checked(levels, _compare(source, short, stop.output, compare=compare))
     finally:
         forward.end()
 
@@ -82,12 +86,12 @@ def _other_order(stop: object, index: int, stack: BlockStack) -> UsageError:
     came = f"block {stop.index}" if isinstance(stop, AtBlock) else "its end"
     expected = f"block {index}" if index < len(stack) else "its end"
     return UsageError(
-        f"{type(stack.model).__name__}: its forward came to {came} of {stack.name} where {expected} "
-        "was expected: models whose blocks run once each, in order, are supported"
+        f"{type(stack.model).__name__}: its forward came to {came} of {stack.name} where "
+        f"{expected} was expected: models whose blocks run once each, in order, are supported"
     )
 
 
-def _compare(source: ModelSource, ids: torch.Tensor, output: Any) -> str:
+def _compare(source: ModelSource, ids: torch.Tensor, output: Any, *, compare: bool) -> str:
     """The same ids through the model as transformers loads it."""
     ours = _outcome(output)
     if not bool(torch.isfinite(ours).all()):
@@ -95,23 +99,28 @@ def _compare(source: ModelSource, ids: torch.Tensor, output: Any) -> str:
         return "not compared: not finite"
     if source.decoded_names():
         return "not compared: transformers runs the quantized model, not the decoded one"
-    size = 4 * sum(source.files.info(name).values for name in source.files.names())
-    available = _available_bytes()
-    if available is not None and size > _MEMORY_PART * available:
-        return (
-            f"not compared: {size / 1e9:.1f} GB of float32 weights, {available / 1e9:.1f} GB of "
-            "memory available"
-        )
+    reason = "not asked for" if not compare else too_large(source)
+    if reason is not None:
+        return f"not compared: {reason}"
     theirs = _outcome(_run_whole(source, ids))
     difference = float((ours - theirs).abs().max())
     largest = float(theirs.abs().max())
-    if not difference <= TOLERANCE * largest:
+    if not difference <= TOLERANCES[source.dtype] * largest:
         raise UsageError(
             f"{source.path}: run block by block it gives other logits than transformers' "
             f"{type(source.model).__name__}: they differ by {difference:.3g}, the largest is "
             f"{largest:.3g}"
         )
     return f"equal to transformers' own to {difference:.2g} of {largest:.2g}"
+
+
+def too_large(source: ModelSource) -> str | None:
+    """Why the whole float model is not held in memory to compare with; None where it can be."""
+    size = 4 * sum(source.files.info(name).values for name in source.files.names())
+    available = _available_bytes()
+    if available is None or size <= _MEMORY_PART * available:
+        return None
+    return f"{size / 1e9:.1f} GB of float32 weights, {available / 1e9:.1f} GB of memory available"
 
 
 def whole_model(source: ModelSource) -> Any:
@@ -146,10 +155,8 @@ def _outcome(output: Any) -> torch.Tensor:
 
 def _available_bytes() -> int | None:
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None

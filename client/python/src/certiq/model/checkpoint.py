@@ -1,4 +1,4 @@
-"""The output folder: the model's own files, with the quantized weights in the place of float ones."""
+"""The output folder: the model's own files, quantized weights in the place of float ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,9 +87,15 @@ class CheckpointWriter:
         self._orders_groups = False
         # The linears that are quantized, by the tensor that has their float weights.
         self._in_tensor: dict[str, list[StoredLinear]] = defaultdict(list)
-        for planned in plan.quantized.values():
-            assert planned.linear.tensor is not None
-            self._in_tensor[planned.linear.tensor].append(planned.linear)
+        # Those that get a tensor of their own beside the one that they shared.
+        self._further: list[StoredLinear] = []
+        for planned in plan.all().values():
+            linear = planned.linear
+            assert linear.tensor is not None
+            if linear.tied and not linear.embedding:
+                self._further.append(linear)
+            else:
+                self._in_tensor[linear.tensor].append(linear)
         # Float experts that become one tensor, by the tensor of the first; the others go into it.
         self._joined = {
             experts[0].tensor: (parameter, experts) for parameter, experts in plan.joined.items()
@@ -127,6 +134,8 @@ class CheckpointWriter:
         total = 0
         for file, names in shards.items():
             entries = [entry for name in names for entry in self._entries(name)]
+            if file == list(shards)[-1]:
+                entries += self._further_entries()
             write_safetensors(output / file, entries)
             weight_map |= {entry.name: file for entry in entries}
             total += sum(entry.info.bytes for entry in entries)
@@ -161,6 +170,25 @@ class CheckpointWriter:
                 yield from self._packed_entries(linear)
             yield from self._float_experts(name, linears)
 
+    def _further_entries(self) -> Iterator[Entry]:
+        """Heads that no longer share the embedding's weight."""
+        for linear in self._further:
+            if self._packed:
+                yield from self._packed_entries(linear)
+            else:
+                assert linear.tensor is not None
+                yield self._dense_entry(linear.tensor, [linear], f"{linear.prefix}.weight")
+        heads = {own.prefix for own in self._further}
+        for planned in self._plan.outside.values():
+            own = planned.linear
+            if own.tied and own.embedding:
+                # The head keeps the float weight that the table had.
+                for name in self._source.heads_of(own.name):
+                    if name not in heads:
+                        assert own.tensor is not None
+                        kept = self._kept_entry(own.tensor)
+                        yield Entry(f"{name}.weight", kept.info, kept.read)
+
     def _kept_entry(self, name: str) -> Entry:
         return Entry(name, self._kept_info(name), lambda: self._read_kept(name))
 
@@ -193,7 +221,9 @@ class CheckpointWriter:
 
         return Entry(parameter, info, made)
 
-    def _dense_entry(self, name: str, linears: list[StoredLinear]) -> Entry:
+    def _dense_entry(
+        self, name: str, linears: list[StoredLinear], written: str | None = None
+    ) -> Entry:
         """An ordinary tensor, in the layout that it had."""
         dtype = _DENSE[self._plan.format]
 
@@ -209,7 +239,7 @@ class CheckpointWriter:
             return tensor
 
         info = self._source.files.info(name)
-        return Entry(name, TensorInfo(DTYPE_NAMES[dtype], info.shape), made)
+        return Entry(written or name, TensorInfo(DTYPE_NAMES[dtype], info.shape), made)
 
     def _packed_entries(self, linear: StoredLinear) -> Iterator[Entry]:
         for role, info in self._journal.infos(linear.name).items():
@@ -231,14 +261,17 @@ class CheckpointWriter:
             if linear.together and linear.tensor == name and linear.name not in packed
         ]
         for linear in others:
-            assert linear.matrix is not None
-            matrix = linear.matrix
             info = self._kept_info(name)
             yield Entry(
                 f"{linear.prefix}.weight",
                 TensorInfo(info.dtype, (linear.rows, linear.features)),
-                lambda matrix=matrix: matrix.of(self._read_kept(name)),
+                partial(self._one_expert, linear),
             )
+
+    def _one_expert(self, linear: StoredLinear) -> torch.Tensor:
+        assert linear.matrix is not None
+        assert linear.tensor is not None
+        return linear.matrix.of(self._read_kept(linear.tensor))
 
     def _write_index(self, output: Path, weight_map: Mapping[str, str], total: int) -> None:
         metadata: dict[str, Any] = {}
@@ -278,7 +311,10 @@ class CheckpointWriter:
     def _write_config(self, output: Path) -> None:
         config = self._config()
         quantization = quantization_config(
-            self._plan.specs(), self._plan.float_modules, desc_act=self._orders_groups
+            self._plan.specs(),
+            self._plan.float_modules,
+            desc_act=self._orders_groups,
+            embeddings=self._plan.embeddings(),
         )
         if quantization is not None:
             config["quantization_config"] = quantization
@@ -296,6 +332,11 @@ class CheckpointWriter:
             config.pop("quantization_config", None)
             if self._settings.dtype is not None:
                 config["torch_dtype" if "torch_dtype" in config else "dtype"] = self._dtype
+        if self._plan.outside:
+            # A head and an embedding that shared a weight no longer do.
+            config["tie_word_embeddings"] = False
+            if "text_config" in config:
+                config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
         if not config.get("architectures"):
             config["architectures"] = [type(self._source.model).__name__]
         return config

@@ -7,10 +7,10 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from certiq import Client, Error, Spec, Tls
 from certiq.model.errors import UsageError
@@ -95,12 +95,24 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--ignore", action="append", default=[], metavar="REGEX")
     text.add_argument("--layers", type=int, help="only the first so many decoder layers")
     text.add_argument(
+        "--no-load-checks",
+        action="store_true",
+        help="compare neither the float model with transformers' own first nor, at the end, the "
+        "written one as transformers loads it with what it stands for",
+    )
+    text.add_argument(
         "--min-share",
         type=float,
         default=0.0,
         help="an error where less of the layers' weights would be quantized, 0 to 1",
     )
     text.add_argument("--batch-size", type=int, default=8)
+    text.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="the type that the model is run in; bfloat16 for checkpoints that have it",
+    )
     text.add_argument("--device", default="cpu")
     p.add_argument("--dry-run", action="store_true", help="show the plan, and stop there")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -150,9 +162,11 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
         ignore=tuple(arguments.ignore),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
+        compute_dtype=arguments.compute_dtype,
         device=arguments.device,
         blocks=arguments.layers,
         min_share=arguments.min_share,
+        load_checks=not arguments.no_load_checks,
     )
 
 
@@ -183,7 +197,7 @@ def quantize_model(
     restart: bool = False,
     dry_run: bool = False,
     bar: bool = True,
-) -> dict[str, object] | None:
+) -> dict[str, Any] | None:
     """Runs to the end, or goes on with what an earlier run left; returns report.json's content, or
     None after a dry run."""
     import torch
@@ -193,6 +207,7 @@ def quantize_model(
     from certiq.model.journal import Journal, write_text
     from certiq.model.lockstep import BlockStack
     from certiq.model.plan import described, make_plan
+    from certiq.model.proof import prove_output
     from certiq.model.recipe import Recipe
     from certiq.model.report import model_report
     from certiq.model.report_html import render
@@ -200,7 +215,13 @@ def quantize_model(
     from certiq.model.source import ModelSource
 
     settings.check()
-    source = ModelSource(settings.model, torch.float32, torch.device(settings.device))
+    compute_dtype = getattr(torch, settings.compute_dtype)
+    source = ModelSource(settings.model, compute_dtype, torch.device(settings.device))
+    if compute_dtype == torch.bfloat16 and source.stored_dtype != "bfloat16":
+        raise UsageError(
+            f"compute_dtype: expected float32 for a checkpoint in {source.stored_dtype}, whose "
+            "weights bfloat16 would round"
+        )
     settings = dataclasses.replace(
         settings, spec=dataclasses.replace(settings.spec, scale_dtype=scale_dtype(settings, source))
     )
@@ -224,10 +245,8 @@ def quantize_model(
     resumed = journal.open(settings.fingerprint(source.identity()), restart=restart)
     done = run.done()
     if resumed and bar:
-        print(f"goes on: {len(done)} of {len(run.linears)} linears are done", file=sys.stderr)
-    with tqdm(
-        total=len(run.linears), initial=len(done), unit="linear", disable=not bar
-    ) as progress:
+        print(f"goes on: {len(done)} of {len(plan.all())} linears are done", file=sys.stderr)
+    with tqdm(total=len(plan.all()), initial=len(done), unit="linear", disable=not bar) as progress:
 
         def step(name: str, error: float) -> None:
             progress.update()
@@ -235,10 +254,11 @@ def quantize_model(
 
         run.run(step)
     written = writer.write()
+    proof = prove_output(settings, source, stack, plan, journal, run.sample)
     assert run.checked is not None
     report = model_report(
         settings.described(),
-        [journal.read_report(name) for name in run.linears],
+        [journal.read_report(name) for name in plan.all()],
         left_float=plan.float_modules,
         plan=described(plan),
         evaluation=run.evaluation(),
@@ -248,6 +268,7 @@ def quantize_model(
         texts=run.texts,
         float_model=run.checked.logits,
         tensor_bytes=written.tensor_bytes,
+        proof=proof.described(),
         files={"copied": written.copied, "not_copied": written.not_copied},
     )
     write_text(settings.output / "recipe.yaml", recipe.resolved())
@@ -272,15 +293,13 @@ def _show_plan(plan: Plan, settings: RunSettings) -> None:
     sys.stdout.flush()
 
 
-def summary(report: dict[str, object]) -> str:
+def summary(report: Mapping[str, Any]) -> str:
     totals = report["totals"]
-    assert isinstance(totals, dict)
     lines = [
         f"{totals['linears']} linears, {totals['bits_per_weight']:.3f} bits a weight, "
         f"mean relative error {totals['mean_relative_error'] or 0.0:.4f}",
     ]
     evaluation = report["evaluation"]
-    assert isinstance(evaluation, dict)
     for text, quality in evaluation.items():
         before = quality["float"]
         line = f"{'' if before is None else f'{before:.2f} -> '}{quality['quantized']:.2f}"
@@ -291,8 +310,14 @@ def summary(report: dict[str, object]) -> str:
             )
         lines.append(f"perplexity on {text.replace('_', ' ')}: {line}")
     readers = report["loads_in"]
-    assert isinstance(readers, list)
     lines.append(f"loads in: {'; '.join(readers) or 'no reader that is known'}")
+    proof = report["proof"]
+    if proof["loaded"].get("linears"):
+        lines.append(
+            f"loaded by {proof['loaded']['route']}: {len(proof['loaded']['linears'])} linears and "
+            "a sequence's logits compared"
+        )
+    lines += proof["warnings"]
     if totals["fell_back_to_nearest"]:
         lines.append(f"fell back to plain rounding: {', '.join(totals['fell_back_to_nearest'])}")
     if totals["underflowed_rows"]:
@@ -326,6 +351,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ncertiq-quantize-model: interrupted; start it again to go on", file=sys.stderr)
         return 130
-    if report is not None:
-        print(summary(report))
-    return 0
+    if report is None:
+        return 0
+    print(summary(report))
+    failures = report["proof"]["failures"]
+    for failure in failures:
+        print(f"certiq-quantize-model: {failure}", file=sys.stderr)
+    return 1 if failures else 0

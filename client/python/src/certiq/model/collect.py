@@ -68,7 +68,13 @@ class BlockReader:
             self._watch(block)
 
     def _watch(self, block: nn.Module) -> None:
-        names = {}
+        names: dict[nn.Module, str] = {}
+
+        def announce(readers: Sequence[tuple[nn.Module, torch.Tensor]]) -> None:
+            for linear, x in readers:
+                if linear in names:
+                    self._read(names[linear], x)
+
         for name in self._level_of:
             module = block.get_submodule(name)
             names[module] = name
@@ -80,9 +86,7 @@ class BlockReader:
         for module in block.modules():
             if isinstance(module, TakenApart):
                 self._apart.append(module)
-                module.announce = lambda readers: [
-                    self._read(names[linear], x) for linear, x in readers if linear in names
-                ]
+                module.announce = announce
 
     def __enter__(self) -> BlockReader:
         return self

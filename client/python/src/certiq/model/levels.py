@@ -36,6 +36,11 @@ class Level:
         return tuple(member for group in self.groups for member in group.members)
 
 
+def joined(block: str, name: str) -> str:
+    """The name in the model of a linear of a block; those outside have no block."""
+    return f"{block}.{name}" if block else name
+
+
 def pattern_of(name: str) -> str:
     """`experts.7.up_proj` and `experts.0.up_proj` are alike."""
     return _INDEX.sub("*", name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from certiq.model.source import ModelSource
 from certiq.torch.experts import ExpertMatrix, take_experts_apart
-from certiq.torch.linears import features_of, find_linears, is_conv1d, rows_of
+from certiq.torch.linears import features_of, find_linears, is_conv1d, is_linear, rows_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class StoredLinear:
     """True: the checkpoint has all experts in one tensor, too."""
     transposed: bool = False
     """True: the tensor has [features, rows] (Conv1D)."""
+    embedding: bool = False
+    """True: a table that is looked up."""
+    tied: bool = False
+    """True: another module reads the same weight."""
     float_because: str | None = None
     """Why it cannot be quantized; None where it can."""
 
@@ -71,13 +76,24 @@ def stored_linears(
     return found
 
 
-def outside_linears(source: ModelSource, stack: str) -> dict[str, StoredLinear]:
-    """Those outside the stack of blocks: a head, for example."""
-    return {
-        name: _plain(source, name, (rows_of(module), features_of(module)), is_conv1d(module))
-        for name, module in find_linears(source.model).items()
-        if not name.startswith(f"{stack}.")
-    }
+def outside_modules(source: ModelSource, stack: str) -> dict[str, StoredLinear]:
+    """Linears and embeddings outside the stack of blocks: a head, for example."""
+    found: dict[str, StoredLinear] = {}
+    for name, module in source.model.named_modules():
+        if name.startswith(f"{stack}.") or name == stack:
+            continue
+        if is_linear(module):
+            own = _plain(source, name, (rows_of(module), features_of(module)), is_conv1d(module))
+        elif isinstance(module, nn.Embedding):
+            own = _plain(source, name, tuple(module.weight.shape), False)
+            own = dataclasses.replace(own, embedding=True)
+        else:
+            continue
+        if own.float_because is not None and own.tensor is not None:
+            # A head that shares its weight with the embedding gets one of its own.
+            own = dataclasses.replace(own, float_because=None, tied=True)
+        found[name] = own
+    return found
 
 
 def _plain(

@@ -13,7 +13,7 @@ from certiq.model.checkpoint_files import TensorInfo
 from certiq.model.errors import UsageError
 from certiq.model.levels import pattern_of
 from certiq.model.lockstep import BlockStack
-from certiq.model.naming import StoredLinear, outside_linears, stored_linears
+from certiq.model.naming import StoredLinear, outside_modules, stored_linears
 from certiq.model.recipe import Recipe
 from certiq.model.settings import PACKED, RunSettings
 from certiq.model.siblings import disagreements
@@ -45,6 +45,8 @@ class Plan:
     format: str
     quantized: dict[str, Planned] = field(default_factory=dict)
     """By their names in the model, in the order of the work."""
+    outside: dict[str, Planned] = field(default_factory=dict)
+    """Heads and embeddings that a rule asks for, as `quantized`."""
     linears: dict[str, StoredLinear] = field(default_factory=dict)
     """All of the blocks' linears by their names in the model."""
     floats: dict[str, str] = field(default_factory=dict)
@@ -63,22 +65,30 @@ class Plan:
         done = sum(planned.linear.weights for planned in self.quantized.values())
         return done / self.weights if self.weights else 0.0
 
+    def all(self) -> dict[str, Planned]:
+        """`quantized` and `outside`."""
+        return {**self.quantized, **self.outside}
+
     def specs(self) -> dict[str, Spec]:
         """By the checkpoint's names."""
-        return {planned.linear.prefix: planned.spec for planned in self.quantized.values()}
+        return {planned.linear.prefix: planned.spec for planned in self.all().values()}
+
+    def embeddings(self) -> list[str]:
+        """Those of `outside` that are tables, by the checkpoint's names."""
+        return [own.linear.prefix for own in self.outside.values() if own.linear.embedding]
 
     def bytes(self) -> int:
         """What the quantized linears take in the checkpoint."""
         return sum(
             sum(info.bytes for info in result_tensors(planned).values())
-            for planned in self.quantized.values()
+            for planned in self.all().values()
         )
 
     def lines(self) -> Iterator[str]:
         """For people: linears that are alike are one line."""
         done = Counter(
             (pattern_of(own.linear.prefix), own.linear.rows, own.linear.features, _scheme(own.spec))
-            for own in self.quantized.values()
+            for own in self.all().values()
         )
         for (pattern, rows, features, scheme), count in done.items():
             yield f"  {pattern}: {count} of [{rows}, {features}], {scheme}"
@@ -121,14 +131,20 @@ def make_plan(
             cannot.append(f"{own.prefix} {refusal}")
             continue
         plan.quantized[name] = Planned(own, spec)
-    outside = outside_linears(source, stack.name)
+    outside = outside_modules(source, stack.name)
     names += [own.prefix for own in outside.values()]
-    for own in outside.values():
-        if recipe.chosen(own.prefix):
-            plan.warnings.append(
-                f"{own.prefix} lies outside {stack.name} and stays float, though a rule names it"
-            )
-        plan.floats.setdefault(own.prefix, f"outside {stack.name}")
+    for name, own in outside.items():
+        # A rule has to ask for these: few loaders take them packed.
+        spec = recipe.spec_of(own.prefix) if recipe.chosen(own.prefix) else None
+        if spec is None:
+            if not own.embedding:
+                plan.floats.setdefault(own.prefix, f"outside {stack.name}")
+            continue
+        refusal = own.float_because or _outside_refusal(own, spec) or _refusal(own, spec)
+        if refusal is not None:
+            cannot.append(f"{own.prefix} {refusal}")
+            continue
+        plan.outside[name] = Planned(own, spec)
     _add_unclaimed(plan, source, stack, inside, count, recipe)
     if cannot:
         raise UsageError(_refused(cannot))
@@ -169,6 +185,12 @@ def _unreadable(own: StoredLinear, format: str) -> str | None:
         f"all experts are one tensor ({pattern_of(own.tensor or '')}), which no reader of {format} "
         "takes packed; a dense format quantizes them"
     )
+
+
+def _outside_refusal(own: StoredLinear, spec: Spec) -> str | None:
+    if own.embedding and spec.format in ("gptq", "gptq_v2"):
+        return f"is an embedding, for which {spec.format} has no layout"
+    return None
 
 
 def _refusal(own: StoredLinear, spec: Spec) -> str | None:
@@ -249,8 +271,8 @@ def _float_modules(
 ) -> list[str]:
     """Modules with matrices that stay float, by the checkpoint's names and, where they differ, by
     the model's."""
-    replaced = {own.linear.tensor for own in plan.quantized.values()}
-    quantized = {own.linear.prefix for own in plan.quantized.values()}
+    replaced = {own.linear.tensor for own in plan.all().values()}
+    quantized = {own.linear.prefix for own in plan.all().values()}
     embeddings = {
         tensor
         for name, module in source.model.named_modules()
@@ -260,7 +282,9 @@ def _float_modules(
     found: dict[str, None] = {}
     for name, own in linears.items():
         # Of experts in one tensor, those have names of their own that stay beside packed ones.
-        if name not in plan.quantized and not (own.together and own.tensor not in replaced):
+        if own.embedding or name in plan.all():
+            continue
+        if not own.together or own.tensor in replaced:
             found |= {own.prefix: None, name: None}
     for tensor in source.files.names():
         shape = source.files.info(tensor).shape

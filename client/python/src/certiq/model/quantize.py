@@ -16,6 +16,7 @@ from certiq.jobs import Job
 from certiq.layer import Layer
 from certiq.model.collect import Collected
 from certiq.model.journal import DoneLinear, Journal
+from certiq.model.levels import joined
 from certiq.model.report import linear_report
 from certiq.spec import Spec
 from certiq.torch.linears import features_of, set_weight, weight_of
@@ -25,7 +26,9 @@ from certiq.torch.linears import features_of, set_weight, weight_of
 FEW_TOKENS_DAMPING = 0.1
 
 
-def spec_for(spec: Spec, collected: Collected, *, is_expert: bool) -> tuple[Spec, list[str]]:
+def spec_for(
+    spec: Spec, collected: Collected, *, is_expert: bool, is_table: bool
+) -> tuple[Spec, list[str]]:
     """The spec for one group, and what differs from the one asked for."""
     if collected.calibration is None:
         plain = Spec(
@@ -37,9 +40,8 @@ def spec_for(spec: Spec, collected: Collected, *, is_expert: bool) -> tuple[Spec
             scale="absmax" if spec.scale == "absmax" else "mse",
             format=spec.format,
         )
-        return plain, [
-            "no token reached it: plain rounding; its errors are those of the weights themselves"
-        ]
+        why = "a table that is looked up" if is_table else "no token reached it"
+        return plain, [f"{why}: plain rounding; its errors are those of the weights themselves"]
     notes: list[str] = []
     changes: dict[str, object] = {}
     if not is_expert:
@@ -91,12 +93,15 @@ class LevelQuantizer:
                 for member in own.group.members:
                     if member not in pending:
                         continue
-                    name = f"{block_name}.{member}"
+                    name = joined(block_name, member)
                     if calibration is None:
                         calibration = self._identity(own.group.name, features_of(linears[member]))
                         identities.append(calibration)
                     spec, notes = spec_for(
-                        self._spec_of(name), own, is_expert=own.group.name in experts
+                        self._spec_of(name),
+                        own,
+                        is_expert=own.group.name in experts,
+                        is_table=isinstance(linears[member], nn.Embedding),
                     )
                     try:
                         job = self._client.submit(
@@ -112,7 +117,7 @@ class LevelQuantizer:
                 try:
                     layer = job.result()
                 except Error as error:
-                    raise error.of(f"{block_name}.{member}") from error
+                    raise error.of(joined(block_name, member)) from error
                 set_weight(linears[member], torch.from_numpy(layer.dequantized()))
                 self._write(block_name, member, own, notes, layer)
                 job.delete()
@@ -144,13 +149,13 @@ class LevelQuantizer:
         # Rows' errors and bounds are long; the service's own report has them.
         for name in ("row_error", "row_bound", "row_rounding"):
             certificate.pop(name, None)
-        name = f"{block_name}.{member}"
+        name = joined(block_name, member)
         phases = certificate.get("phase_seconds", {})
         seconds = sum(float(value) for phase, value in phases.items() if phase != "queue")
         report = linear_report(
             name,
             block_name,
-            [f"{block_name}.{other}" for other in own.group.members],
+            [joined(block_name, other) for other in own.group.members],
             certificate,
             notes,
             seconds,

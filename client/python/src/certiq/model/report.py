@@ -116,6 +116,7 @@ def model_report(
     texts: Mapping[str, Any],
     float_model: str,
     tensor_bytes: int,
+    proof: Mapping[str, Any],
     files: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`float_model`: how the float model's logits compare with transformers'. `evaluation` has a
@@ -135,6 +136,7 @@ def model_report(
         "evaluation": dict(evaluation or {}),
         "left_float": list(left_float),
         "tensor_bytes": tensor_bytes,
+        "proof": dict(proof),
         "files": dict(files),
         # All sessions of the run count together.
         "seconds": seconds,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import nn
 
 from certiq.client import Client
 from certiq.model.check import Checked, check_model, whole_model
-from certiq.model.collect import BlockReader, Collector
+from certiq.model.collect import BlockReader, Collected, Collector
 from certiq.model.errors import UsageError
 from certiq.model.evaluate import Agreement
 from certiq.model.journal import Journal
-from certiq.model.levels import Level, is_expert
+from certiq.model.levels import Group, Level, is_expert, joined
 from certiq.model.lockstep import AtBlock, AtLevel, BlockStack, Finished, Forward
 from certiq.model.plan import Plan
 from certiq.model.quantize import LevelQuantizer
@@ -24,7 +25,7 @@ from certiq.model.settings import RunSettings
 from certiq.model.source import ModelSource
 from certiq.model.text import CalibrationText, read_calibration, read_evaluation, self_samples
 from certiq.torch.experts import take_experts_apart
-from certiq.torch.linears import set_weight
+from certiq.torch.linears import set_weight, weight_of
 from certiq.torch.sums import held_out_hash, is_held_out_block
 
 # What runs through the model: calibration sequences through the quantized and the float one, and
@@ -57,16 +58,20 @@ class ModelRun:
         self._plan = plan
         self.stack = stack
         self.linears = list(plan.quantized)
+        # Weights of heads as they were, for the float model's logits.
+        self._float_heads: dict[str, torch.Tensor] = {}
         self.checked: Checked | None = None
         # Batches of windows to evaluate on and how many special tokens each begins with, by the
         # text they are from.
         self._windows: dict[str, tuple[list[torch.Tensor], int]] = {}
         self.texts: dict[str, Any] = {}
         """What was read, for the report."""
+        self.sample = torch.empty(1, 0, dtype=torch.int64)
+        """The first calibration sequence."""
         self._forwards: dict[str, list[Forward]] = {}
 
     def done(self) -> list[str]:
-        return [name for name in self.linears if self._journal.has(name)]
+        return [name for name in self._plan.all() if self._journal.has(name)]
 
     def run(self, done: Done) -> None:
         """Quantizes what is not done. Call again after an interruption, with the same journal."""
@@ -75,9 +80,10 @@ class ModelRun:
             with torch.no_grad():
                 ids = self._prepare()
                 with self.stack.entered():
-                    self._begin(ids)
+                    self._begin(ids, done)
                     for index in range(len(self.stack)):
                         self._block(index, done)
+                    self._heads(done)
                     self._evaluate()
         finally:
             self._add_seconds(time.monotonic() - began)
@@ -111,6 +117,7 @@ class ModelRun:
         vocabulary = int(self._source.config.get_text_config().vocab_size)
         text = self._calibration(tokenizer, vocabulary)
         ids = text.sequences
+        self.sample = ids[:1]
         self.texts["calibration"] = text.described
         if settings.evaluation is not None:
             found = read_evaluation(
@@ -131,7 +138,12 @@ class ModelRun:
                 )
         self._source.load_shell(self.stack.name)
         self.checked = check_model(
-            self._source, self.stack, ids, self._linears_of, sequential=settings.sequential
+            self._source,
+            self.stack,
+            ids,
+            self._linears_of,
+            sequential=settings.sequential,
+            compare=settings.load_checks,
         )
         return ids
 
@@ -179,16 +191,18 @@ class ModelRun:
         rows = [row for row in range(len(ids)) if is_held_out_block(stream, row, fraction)]
         return ids[rows] if rows else None
 
-    def _begin(self, ids: torch.Tensor) -> None:
+    def _begin(self, ids: torch.Tensor, done: Done) -> None:
         """Starts the forwards, which come to the first block."""
         batches = list(ids.split(self._settings.batch_size))
-        self._start(QUANTIZED, batches)
+        windows = [batch for batches, _ in self._windows.values() for batch in batches]
+        # Those of the float model look up a float table.
         if self._settings.mismatched:
             self._start(FLOAT, batches)
-        windows = [batch for batches, _ in self._windows.values() for batch in batches]
-        self._start(EVALUATED, windows)
         if self._settings.evaluate_float:
             self._start(EVALUATED_FLOAT, windows)
+        self._embeddings(done)
+        self._start(QUANTIZED, batches)
+        self._start(EVALUATED, windows)
 
     def _start(self, stream: str, batches: Sequence[torch.Tensor]) -> None:
         self._forwards[stream] = [
@@ -204,7 +218,7 @@ class ModelRun:
         """One block: from all forwards in front of it to all of them behind it."""
         assert self.checked is not None
         block = self._source.load_block(self.stack.blocks, self.stack.name, index)
-        take_experts_apart(block)
+        apart = take_experts_apart(block)
         self.stack.set_block(index, lambda stream: block)
         # The block is float yet.
         for forward in self._of(EVALUATED_FLOAT):
@@ -225,32 +239,97 @@ class ModelRun:
                 of_stream.__getitem__,
                 repeats=lambda stream: stream == QUANTIZED and not waits and not reader.is_done(0),
             )
-            self._quantize(index, reader, linears, done)
+            self._quantize(index, reader, linears, apart, done)
         for forward in self._of(EVALUATED):
             forward.advance()
 
-    def _quantize(
-        self, index: int, reader: BlockReader, linears: dict[str, nn.Module], done: Done
-    ) -> None:
-        """The levels of a block, one after another."""
-        prefix = self.stack.block_name(index)
-        names = {member for level in reader.levels for member in level.linears}
-        experts = frozenset(name for name in names if is_expert(name))
-        quantizer = LevelQuantizer(
-            self._client, lambda name: self._plan.quantized[name].spec, self._journal, done
-        )
-        for number, level in enumerate(reader.levels):
-            self._restore(prefix, level, linears)
-            if not self._pending(prefix, level):
-                reader.set_done(number)
-        with Collector(
+    def _outside(self, *, embeddings: bool) -> dict[str, nn.Module]:
+        """Modules outside the blocks that are to be quantized, each with a weight of its own."""
+        found = {}
+        for name, planned in self._plan.outside.items():
+            if planned.linear.embedding == embeddings:
+                module = found[name] = self._source.model.get_submodule(name)
+                weight = module.weight.detach().clone()
+                module.weight = nn.Parameter(weight, requires_grad=False)
+        return found
+
+    def _quantizer(self, done: Done) -> LevelQuantizer:
+        planned = self._plan.all()
+        return LevelQuantizer(self._client, lambda name: planned[name].spec, self._journal, done)
+
+    def _collector(self, prefix: str, experts: frozenset[str]) -> Collector:
+        return Collector(
             self._client,
             block_name=prefix,
             mismatched=bool(self._of(FLOAT)),
             experts=experts,
             held_out_fraction=self._settings.effective_held_out_fraction,
             sequence_length=self._settings.sequence_length,
-        ) as collector:
+        )
+
+    def _embeddings(self, done: Done) -> None:
+        """Tables are rounded plainly, before anything is looked up in them."""
+        for name, module in self._outside(embeddings=True).items():
+            level = Level((Group(name, (name,)),))
+            self._restore("", level, {name: module})
+            nothing = [Collected(level.groups[0], 0, None, 0, False)]
+            self._quantizer(done).quantize(
+                "", nothing, {name: module}, self._pending("", level), frozenset()
+            )
+
+    def _heads(self, done: Done) -> None:
+        """What forwards read behind the last block."""
+        for name, module in self._outside(embeddings=False).items():
+            self._float_heads[name] = weight_of(module).clone()
+            level = Level((Group(name, (name,)),))
+            self._restore("", level, {name: module})
+            if not self._pending("", level):
+                continue
+            model = self._source.model
+            read = {QUANTIZED: model} | ({FLOAT: model} if self._of(FLOAT) else {})
+            with (
+                BlockReader([level], read, waits=True) as reader,
+                self._collector("", frozenset()) as collector,
+            ):
+                self._advance(len(self.stack), reader, collector)
+                self._quantizer(done).quantize(
+                    "", collector.finish(level), {name: module}, frozenset({name}), frozenset()
+                )
+                collector.drop(level)
+
+    @contextmanager
+    def _with_float_heads(self) -> Iterator[None]:
+        heads = {name: self._source.model.get_submodule(name) for name in self._float_heads}
+        quantized = {name: weight_of(module).clone() for name, module in heads.items()}
+        try:
+            for name, module in heads.items():
+                set_weight(module, self._float_heads[name])
+            yield
+        finally:
+            for name, module in heads.items():
+                set_weight(module, quantized[name])
+
+    def _quantize(
+        self,
+        index: int,
+        reader: BlockReader,
+        linears: dict[str, nn.Module],
+        apart: Collection[str],
+        done: Done,
+    ) -> None:
+        """The levels of a block, one after another."""
+        prefix = self.stack.block_name(index)
+        experts = frozenset(
+            name
+            for name in linears
+            if is_expert(name) or any(name.startswith(f"{fused}.") for fused in apart)
+        )
+        quantizer = self._quantizer(done)
+        for number, level in enumerate(reader.levels):
+            self._restore(prefix, level, linears)
+            if not self._pending(prefix, level):
+                reader.set_done(number)
+        with self._collector(prefix, experts) as collector:
 
             def quantize(number: int) -> None:
                 level = reader.levels[number]
@@ -264,8 +343,8 @@ class ModelRun:
                 collector.drop(level)
                 reader.set_done(number)
 
-            while (level := self._advance(index, reader, collector)) is not None:
-                quantize(level)
+            while (waiting := self._advance(index, reader, collector)) is not None:
+                quantize(waiting)
             # Those that no token reached; one of the float model may wait for them.
             for number in range(len(reader.levels)):
                 if not reader.is_done(number):
@@ -295,14 +374,14 @@ class ModelRun:
 
     def _pending(self, prefix: str, level: Level) -> frozenset[str]:
         return frozenset(
-            name for name in level.linears if not self._journal.has(f"{prefix}.{name}")
+            name for name in level.linears if not self._journal.has(joined(prefix, name))
         )
 
     def _restore(self, prefix: str, level: Level, linears: dict[str, nn.Module]) -> None:
         """Gives those that are done their weights."""
         for name in level.linears:
-            if self._journal.has(f"{prefix}.{name}"):
-                set_weight(linears[name], self._journal.read(f"{prefix}.{name}").dequantized())
+            if self._journal.has(joined(prefix, name)):
+                set_weight(linears[name], self._journal.read(joined(prefix, name)).dequantized())
 
     def _evaluate(self) -> None:
         """Runs the evaluation's forwards to their ends, window by window."""
@@ -315,7 +394,10 @@ class ModelRun:
             agreement = Agreement()
             for batch in batches:
                 own = self._output(next(quantized))
-                other = self._output(next(floats)) if self._of(EVALUATED_FLOAT) else None
+                other = None
+                if self._of(EVALUATED_FLOAT):
+                    with self._with_float_heads():
+                        other = self._output(next(floats))
                 agreement.add(batch.to(self._source.device), own, other, special=special)
             result[text] = agreement.described() | {"window": batches[0].shape[1]}
         self._journal.write_note("evaluation", result)

@@ -40,9 +40,13 @@ class RunSettings:
     # The type of the tensors that are not quantized; None: as the checkpoint has them.
     dtype: str | None = None
     batch_size: int = 8
+    # The type that the model is run in.
+    compute_dtype: str = "float32"
     device: str = "cpu"
     # So many blocks are quantized, from the first on; the rest stays float.
     blocks: int | None = None
+    # The float model is compared with transformers' own, and the result is loaded by it.
+    load_checks: bool = True
     # Less than this share of the blocks' weights quantized is an error.
     min_share: float = 0.0
 
@@ -151,7 +155,7 @@ class RunSettings:
         """The settings that must not change between the sessions of one run; `identity` has
         digests of the model's files."""
         described = self.described()
-        for name in ("batch_size", "device", "min_share"):
+        for name in ("batch_size", "device", "min_share", "load_checks"):
             del described[name]
         described |= {f"model_{name}": digest for name, digest in identity.items()}
         described["calibration_sha256"] = [_digest(path) for path in self.calibration]

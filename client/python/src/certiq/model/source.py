@@ -131,6 +131,13 @@ class ModelSource:
         source pattern stands beside each) fuses."""
         return self._sources.get(self.shared.get(parameter, parameter), [])
 
+    def heads_of(self, embedding: str) -> list[str]:
+        """Modules that share the weight of an embedding."""
+        weight = f"{embedding}.weight"
+        return [
+            name.removesuffix(".weight") for name, first in self.shared.items() if first == weight
+        ]
+
     def decoded_names(self) -> frozenset[str]:
         """Tensors that the checkpoint keeps in another form than their float values."""
         return frozenset() if self.is_gguf else self.files.decoded_names()
@@ -200,7 +207,8 @@ class ModelSource:
                 f"got {list(tensor.shape)}"
             )
         if tensor.is_floating_point():
-            tensor = tensor.to(self.dtype)
+            # Some modules ask for float32 in a model of another type.
+            tensor = tensor.to(expected.dtype)
         # A tensor that was mapped from a file would hold the file.
         value = tensor.to(self.device).contiguous()
         if is_parameter:
