@@ -243,6 +243,8 @@ def quantize_model(
     writer.check_values()
     run = ModelRun(client, settings, source, stack, plan, journal)
     resumed = journal.open(settings.fingerprint(source.identity()), restart=restart)
+    # Of the run that this one is to replace; it would keep this one from going on.
+    (settings.output / "report.json").unlink(missing_ok=True)
     done = run.done()
     if resumed and bar:
         print(f"goes on: {len(done)} of {len(plan.all())} linears are done", file=sys.stderr)
