@@ -32,6 +32,8 @@ FLOAT32_STEPS = 512
 # A weight that is rounded to the model's type moves it by a fraction of that type's step.
 HALF_STEPS = 16
 
+_DEQUANTIZED = "transformers, CompressedTensorsConfig(dequantize=True)"
+
 
 @dataclass(frozen=True)
 class LoadProof:
@@ -65,7 +67,7 @@ class Loaded:
         self.route = (
             "transformers with GPTQModel (gptq_torch)"
             if self.gptq
-            else "transformers, CompressedTensorsConfig(dequantize=True)"
+            else _DEQUANTIZED
             if self.dequantize
             else "transformers"
         )
@@ -74,7 +76,15 @@ class Loaded:
     @cached_property
     def result(self) -> worker.Result:
         """The model in this process. What transformers misses is in `failures`."""
-        return worker.load(self.folder, dequantize=self.dequantize)
+        try:
+            return worker.load(self.folder, dequantize=self.dequantize)
+        except Exception:
+            if self.dequantize or self._checkpoint.compressed is None:
+                raise
+            # Some models (Mamba 2, RWKV) ask packed linears for the weight that they have not.
+            found = worker.load(self.folder, dequantize=True)
+            self.route = _DEQUANTIZED
+            return found
 
     def fetch(
         self, names: Iterable[str], ids: torch.Tensor | None
