@@ -437,6 +437,17 @@ def test_an_interrupted_run_goes_on(
     assert run.report()["plan"] == whole.report()["plan"]
 
 
+def test_an_interrupted_restart_goes_on(
+    llama: Path, drive: Driver, interrupted: Callable[..., Outcome], server: Server
+) -> None:
+    output = drive(llama).succeeded().output
+    before = jobs_of(server)
+    interrupted(llama, "--bits", 8, "--restart", output=output)
+    run = drive(llama, "--bits", 8, output=output).succeeded()
+    assert jobs_of(server) - before == 14
+    assert run.report()["settings"]["spec"]["bits"] == 8
+
+
 def scaled(folder: Path) -> None:
     """Other weights in a file of the same size and time, as a copy of another revision leaves."""
     path = folder / "model.safetensors"
@@ -541,7 +552,7 @@ def largest_file(size: int) -> Iterator[None]:
 )
 def test_a_full_disk(size: int, words: str, copied: Path, drive: Driver, server: Server) -> None:
     if words == "large.json":
-        (copied / "large.json").write_text(" " * 200_000)
+        (copied / "large.json").write_text("[]" + " " * 200_000)
     before = jobs_of(server)
     with largest_file(size):
         run = drive(copied)
