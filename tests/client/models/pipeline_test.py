@@ -196,20 +196,29 @@ def test_experts_with_few_tokens_or_none_are_named(quantize: Quantize) -> None:
         for projection in ("gate", "up", "down"):
             name = f"model.layers.{layer}.mlp.experts.{never}.{projection}_proj"
             expected_names.add(name)
-            assert by_name[name]["certificate"]["method"] == "METHOD_NEAREST"
-            assert any("no token reached it" in note for note in by_name[name]["notes"])
-            # Rounding alone, 4 bits: of the weights themselves.
-            assert 0.02 < by_name[name]["relative_error"] < 0.2
+            # It has the sums of the other experts.
+            own = by_name[name]
+            assert own["certificate"]["method"] == "METHOD_OPTQ"
+            assert own["routed_tokens"] == 0
+            assert own["tokens"] == own["prior_tokens"] > 0
+            assert any("saw 0 tokens" in note for note in own["notes"])
+            assert 0.01 < own["relative_error"] < 0.2
     experts = [name for name in by_name if ".experts." in name]
     assert expected_names < set(experts)
     few = [name for name in experts if any("damping" in note for note in by_name[name]["notes"])]
     for name in experts:
         features = int(by_name[name]["certificate"]["features"])
-        starved = by_name[name]["tokens"] < features and name not in expected_names
-        assert (name in few) == starved
+        own = by_name[name]
+        assert (name in few) == (own["routed_tokens"] < features)
+        # Half a token a feature, which is nothing beside sixteen.
+        assert own["prior_tokens"] == (features // 2 if own["routed_tokens"] < 16 * features else 0)
+        assert own["tokens"] == own["routed_tokens"] + own["prior_tokens"]
+    coverage = report["totals"]["experts"]
+    assert coverage["linears"] == len(experts)
+    assert coverage["without_tokens"] == 6
     assert set(report["totals"]["with_notes"]) == set(experts)
     html = (output / "report.html").read_text()
-    assert "no token reached it" in html
+    assert "saw 0 tokens" in html
     # Under the names that checkpoints of this kind have.
     tensors = unpack.tensors_of(output)
     assert "model.layers.1.block_sparse_moe.experts.3.w2.weight_packed" in tensors
@@ -328,3 +337,60 @@ def test_what_is_given_wins_over_the_preset(quantize: Quantize) -> None:
         assert certificate["spec"]["scale_objective"] == "SCALE_OBJECTIVE_DATA_FREE"
         assert certificate["ladder"] == []
         assert "held_out_relative_error" not in certificate
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_states_on_disk_change_nothing(name: str, quantize: Quantize, text: Path) -> None:
+    outputs = []
+    for memory in ("16", "0"):
+        output, _ = quantize(
+            models.make(name),
+            *("--method", "qronos", "--state-memory", memory, "--restart"),
+            *("--evaluation", str(text), "--evaluation-tokens", "512"),
+            *("--evaluation-window", "64"),
+        )
+        outputs.append(unpack.tensors_of(output))
+    first, second = outputs
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert second[key].equal(tensor), key
+
+
+def without_calling(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A gated MLP that reads a weight and does not call its linear."""
+    inner = module.act_fn(module.gate_proj(x)) * module.up_proj(x)
+    return torch.nn.functional.linear(inner, module.down_proj.weight)
+
+
+def test_a_weight_that_is_read_without_calling_its_linear(
+    server: Server,
+    text: Path,
+    tokenizer: Any,  # noqa: ANN401
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        transformers.models.llama.modeling_llama.LlamaMLP, "forward", without_calling
+    )
+    source = models.save(models.make("llama"), tokenizer, tmp_path / "source")
+    flags = [
+        *("--model", str(source), "--calibration", str(text), "--output", str(tmp_path / "output")),
+        *("--server", server.address, *CALIBRATION),
+    ]
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert "model.layers.0.mlp.down_proj: its weight is read without calling the linear" in said
+    assert main([*flags, "--ignore", "down_proj$"]) == 0
+
+
+def test_a_linear_that_nothing_calls(quantize: Quantize, monkeypatch: pytest.MonkeyPatch) -> None:
+    def skipping(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return module.down_proj(module.act_fn(module.gate_proj(x)))
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", skipping)
+    _, report = quantize(models.make("llama"))
+    for linear in report["linears"]:
+        uncalled = linear["name"].endswith("up_proj")
+        assert any("nothing called it" in note for note in linear["notes"]) == uncalled
+        assert (linear["certificate"]["method"] == "METHOD_NEAREST") == uncalled

@@ -80,12 +80,18 @@ def test_other_settings_do_not_go_on(
     server: Server, source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "output"
-    (output / "unfinished").mkdir(parents=True)
+    linears = output / "unfinished" / "linears"
+    linears.mkdir(parents=True)
     (output / "unfinished" / "run.json").write_text(json.dumps({"sequences": 8}))
+    done = linears / "model.layers.0.self_attn.q_proj.safetensors"
+    done.touch()
     assert main(flags(server, source, text, output)) == 2
     said = capsys.readouterr().err
     assert "sequences: 8 there, 16 now" in said
     assert "--restart" in said
+    # Nothing done is nothing to mix with.
+    done.unlink()
+    assert main(flags(server, source, text, output, "--layers", "1")) == 0
     assert main(flags(server, source, text, output, "--restart", "--layers", "1")) == 0
     assert main(flags(server, source, text, output, "--layers", "1")) == 2
     assert "holds a finished run" in capsys.readouterr().err

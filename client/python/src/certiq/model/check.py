@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from certiq.model.errors import UsageError
 from certiq.model.levels import Level, levels_of
@@ -64,8 +65,11 @@ def check_model(
                 apart = take_experts_apart(block)
                 linears = dict(wanted(index, block))
                 stack.set_block(index, {"check": block}.__getitem__)
-                with InputTap(linears, lambda name, rows: None) as tap:
+                uses = _Uses(linears)
+                with InputTap(linears, lambda name, rows: None) as tap, uses:
                     stop = forward.advance()
+                reached = {name for group in tap.groups.values() for name in group.members}
+                _expect_calls(stack.block_name(index), uses.seen - reached)
                 groups = {name: group.members for name, group in tap.groups.items()}
                 levels.append(levels_of(list(linears), groups, apart, sequential=sequential))
             _expect(stop, len(stack), stack)
@@ -75,6 +79,33 @@ def check_model(
         return Checked(levels, _compare(source, short, stop.output, compare=compare))
     finally:
         forward.end()
+
+
+class _Uses(TorchFunctionMode):
+    """Which linears' weights any function of torch gets."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._names = {id(module.weight): name for name, module in linears.items()}
+        self.seen: set[str] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        for value in (*arguments, *(keywords or {}).values()):
+            name = self._names.get(id(value))
+            if name is not None and getattr(function, "__name__", "") != "__get__":
+                self.seen.add(name)
+        return function(*arguments, **(keywords or {}))
+
+
+def _expect_calls(block: str, uncalled: set[str]) -> None:
+    if uncalled:
+        name = min(uncalled)
+        raise UsageError(
+            f"{block}.{name}: its weight is read without calling the linear, so what it reads is "
+            f"not seen: --ignore '{name.rpartition('.')[2]}$'"
+        )
 
 
 def _expect(stop: object, index: int, stack: BlockStack) -> None:

@@ -17,6 +17,7 @@ from certiq.model.errors import UsageError
 from certiq.model.settings import DENSE, PACKED, RunSettings
 
 if TYPE_CHECKING:
+    from certiq.model.estimate import Estimate
     from certiq.model.plan import Plan
 
 DEFAULT_FORMAT = "compressed_tensors"
@@ -113,6 +114,13 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="the type that the model is run in; bfloat16 for checkpoints that have it",
     )
+    text.add_argument(
+        "--state-memory",
+        type=float,
+        default=16.0,
+        metavar="GB",
+        help="what hidden states may take; beyond it they lie on disk, below --output",
+    )
     text.add_argument("--device", default="cpu")
     p.add_argument("--dry-run", action="store_true", help="show the plan, and stop there")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -163,6 +171,7 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         compute_dtype=arguments.compute_dtype,
+        state_memory=arguments.state_memory,
         device=arguments.device,
         blocks=arguments.layers,
         min_share=arguments.min_share,
@@ -181,12 +190,15 @@ def client_from(arguments: argparse.Namespace) -> Client:
 
 
 def versions() -> dict[str, str]:
+    import torch
+
     found = {}
     for name in ("certiq", "torch", "transformers", "compressed-tensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed as a package"
+    found["torch threads"] = str(torch.get_num_threads())
     return found
 
 
@@ -204,6 +216,7 @@ def quantize_model(
     from tqdm.auto import tqdm
 
     from certiq.model.checkpoint import CheckpointWriter, scale_dtype
+    from certiq.model.estimate import estimate
     from certiq.model.journal import Journal, write_text
     from certiq.model.lockstep import BlockStack
     from certiq.model.plan import described, make_plan
@@ -232,7 +245,7 @@ def quantize_model(
     )
     stack = BlockStack(source.model)
     plan = make_plan(source, stack, settings, recipe)
-    _show_plan(plan, settings)
+    _show_plan(plan, settings, estimate(settings, source, stack, plan))
     if dry_run:
         return None
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -280,10 +293,11 @@ def quantize_model(
     return report
 
 
-def _show_plan(plan: Plan, settings: RunSettings) -> None:
+def _show_plan(plan: Plan, settings: RunSettings, needs: Estimate) -> None:
     print("plan:")
     for line in plan.lines():
         print(line)
+    print(f"  {needs}")
     warnings = list(plan.warnings)
     if not settings.loads_in():
         warnings.append(
@@ -320,6 +334,13 @@ def summary(report: Mapping[str, Any]) -> str:
             "a sequence's logits compared"
         )
     lines += proof["warnings"]
+    if totals["experts"] is not None:
+        coverage = totals["experts"]
+        lines.append(
+            f"experts saw {coverage['fewest_tokens']} to {coverage['most_tokens']} tokens, "
+            f"{coverage['median_tokens']} in the middle; {coverage['without_tokens']} of "
+            f"{coverage['linears']} linears none"
+        )
     if totals["fell_back_to_nearest"]:
         lines.append(f"fell back to plain rounding: {', '.join(totals['fell_back_to_nearest'])}")
     if totals["underflowed_rows"]:
@@ -328,7 +349,9 @@ def summary(report: Mapping[str, Any]) -> str:
             f"{totals['underflowed_rows']} (the certificates' underflow names them)"
         )
     if totals["with_notes"]:
-        lines.append(f"see the report's notes on: {', '.join(totals['with_notes'])}")
+        named = totals["with_notes"]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        lines.append(f"see the report's notes on {', '.join(named[:3])}{more}")
     return "\n".join(lines)
 
 

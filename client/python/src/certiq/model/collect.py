@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,24 +15,37 @@ from torch import nn
 from certiq.calibration import ActivationStream, Calibration
 from certiq.client import Client
 from certiq.model.errors import UsageError
-from certiq.model.levels import Group, Level
+from certiq.model.levels import Group, Level, pattern_of
 from certiq.model.lockstep import AtLevel, running
+from certiq.tensors import Array
 from certiq.torch.experts import TakenApart
 from certiq.torch.finite import not_finite
 from certiq.torch.taps import Seen
 
 STREAM = "calibration"
+PRIOR_STREAM = "prior"
+# Experts see few tokens each. The sums of one are shrunk to those of all experts beside it by so
+# many tokens of these for each feature. Measured on SmolLM2's layer 15 (3 bits, groups of 64, its
+# tokens split into six experts by direction, errors on tokens that were not fitted): with 32 and 96
+# tokens of 576 features 7 and 6 % lower than without; 1/8 to 1 differ by less than 1 %.
+PRIOR_PER_FEATURE = 0.5
+# What has so many tokens a feature is not changed by it.
+ENOUGH_PER_FEATURE = 16
+# The sums of all experts are known well enough from those with so many tokens a feature together.
+POOLED_PER_FEATURE = 8
 
 
 @dataclass
 class Collected:
-    """A group of linears and the calibration of what they read; None where no token came."""
+    """A group of linears and the calibration of what they read; None where there is nothing."""
 
     group: Group
     features: int
     calibration: Calibration | None
     tokens: int
     mismatched: bool
+    prior: int = 0
+    """Tokens' worth of all experts' sums in the calibration, beside the `tokens` of its own."""
 
 
 class BlockReader:
@@ -114,7 +128,7 @@ class BlockReader:
         level = self._level_of[name]
         own = running()
         if self._waits and level not in self._done and own.stream in self._streams:
-            own.pause(AtLevel(level))
+            own.pause(AtLevel(level), x)
 
     def _read(self, name: str, x: torch.Tensor) -> None:
         own = running()
@@ -195,14 +209,18 @@ class Collector:
 
     def finish(self, level: Level) -> list[Collected]:
         """Finalizes the calibrations of a level."""
+        for group in level.groups:
+            if group.name in self._fillings:
+                self._fillings[group.name].stream.close()
+        priors = self._add_priors(level)
         collected = []
         for group in level.groups:
             filling = self._fillings.get(group.name)
             if filling is None:
                 collected.append(Collected(group, 0, None, 0, False))
                 continue
-            filling.stream.close()
-            filling.calibration.finalize(expected_tokens=filling.tokens)
+            prior = priors.get(group.name, 0)
+            filling.calibration.finalize(expected_tokens=filling.tokens + prior)
             collected.append(
                 Collected(
                     group,
@@ -210,9 +228,46 @@ class Collector:
                     filling.calibration,
                     filling.tokens,
                     filling.mismatched,
+                    prior,
                 )
             )
         return collected
+
+    def _add_priors(self, level: Level) -> dict[str, int]:
+        """Adds to each expert with few tokens, or none, some of what all of them read."""
+        alike: dict[str, list[Group]] = defaultdict(list)
+        for group in level.groups:
+            if group.name in self._experts:
+                alike[pattern_of(group.name)].append(group)
+        added: dict[str, int] = {}
+        for groups in alike.values():
+            fillings = {
+                group.name: self._fillings[group.name]
+                for group in groups
+                if group.name in self._fillings
+            }
+            if not fillings:
+                continue
+            features = next(iter(fillings.values())).features
+            few = [
+                group.name
+                for group in groups
+                if group.name not in fillings
+                or fillings[group.name].tokens < ENOUGH_PER_FEATURE * features
+            ]
+            if not few:
+                continue
+            mean = _mean_gram(fillings.values())
+            tokens = max(1, round(PRIOR_PER_FEATURE * features))
+            for name in few:
+                if name not in fillings:
+                    self._fillings[name] = self._open(name, features)
+                    self._fillings[name].stream.close()
+                self._fillings[name].calibration.import_statistics(
+                    stream_id=PRIOR_STREAM, gram=mean * tokens, tokens=tokens
+                )
+                added[name] = tokens
+        return added
 
     def drop(self, level: Level) -> None:
         """Deletes the calibrations of a level, once its jobs have ended."""
@@ -256,3 +311,17 @@ class Collector:
         else:
             filling.stream.send(x)
         filling.tokens += x.shape[0]
+
+
+def _mean_gram(fillings: Iterable[_Filling]) -> Array:
+    """E[x x^T] over the tokens of those that saw most, [N, N] float64."""
+    total: Array | None = None
+    tokens = 0
+    for filling in sorted(fillings, key=lambda own: -own.tokens):
+        statistics = filling.calibration.export_statistics()
+        total = statistics.gram if total is None else total + statistics.gram
+        tokens += statistics.tokens
+        if tokens >= POOLED_PER_FEATURE * filling.features:
+            break
+    assert total is not None
+    return total / max(1, tokens)

@@ -60,7 +60,7 @@ class Journal:
     def open(self, settings: Mapping[str, Any], *, restart: bool) -> bool:
         """Begins a run or goes on with it; true if there is something to go on with.
 
-        Refuses to mix runs: what is there must have been asked for in the same words.
+        Refuses to mix runs: where linears are done, they must have been asked for in the same words.
         """
         if restart and self.folder.exists():
             shutil.rmtree(self.folder)
@@ -71,7 +71,7 @@ class Journal:
             different = sorted(
                 key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)
             )
-            if different:
+            if different and any(self._linears.glob("*.safetensors")):
                 changes = "; ".join(
                     f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in different
                 )
@@ -79,8 +79,9 @@ class Journal:
                     f"{self.folder} holds a run with other settings ({changes}): "
                     "give those, another --output, or --restart"
                 )
-            self._linears.mkdir(exist_ok=True)
-            return True
+            if not different:
+                self._linears.mkdir(exist_ok=True)
+                return True
         self._linears.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
         return False
@@ -127,6 +128,12 @@ class Journal:
     def read_note(self, name: str) -> dict[str, Any] | None:
         file = self.folder / f"{name}.json"
         return _read_json(file) if file.exists() else None
+
+    def state_file(self, number: int) -> Path:
+        """For hidden states while a run lasts; no run goes on with them."""
+        folder = self.folder / "states"
+        folder.mkdir(exist_ok=True)
+        return folder / str(number)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)

@@ -9,9 +9,11 @@ values, per-layer inputs) is that of the same batch. One thread runs all of it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +60,9 @@ class Forward(greenlet):
         self.rows: dict[str, torch.Tensor] = {}
         """What linears of this block have read and nobody has taken, by the group's name."""
         self._model = model
+        # What it goes on with, which may lie on disk while it waits.
+        self._held: torch.Tensor | None = None
+        self._parked: tuple[Path, int] | None = None
 
     def _whole(self) -> Finished:
         arguments: dict[str, Any] = {"input_ids": self.ids}
@@ -67,6 +72,7 @@ class Forward(greenlet):
 
     def advance(self) -> Stop:
         """Runs it to the next place where it has to wait. UsageError where the model fails."""
+        self._fetch()
         try:
             self.stop = self.switch()
         except (UsageError, KeyboardInterrupt, MemoryError):
@@ -88,15 +94,53 @@ class Forward(greenlet):
             return ""
         return f" on {length} tokens, more than its {positions} positions"
 
-    def pause(self, stop: Stop) -> None:
+    def pause(self, stop: Stop, held: torch.Tensor | None = None) -> None:
+        """Waits; `held` is the tensor that it goes on with, which may be parked meanwhile."""
         assert self.parent is not None
+        self._held = held
         self.parent.switch(stop)
+        self._held = None
+
+    def park(self, file: Path) -> None:
+        """Moves the tensor that it goes on with to a file; `advance` brings it back."""
+        if self._held is None or self._parked is not None or self._held.device.type != "cpu":
+            return
+        storage = self._held.untyped_storage()
+        size = storage.nbytes()
+        if size == 0 or not storage.resizable():
+            return
+        try:
+            with file.open("wb") as opened:
+                opened.write(_octets(storage, size))
+        except OSError as error:
+            raise UsageError(f"{file}: cannot be written: {error}") from error
+        self._parked = (file, size)
+        # All views of it are empty until it is back.
+        storage.resize_(0)
+
+    def _fetch(self) -> None:
+        if self._parked is None:
+            return
+        file, size = self._parked
+        assert self._held is not None
+        storage = self._held.untyped_storage()
+        storage.resize_(size)
+        with file.open("rb") as opened:
+            if opened.readinto(_octets(storage, size)) != size:
+                raise UsageError(f"{file}: is shorter than what was written to it")
+        self._parked = None
 
     def end(self) -> None:
         """Gives up what it holds, if it is not finished."""
+        self._parked = None
         if not self.dead and self.stop is not None:
             self.throw(GreenletExit)
         self.rows.clear()
+
+
+def _octets(storage: torch.UntypedStorage, size: int) -> memoryview:
+    """Its memory; numpy's view of it would forbid to resize it."""
+    return memoryview((ctypes.c_char * size).from_address(storage.data_ptr()))
 
 
 def running() -> Forward:
@@ -183,7 +227,8 @@ class BlockStack:
     def _forward_of(self, index: int) -> Callable[..., Any]:
         def forward(*arguments: Any, **keywords: Any) -> Any:
             own = running()
-            own.pause(AtBlock(index))
+            hidden = arguments[0] if arguments else keywords.get("hidden_states")
+            own.pause(AtBlock(index), hidden if isinstance(hidden, torch.Tensor) else None)
             if self._of_stream is None or index != self._index:
                 raise AssertionError(f"block {index} is not in memory, but {self._index}")
             block = self._of_stream(own.stream)

@@ -55,6 +55,8 @@ class Plan:
     """All that loaders must not look for packed, by the names of modules and tensors."""
     joined: dict[str, list[StoredLinear]] = field(default_factory=dict)
     """Float experts that are written as one tensor, by the name of the model's parameter."""
+    mixed: list[str] = field(default_factory=list)
+    """The model's parameters of experts of which some are packed and some are not."""
     weights: int = 0
     """Of the blocks, those that were ignored left out."""
     warnings: list[str] = field(default_factory=list)
@@ -151,12 +153,17 @@ def make_plan(
     if not plan.quantized:
         raise UsageError("no linears to quantize: all are ignored or stay float")
     plan.float_modules = _float_modules(source, plan, {**inside, **outside})
-    plan.joined = _joined_experts(plan)
+    plan.joined, plan.mixed = _float_experts(plan)
     if plan.joined:
         plan.warnings.append(
             f"{pattern_of(min(plan.joined))}: experts that stay float are written as one tensor, "
             "since transformers (5.24) does not load them one by one in a packed checkpoint; vLLM "
             "is not known to read them so"
+        )
+    if plan.mixed:
+        plan.warnings.append(
+            f"{pattern_of(min(plan.mixed))}: transformers (5.24) does not load experts of which "
+            "some stay float"
         )
     for unmatched in recipe.unmatched(names):
         plan.warnings.append(f"{unmatched} matches no linear")
@@ -299,20 +306,21 @@ def _float_modules(
     return [name for name in found if name and name not in quantized]
 
 
-def _joined_experts(plan: Plan) -> dict[str, list[StoredLinear]]:
-    """Experts that the checkpoint has one by one, and of which none is packed, by the model's
-    parameter: transformers' loader of compressed-tensors takes what is one by one for packed."""
-    if plan.format != "compressed_tensors":
-        return {}
+def _float_experts(plan: Plan) -> tuple[dict[str, list[StoredLinear]], list[str]]:
+    """Experts that the checkpoint has one by one, by the model's parameter: those of which none is
+    packed, and the parameters of which some are. transformers' loader of compressed-tensors takes
+    what is one by one for packed."""
     of_parameter: dict[str, list[StoredLinear]] = defaultdict(list)
-    for own in plan.linears.values():
-        if own.matrix is not None and not own.together:
-            of_parameter[own.parameter].append(own)
-    return {
-        parameter: experts
+    if plan.format == "compressed_tensors":
+        for own in plan.linears.values():
+            if own.matrix is not None and not own.together:
+                of_parameter[own.parameter].append(own)
+    packed = {
+        parameter: sum(own.name in plan.quantized for own in experts)
         for parameter, experts in of_parameter.items()
-        if not any(own.name in plan.quantized for own in experts)
     }
+    joined = {name: experts for name, experts in of_parameter.items() if packed[name] == 0}
+    return joined, [name for name in packed if 0 < packed[name] < len(of_parameter[name])]
 
 
 def _check_share(plan: Plan, settings: RunSettings) -> None:

@@ -82,6 +82,8 @@ def _not_loaded(settings: RunSettings, source: ModelSource, plan: Plan) -> str |
         return "not asked for"
     if plan.format.startswith("gptq"):
         return "GPTQ is read by the rules alone"
+    if plan.mixed:
+        return f"transformers does not load experts of which some are float ({plan.mixed[0]})"
     return too_large(source)
 
 

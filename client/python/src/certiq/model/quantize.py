@@ -40,7 +40,9 @@ def spec_for(
             scale="absmax" if spec.scale == "absmax" else "mse",
             format=spec.format,
         )
-        why = "a table that is looked up" if is_table else "no token reached it"
+        why = "no token reached it" if is_expert else "nothing called it"
+        if is_table:
+            why = "a table that is looked up"
         return plain, [f"{why}: plain rounding; its errors are those of the weights themselves"]
     notes: list[str] = []
     changes: dict[str, object] = {}
@@ -51,6 +53,11 @@ def spec_for(
         notes.append(
             "expert: routing differs between the float and the quantized model, so OPTQ on what it "
             "sees in the quantized one"
+        )
+    if collected.prior:
+        notes.append(
+            f"expert: saw {collected.tokens} tokens; its sums have {collected.prior} tokens' worth "
+            "of all experts' beside them"
         )
     if collected.tokens < collected.features:
         changes["damping"] = f"relative_trace:{FEW_TOKENS_DAMPING}"
@@ -119,7 +126,9 @@ class LevelQuantizer:
                 except Error as error:
                     raise error.of(joined(block_name, member)) from error
                 set_weight(linears[member], torch.from_numpy(layer.dequantized()))
-                self._write(block_name, member, own, notes, layer)
+                self._write(
+                    block_name, member, own, notes, layer, is_expert=own.group.name in experts
+                )
                 job.delete()
             for calibration in identities:
                 calibration.delete()
@@ -139,7 +148,14 @@ class LevelQuantizer:
         return calibration.finalize()
 
     def _write(
-        self, block_name: str, member: str, own: Collected, notes: list[str], layer: Layer
+        self,
+        block_name: str,
+        member: str,
+        own: Collected,
+        notes: list[str],
+        layer: Layer,
+        *,
+        is_expert: bool,
     ) -> None:
         certificate = MessageToDict(
             layer.certificate,
@@ -159,6 +175,8 @@ class LevelQuantizer:
             certificate,
             notes,
             seconds,
+            routed_tokens=own.tokens if is_expert else None,
+            prior_tokens=own.prior,
         )
         self._journal.write(name, DoneLinear(layer.torch(), report))
         self._done(name, float(report["relative_error"]))

@@ -21,8 +21,15 @@ def linear_report(
     certificate: Mapping[str, Any],
     notes: Sequence[str],
     seconds: float,
+    *,
+    routed_tokens: int | None = None,
+    prior_tokens: int = 0,
 ) -> dict[str, Any]:
-    """One linear. `certificate` is the protobuf as JSON with the proto's field names."""
+    """One linear. `certificate` is the protobuf as JSON with the proto's field names.
+
+    `routed_tokens`: what an expert saw, None of others; `prior_tokens` are those of all experts
+    that the certificate's tokens count beside them.
+    """
     energy = float(certificate.get("reference_energy", 0.0))
     bound = float(certificate.get("l2_bound", 0.0))
     damped = float(certificate.get("damped_squared_error", 0.0))
@@ -42,6 +49,8 @@ def linear_report(
             attempt for attempt in attempts if _cause(attempt) not in ("NONE", "UNSPECIFIED")
         ],
         "tokens": int(certificate.get("tokens", 0)),
+        "routed_tokens": routed_tokens,
+        "prior_tokens": prior_tokens,
         "weights": int(certificate["rows"]) * int(certificate["features"]),
         "bits_per_weight": float(certificate.get("bits_per_weight", 0.0)),
         "clipped_weights": int(certificate.get("clipped_weights", 0)),
@@ -85,6 +94,7 @@ def totals(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "fell_back_to_nearest": [
             item["name"] for item in linears if str(item["outcome"]).endswith("NEAREST")
         ],
+        "experts": _coverage(linears),
         "with_notes": [item["name"] for item in linears if item["notes"]],
         "clipped_weights": sum(item["clipped_weights"] for item in linears),
         "dead_features": sum(item["dead_features"] for item in linears),
@@ -93,6 +103,22 @@ def totals(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             item["name"]
             for item in sorted(linears, key=lambda item: -item["relative_error"])[:WORST]
         ],
+    }
+
+
+def _coverage(linears: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How many tokens the linears of experts saw; None without experts."""
+    seen = sorted(
+        item["routed_tokens"] for item in linears if item.get("routed_tokens") is not None
+    )
+    if not seen:
+        return None
+    return {
+        "linears": len(seen),
+        "without_tokens": sum(tokens == 0 for tokens in seen),
+        "fewest_tokens": seen[0],
+        "median_tokens": seen[len(seen) // 2],
+        "most_tokens": seen[-1],
     }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
+
+from certiq.model.levels import pattern_of
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
@@ -38,7 +41,8 @@ def render(report: Mapping[str, Any], title: str) -> str:
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
         _cards(report),
-        _left_float(report["left_float"]),
+        _evaluation(report["evaluation"]),
+        _plan(report["plan"]),
         "<h2>Error against bound</h2>",
         "<p class=key>Blue: relative output error |X W^T - X~ Q^T| / |X W^T| on the calibration "
         "tokens. Orange: on held-out tokens. Red: the certificate's bound, never passed.</p>",
@@ -199,11 +203,41 @@ def _notes(linears: Sequence[Mapping[str, Any]]) -> str:
     return "<h2>Notes</h2>" + _table([("linear", False), ("", False)], rows)
 
 
-def _left_float(names: Sequence[str]) -> str:
-    if not names:
+def _evaluation(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
+    if not evaluation:
         return ""
-    listed = ", ".join(f"<code>{escape(name)}</code>" for name in names)
-    return f"<p class=key>Left as they are: {listed}, embeddings, norms, biases.</p>"
+    rows = [
+        [
+            escape(text.replace("_", " ")),
+            str(own["tokens"]),
+            number(own["float"], 5),
+            number(own["quantized"], 5),
+            number(own.get("kl_divergence")),
+            _percent(own.get("top1_agreement")),
+            _percent(own.get("flips")),
+        ]
+        for text, own in evaluation.items()
+    ]
+    head = [("text", False), ("tokens", True), ("perplexity before", True), ("after", True)]
+    head += [("KL to the float model, nats", True), ("the same first token", True)]
+    return "<h2>On text</h2>" + _table([*head, ("flips", True)], rows)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _plan(plan: Mapping[str, Any]) -> str:
+    """What stays float, and why: modules that are alike are one line."""
+    left = Counter((pattern_of(name), reason) for name, reason in plan["stay_float"].items())
+    rows = [
+        [f"<code>{escape(pattern)}</code>", str(count), escape(reason)]
+        for (pattern, reason), count in left.items()
+    ]
+    text = f"<p>{100 * plan['share_quantized']:.1f} % of the layers' weights are quantized.</p>"
+    text += "".join(f"<p>{escape(warning)}</p>" for warning in plan["warnings"])
+    head = [("stays float", False), ("modules", True), ("because", False)]
+    return "<h2>Plan</h2>" + text + (_table(head, rows) if rows else "")
 
 
 def _settings(report: Mapping[str, Any]) -> str:
@@ -212,6 +246,9 @@ def _settings(report: Mapping[str, Any]) -> str:
         for key, value in (
             *report["settings"].items(),
             *report["versions"].items(),
+            ("float model", report["float_model"]),
+            ("largest tensor-parallel degree", report["proof"]["tensor_parallel"]),
+            ("memory at the peak", f"{report['peak_memory_bytes'] / 1e6:.0f} MB"),
             ("loads in", "; ".join(report["loads_in"]) or "no reader that is known"),
         )
     ]

@@ -15,6 +15,7 @@ from certiq.client import Client
 from certiq.model.check import Checked, check_model, whole_model
 from certiq.model.collect import BlockReader, Collected, Collector
 from certiq.model.errors import UsageError
+from certiq.model.estimate import state_bytes
 from certiq.model.evaluate import Agreement
 from certiq.model.journal import Journal
 from certiq.model.levels import Group, Level, is_expert, joined
@@ -58,6 +59,7 @@ class ModelRun:
         self._plan = plan
         self.stack = stack
         self.linears = list(plan.quantized)
+        self._parks = False
         # Weights of heads as they were, for the float model's logits.
         self._float_heads: dict[str, torch.Tensor] = {}
         self.checked: Checked | None = None
@@ -194,6 +196,8 @@ class ModelRun:
     def _begin(self, ids: torch.Tensor, done: Done) -> None:
         """Starts the forwards, which come to the first block."""
         batches = list(ids.split(self._settings.batch_size))
+        needed = state_bytes(self._settings, self._source, self.stack)
+        self._parks = needed > self._settings.state_memory * 1e9
         windows = [batch for batches, _ in self._windows.values() for batch in batches]
         # Those of the float model look up a float table.
         if self._settings.mismatched:
@@ -210,6 +214,7 @@ class ModelRun:
         ]
         for forward in self._forwards[stream]:
             forward.advance()
+            self._park(forward)
 
     def _of(self, stream: str) -> list[Forward]:
         return self._forwards.get(stream, [])
@@ -223,11 +228,13 @@ class ModelRun:
         # The block is float yet.
         for forward in self._of(EVALUATED_FLOAT):
             forward.advance()
+            self._park(forward)
         linears = self._linears_of(index, block)
         if not linears:
             for stream in (QUANTIZED, FLOAT, EVALUATED):
                 for forward in self._of(stream):
                     forward.advance()
+                    self._park(forward)
             return
         float_block = copy.deepcopy(block) if self._of(FLOAT) else block
         of_stream = {QUANTIZED: block, EVALUATED: block, FLOAT: float_block}
@@ -242,6 +249,7 @@ class ModelRun:
             self._quantize(index, reader, linears, apart, done)
         for forward in self._of(EVALUATED):
             forward.advance()
+            self._park(forward)
 
     def _outside(self, *, embeddings: bool) -> dict[str, nn.Module]:
         """Modules outside the blocks that are to be quantized, each with a weight of its own."""
@@ -361,9 +369,18 @@ class ModelRun:
             if beside is not None:
                 self._advance_one(beside, index, reader)
             collector.take(forward.rows, {} if beside is None else beside.rows)
+            self._park(forward, beside)
             if isinstance(forward.stop, AtLevel):
                 waiting.add(forward.stop.level)
         return min(waiting, default=None)
+
+    def _park(self, *forwards: Forward | None) -> None:
+        """Hidden states go to disk where all of them would take more than the memory for them."""
+        if not self._parks:
+            return
+        for forward in forwards:
+            if forward is not None:
+                forward.park(self._journal.state_file(id(forward)))
 
     @staticmethod
     def _advance_one(forward: Forward, index: int, reader: BlockReader) -> None:

@@ -42,6 +42,8 @@ class RunSettings:
     batch_size: int = 8
     # The type that the model is run in.
     compute_dtype: str = "float32"
+    # Hidden states that take more than so many GB lie on disk, below the output.
+    state_memory: float = 16.0
     device: str = "cpu"
     # So many blocks are quantized, from the first on; the rest stays float.
     blocks: int | None = None
@@ -155,7 +157,7 @@ class RunSettings:
         """The settings that must not change between the sessions of one run; `identity` has
         digests of the model's files."""
         described = self.described()
-        for name in ("batch_size", "device", "min_share", "load_checks"):
+        for name in ("batch_size", "device", "min_share", "load_checks", "state_memory"):
             del described[name]
         described |= {f"model_{name}": digest for name, digest in identity.items()}
         described["calibration_sha256"] = [_digest(path) for path in self.calibration]
