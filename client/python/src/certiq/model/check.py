@@ -36,6 +36,8 @@ class Checked:
     """Of each block."""
     logits: str
     """How the logits were compared with transformers' own, or why not; for the report."""
+    has_logits: bool = True
+    """Of tokens, by which their prediction is measured."""
 
 
 def check_model(
@@ -76,7 +78,12 @@ def check_model(
             stop = forward.advance()
         if not isinstance(stop, Finished):
             raise _other_order(stop, len(stack), stack)
-        return Checked(levels, _compare(source, short, stop.output, compare=compare))
+        logits = getattr(stop.output, "logits", None)
+        return Checked(
+            levels,
+            _compare(source, short, stop.output, compare=compare),
+            isinstance(logits, torch.Tensor) and logits.shape[:2] == short.shape,
+        )
     finally:
         forward.end()
 
