@@ -299,6 +299,8 @@ class CheckpointWriter:
                     left.append(str(name))
                 continue
             if len(name.parts) == 1 and path.name in _OURS:
+                if path.name != "config.json":
+                    left.append(str(name))
                 continue
             target = output / name
             target.parent.mkdir(parents=True, exist_ok=True)
