@@ -225,11 +225,11 @@ def quantize_model(
     from certiq.model.report import model_report
     from certiq.model.report_html import render
     from certiq.model.run import ModelRun
-    from certiq.model.source import ModelSource
+    from certiq.model.source import ModelSource, device_of
 
     settings.check()
     compute_dtype = getattr(torch, settings.compute_dtype)
-    source = ModelSource(settings.model, compute_dtype, torch.device(settings.device))
+    source = ModelSource(settings.model, compute_dtype, device_of(settings.device))
     if compute_dtype == torch.bfloat16 and source.stored_dtype != "bfloat16":
         raise UsageError(
             f"compute_dtype: expected float32 for a checkpoint in {source.stored_dtype}, whose "
@@ -287,7 +287,7 @@ def quantize_model(
         files={"copied": written.copied, "not_copied": written.not_copied},
     )
     write_text(settings.output / "recipe.yaml", recipe.resolved())
-    write_text(settings.output / "report.html", render(report, f"{settings.model.name}, quantized"))
+    write_text(settings.output / "report.html", render(report, f"{settings.model_name}, quantized"))
     write_text(settings.output / "report.json", json.dumps(report, indent=1) + "\n")
     journal.remove()
     return report

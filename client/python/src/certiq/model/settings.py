@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -51,6 +52,11 @@ class RunSettings:
     load_checks: bool = True
     # Less than this share of the blocks' weights quantized is an error.
     min_share: float = 0.0
+
+    @property
+    def model_name(self) -> str:
+        """Of "." too."""
+        return Path(os.path.abspath(self.model)).name
 
     @property
     def mismatched(self) -> bool:
@@ -108,11 +114,23 @@ class RunSettings:
                 "no reader of compressed-tensors loads groups in another order than the columns' "
                 "(weight_g_idx): use group_scales static, order natural, or format gptq_v2"
             )
-        for name in ("sequences", "sequence_length", "batch_size", "evaluation_window"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        least = dict.fromkeys(
+            ("sequences", "sequence_length", "batch_size", "evaluation_tokens"), 1
+        )
+        # The first token of a window is not predicted.
+        for name, smallest in (least | {"evaluation_window": 2}).items():
+            if getattr(self, name) < smallest:
+                got = getattr(self, name)
+                raise UsageError(f"{name}: expected at least {smallest}, got {got}")
+        if self.blocks is not None and self.blocks < 1:
+            raise UsageError(f"layers: expected at least 1, got {self.blocks}")
         if not 0 <= self.min_share <= 1:
             raise UsageError(f"min_share: expected 0 to 1, got {self.min_share:g}")
+        if not 0 <= self.effective_held_out_fraction < 1:
+            raise UsageError(
+                "held_out_fraction: expected 0 or more, and less than 1, got "
+                f"{self.effective_held_out_fraction:g}"
+            )
         self._check_folders()
         fraction = self.effective_held_out_fraction
         if 0 < fraction * self.sequences < 1:
@@ -146,7 +164,7 @@ class RunSettings:
             if field.name not in ("spec", "model", "output", "calibration", "evaluation", "recipe")
         }
         return {
-            "model": self.model.name,
+            "model": self.model_name,
             "calibration": [path.name for path in self.calibration] or "self",
             "evaluation": self.evaluation.name if self.evaluation else None,
             "held_out_fraction": self.effective_held_out_fraction,
