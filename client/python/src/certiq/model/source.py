@@ -102,10 +102,21 @@ class ModelSource:
         outside = f" (beside {stack}.*, which would read it or be read by it)"
         self._fill(self.model, "", names, outside)
         self.model.tie_weights()
+        self._untie(inside)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device.type != "meta":
                     module._buffers[name] = buffer.to(self.device)
+
+    def _untie(self, inside: str) -> None:
+        """As transformers does, leaves apart what the checkpoint has twice, with other values."""
+        for name, other in self.model.all_tied_weights_keys.items():
+            sources = [*self._sources.get(name, []), *self._sources.get(other, [])]
+            if len(sources) != 2 or name.startswith(inside) or other.startswith(inside):
+                continue
+            own, shared = (self.files.read(tensor) for tensor, _ in sources)
+            if not torch.equal(own, shared):
+                self._assign(self.model, name, own)
 
     def load_block(self, blocks: nn.ModuleList, stack: str, index: int) -> nn.Module:
         """A copy of a block with its weights; the model's own keeps none."""
