@@ -85,10 +85,10 @@ def test_folders_by_other_names(
     odd = tmp_path / "Modell 100% größer, v1.0"
     copied.rename(odd)
     monkeypatch.chdir(odd)
-    run = drive(Path("."), output=Path("../out put.é")).succeeded()
+    run = drive(Path(), output=Path("../out put.é")).succeeded()
     assert run.report()["settings"]["model"] == odd.name
     assert odd.name in (run.output / "report.html").read_text()
-    assert drive(Path("."), output=Path("out")).status == 2
+    assert drive(Path(), output=Path("out")).status == 2
     assert not Path("out").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -55,8 +54,8 @@ class RunSettings:
 
     @property
     def model_name(self) -> str:
-        """Of "." too."""
-        return Path(os.path.abspath(self.model)).name
+        name = self.model.name
+        return name if name not in ("", "..") else self.model.resolve().name
 
     @property
     def mismatched(self) -> bool:
