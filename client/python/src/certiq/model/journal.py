@@ -82,6 +82,8 @@ class Journal:
             if not different:
                 self._linears.mkdir(exist_ok=True)
                 return True
+            # Its notes (samples that its model wrote, for one) are not this run's.
+            shutil.rmtree(self.folder)
         self._linears.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
         return False
