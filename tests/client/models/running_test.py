@@ -437,6 +437,19 @@ def test_an_interrupted_run_goes_on(
     assert run.report()["plan"] == whole.report()["plan"]
 
 
+def test_a_run_that_did_nothing_leaves_nothing(llama: Path, drive: Driver) -> None:
+    """Samples that a model wrote for other settings, for one."""
+    own = ("--calibration", "self")
+    failed = drive(llama, *own, "--scale-trials", 99, text="")
+    assert failed.status == 1
+    flags = (*own, "--seed", 7, "--sequences", 4)
+    run = drive(llama, *flags, output=failed.output, text="").succeeded()
+    alone = drive(llama, *flags, text="").succeeded()
+    assert run.report()["texts"] == alone.report()["texts"]
+    ours, theirs = run.tensors(), alone.tensors()
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
 def test_an_interrupted_restart_goes_on(
     llama: Path, drive: Driver, interrupted: Callable[..., Outcome], server: Server
 ) -> None:
