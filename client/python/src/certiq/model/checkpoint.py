@@ -153,7 +153,7 @@ class CheckpointWriter:
             return True
         # What has another type than the checkpoint's has it for a reason.
         main = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-        return self._source.files.info(name).dtype != main.get(self._source.stored_dtype, "F32")
+        return self._source.files.info(name).dtype != main[self._source.usual_dtype]
 
     def _entries(self, name: str) -> Iterator[Entry]:
         linears = self._in_tensor.get(name)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -61,8 +61,7 @@ class ModelSource:
             # The model is built as the float one that its tensors are decoded to.
             del self.config.quantization_config
         # This is the checkpoint's type; building the model sets it to `dtype`.
-        own = str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
-        self.stored_dtype = own
+        said = str(getattr(self.config, "dtype", None) or "").removeprefix("torch.")
         self.dtype = dtype
         self.device = device
         kind = model_class(self.config)
@@ -74,6 +73,9 @@ class ModelSource:
             self.files: Any = GgufFiles(path, self.model)
         else:
             self.files = decoded(open_folder(path), quantization)
+        # The type of most values, whatever the configuration says.
+        self.usual_dtype = self._usual_dtype()
+        self.stored_dtype = said or self.usual_dtype
         self._mapping = get_model_conversion_mapping(self.model)
         # Each parameter of the model has the tensors it is made of, and their converter's pattern.
         self._sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
@@ -299,6 +301,15 @@ class ModelSource:
             if self.names_of(name) or any(re.search(pattern, name) for pattern in optional):
                 continue
             raise UsageError(f"{self.path}: has no tensor for {name}")
+
+    def _usual_dtype(self) -> str:
+        types = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        values: Counter[str] = Counter()
+        for name in self.files.names():
+            info = self.files.info(name)
+            if info.dtype in types and name not in self.decoded_names():
+                values[types[info.dtype]] += info.values
+        return max(values, key=values.__getitem__, default="float32")
 
     def _check_fit(self) -> None:
         """Shapes, and types of parameters, as far as a tensor is a parameter as it stands."""
