@@ -37,7 +37,7 @@ class Checked:
     logits: str
     """How the logits were compared with transformers' own, or why not; for the report."""
     has_logits: bool = True
-    """Of tokens, by which their prediction is measured."""
+    """Of next tokens, by which their prediction is measured: an encoder sees those."""
 
 
 def check_model(
@@ -82,7 +82,9 @@ def check_model(
         return Checked(
             levels,
             _compare(source, short, stop.output, compare=compare),
-            isinstance(logits, torch.Tensor) and logits.shape[:2] == short.shape,
+            isinstance(logits, torch.Tensor)
+            and logits.shape[:2] == short.shape
+            and not type(stack.model).__name__.endswith("MaskedLM"),
         )
     finally:
         forward.end()

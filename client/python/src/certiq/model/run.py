@@ -149,8 +149,8 @@ class ModelRun:
         )
         if self._windows and not self.checked.has_logits:
             raise UsageError(
-                f"{type(self.stack.model).__name__} has no logits of tokens: expected a model that "
-                "predicts them for --evaluation"
+                f"{type(self.stack.model).__name__} has no logits of next tokens: expected a model "
+                "that predicts them for --evaluation"
             )
         return ids
 
