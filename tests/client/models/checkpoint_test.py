@@ -118,8 +118,22 @@ def test_float32_states_of_a_model_in_bfloat16(save: Save, drive: Driver) -> Non
     assert sum(tensor.dtype == torch.float32 for tensor in run.tensors().values()) == 6
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ("float32", "float16"),
+        ("bfloat16", "float16"),
+        ("bfloat16", "float32"),
+        ("float16", "bfloat16"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                *(("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")),
+                *(("float32", "bfloat16"), ("float16", "float32")),
+            )
+        ),
+    ],
+)
 def test_another_type_for_the_rest(stored: str, wanted: str, save: Save, drive: Driver) -> None:
     """--dtype changes what has the checkpoint's own type, and nothing else."""
     source = save(unusual.llama(), dtype=stored)

@@ -217,3 +217,36 @@ def test_whole_files_of_other_names_are_not_guessed(copied: Path, drive: Driver)
     drive(copied).refused("expected model.safetensors", "model.fp16.safetensors")
     save_file({"a": torch.ones(1)}, copied / "model.safetensors")
     drive(copied).refused("has no tensor for")
+
+
+@pytest.mark.parametrize("said", [None, "float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flags", [(), ("--dtype", "float16")], ids=["kept", "float16"])
+def test_a_configuration_that_says_another_type(
+    said: str | None, flags: tuple[str, ...], save: Save, drive: Driver
+) -> None:
+    """Of tensors in bfloat16; one in float32 among them is what it is for a reason."""
+    source = save(unusual.llama(), dtype="bfloat16")
+    rewrite(source, lambda tensors: tensors.update({"some.gain": torch.full((64,), 1.5)}))
+    config = json.loads((source / "config.json").read_text())
+    config.pop("dtype")
+    (source / "config.json").write_text(json.dumps(config | ({"dtype": said} if said else {})))
+    run = drive.evaluated(source, *flags).succeeded()
+    after = run.tensors()
+    wanted = torch.float16 if flags else torch.bfloat16
+    assert after["model.norm.weight"].dtype == wanted
+    assert after["some.gain"].dtype == torch.float32
+    assert run.config().get("dtype") == ("float16" if flags else said)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(run.output)
+    assert loaded.dtype == (torch.float16 if flags else getattr(torch, said or "bfloat16"))
+    scales = after["model.layers.0.mlp.up_proj.weight_scale"]
+    assert scales.dtype == loaded.dtype
+    assert run.report()["perplexity"]["quantized"] == pytest.approx(
+        driving.perplexity(loaded, run.text), rel=2e-2
+    )
+
+
+def test_what_is_predicted_from_both_sides_is_not_measured(save: Save, drive: Driver) -> None:
+    """An encoder sees the token that it would be asked for."""
+    source = save(transformers.BertForMaskedLM(models.make("bert").config))
+    drive.evaluated(source).refused("BertForMaskedLM", "--evaluation")
+    drive(source).succeeded()

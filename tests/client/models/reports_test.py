@@ -181,16 +181,16 @@ def test_plans_of_linears(flags: tuple[object, ...], llama: Path, drive: Driver)
 
 
 PLANNED = [
-    (unusual.qwen3_moe, "compressed-tensors"),
+    pytest.param(unusual.qwen3_moe, "compressed-tensors", marks=pytest.mark.slow),
     (unusual.mixtral, "gptq"),
     (unusual.deepseek, "compressed-tensors"),
     (unusual.gpt_oss, "compressed-tensors"),
-    (unusual.gpt_oss, "dense-f16"),
-    (unusual.llama4, "compressed-tensors"),
+    pytest.param(unusual.gpt_oss, "dense-f16", marks=pytest.mark.slow),
+    pytest.param(unusual.llama4, "compressed-tensors", marks=pytest.mark.slow),
     (unusual.granite_moe, "dense-bf16"),
     (unusual.gemma4, "compressed-tensors"),
-    (unusual.bamba, "compressed-tensors"),
-    (unusual.rwkv, "compressed-tensors"),
+    pytest.param(unusual.bamba, "compressed-tensors", marks=pytest.mark.slow),
+    pytest.param(unusual.rwkv, "compressed-tensors", marks=pytest.mark.slow),
 ]
 
 

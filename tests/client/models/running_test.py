@@ -50,11 +50,19 @@ def jobs_of(server: Server) -> float:
 
 
 @pytest.mark.parametrize(
-    "make",
-    [unusual.gemma4, unusual.bamba, unusual.rwkv, unusual.zamba2],
-    ids=lambda make: make.__name__,
+    ("make", "method"),
+    [
+        (unusual.gemma4, "optq"),
+        (unusual.gemma4, "qronos"),
+        (unusual.bamba, "optq"),
+        (unusual.rwkv, "optq"),
+        pytest.param(unusual.bamba, "qronos", marks=pytest.mark.slow),
+        pytest.param(unusual.rwkv, "qronos", marks=pytest.mark.slow),
+        pytest.param(unusual.zamba2, "optq", marks=pytest.mark.slow),
+        pytest.param(unusual.zamba2, "qronos", marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.parametrize("method", ["optq", "qronos"])
 def test_models_run_as_transformers_runs_them(
     make: Callable[[], Any], method: str, save: Save, drive: Driver
 ) -> None:
@@ -286,7 +294,7 @@ def test_a_text_that_is_not_there(llama: Path, tmp_path: Path, drive: Driver) ->
     drive(llama, "--token-file", tmp_path / "nowhere").refused("nowhere")
 
 
-@pytest.mark.parametrize("method", ["optq", "qronos"])
+@pytest.mark.parametrize("method", ["optq", pytest.param("qronos", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "size",
     [

@@ -149,7 +149,9 @@ def test_fp8_that_stays_float(format: str, save: Save, drive: Driver, tmp_path: 
     assert not any(tensor.dtype == E4M3 for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "dense-f32"])
+@pytest.mark.parametrize(
+    "format", ["compressed-tensors", pytest.param("dense-f32", marks=pytest.mark.slow)]
+)
 def test_fp8_experts_of_deepseek(format: str, save: Save, drive: Driver, tmp_path: Path) -> None:
     source = save(unusual.deepseek())
     floats = to_fp8(source, lambda name: is_projection(name) and "kv_a" not in name)
@@ -203,7 +205,14 @@ def mxfp4_of(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return blocks, (exponents + 127).to(torch.uint8), meant.transpose(1, 2).contiguous()
 
 
-@pytest.mark.parametrize("format", ["dense-f32", "dense-bf16", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        pytest.param("dense-f32", marks=pytest.mark.slow),
+        "dense-bf16",
+        "compressed-tensors",
+    ],
+)
 def test_gpt_oss_in_mxfp4(format: str, save: Save, drive: Driver, tmp_path: Path) -> None:
     source = save(unusual.gpt_oss(intermediate_size=64), dtype="bfloat16")
     floats: dict[str, torch.Tensor] = {}
@@ -347,7 +356,11 @@ def write_gguf(folder: Path, model: Any, kind: gguf.GGMLQuantizationType) -> Pat
 KINDS = gguf.GGMLQuantizationType
 
 
-@pytest.mark.parametrize("kind", [KINDS.F32, KINDS.F16, KINDS.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [KINDS.F32, pytest.param(KINDS.F16, marks=pytest.mark.slow), KINDS.Q8_0],
+    ids=lambda kind: kind.name,
+)
 def test_gguf(kind: gguf.GGMLQuantizationType, drive: Driver, tmp_path: Path) -> None:
     model = unusual.llama(vocab_size=len(WORDS))
     path = write_gguf(tmp_path, model, kind)
