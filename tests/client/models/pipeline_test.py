@@ -394,3 +394,36 @@ def test_a_linear_that_nothing_calls(quantize: Quantize, monkeypatch: pytest.Mon
         uncalled = linear["name"].endswith("up_proj")
         assert any("nothing called it" in note for note in linear["notes"]) == uncalled
         assert (linear["certificate"]["method"] == "METHOD_NEAREST") == uncalled
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_devices_divide_the_sequences(name: str, quantize: Quantize, text: Path) -> None:
+    evaluation = ("--evaluation", str(text), "--evaluation-tokens", "512")
+    results = []
+    for device in ("cpu", "cpu,cpu", "cpu,cpu,cpu"):
+        output, report = quantize(
+            models.make(name),
+            *("--method", "qronos", "--device", device, "--restart", *evaluation),
+            *("--evaluation-window", "64"),
+        )
+        assert report["settings"]["device"] == device
+        results.append((unpack.tensors_of(output), report["evaluation"]))
+    for tensors, evaluation_of in results[1:]:
+        assert evaluation_of == results[0][1]
+        for key, tensor in results[0][0].items():
+            assert tensors[key].equal(tensor), key
+
+
+def test_a_device_that_is_none(
+    server: Server, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for device in ("gpu", "cpu,", "cuda:99"):
+        status = main(
+            [
+                *("--model", str(tmp_path / "model"), "--calibration", str(text)),
+                *("--device", device),
+                *("--output", str(tmp_path / "output"), "--server", server.address),
+            ]
+        )
+        assert status == 2
+        assert f"got {device!r}" in capsys.readouterr().err

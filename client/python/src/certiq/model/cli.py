@@ -121,7 +121,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="GB",
         help="what hidden states may take; beyond it they lie on disk, below --output",
     )
-    text.add_argument("--device", default="cpu")
+    text.add_argument(
+        "--device", default="cpu", help="of torch; several (cuda:0,cuda:1) divide the sequences"
+    )
     p.add_argument("--dry-run", action="store_true", help="show the plan, and stop there")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
@@ -225,11 +227,11 @@ def quantize_model(
     from certiq.model.report import model_report
     from certiq.model.report_html import render
     from certiq.model.run import ModelRun
-    from certiq.model.source import ModelSource, device_of
+    from certiq.model.source import ModelSource
 
     settings.check()
     compute_dtype = getattr(torch, settings.compute_dtype)
-    source = ModelSource(settings.model, compute_dtype, device_of(settings.device))
+    source = ModelSource(settings.model, compute_dtype, settings.devices()[0])
     if compute_dtype == torch.bfloat16 and source.stored_dtype != "bfloat16":
         raise UsageError(
             f"compute_dtype: expected float32 for a checkpoint in {source.stored_dtype}, whose "

@@ -58,12 +58,12 @@ class BlockReader:
     def __init__(
         self,
         levels: Sequence[Level],
-        blocks: Mapping[str, nn.Module],
+        blocks: Mapping[str, Sequence[nn.Module]],
         *,
         waits: bool,
     ) -> None:
-        """`blocks`: the block that each stream which is read runs. `waits`: False where a forward
-        reads the whole block in float first."""
+        """`blocks`: what each stream that is read runs, a copy for each device. `waits`: False
+        where a forward reads the whole block in float first."""
         self.levels = list(levels)
         self._done: set[int] = set()
         self._waits = waits
@@ -78,7 +78,7 @@ class BlockReader:
         self._handles: list[Any] = []
         self._apart: list[TakenApart] = []
         self._streams = frozenset(blocks)
-        for block in {id(own): own for own in blocks.values()}.values():
+        for block in {id(own): own for copies in blocks.values() for own in copies}.values():
             self._watch(block)
 
     def _watch(self, block: nn.Module) -> None:

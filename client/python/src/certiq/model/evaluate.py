@@ -36,15 +36,15 @@ class Agreement:
         start = max(1, special)
         # Logits are large: there is one window at a time.
         for index in range(ids.shape[0]):
-            following = ids[index, start:]
             logits = logits_of(output)[index, start - 1 : -1].float()
+            following = ids[index, start:].to(logits.device)
             log_p = torch.log_softmax(logits, dim=-1)
             self.tokens += following.numel()
             self.loss -= _sum(log_p.gather(1, following[:, None]))
             if float_output is None:
                 continue
             self.compared = True
-            float_logits = logits_of(float_output)[index, start - 1 : -1].float()
+            float_logits = logits_of(float_output)[index, start - 1 : -1].float().to(logits.device)
             float_log_p = torch.log_softmax(float_logits, dim=-1)
             self.float_loss -= _sum(float_log_p.gather(1, following[:, None]))
             self.divergence += _sum(

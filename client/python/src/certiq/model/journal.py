@@ -60,7 +60,7 @@ class Journal:
     def open(self, settings: Mapping[str, Any], *, restart: bool) -> bool:
         """Begins a run or goes on with it; true if there is something to go on with.
 
-        Refuses to mix runs: where linears are done, they must have been asked for in the same words.
+        Refuses to mix runs: what is done must have been asked for in the same words.
         """
         if restart and self.folder.exists():
             shutil.rmtree(self.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from google.protobuf.json_format import MessageToDict
@@ -87,11 +87,11 @@ class LevelQuantizer:
         self,
         block_name: str,
         collected: Sequence[Collected],
-        linears: dict[str, nn.Module],
+        linears: Mapping[str, Sequence[nn.Module]],
         pending: frozenset[str],
         experts: frozenset[str],
     ) -> None:
-        """Quantizes those that are `pending` and gives each module its new weight."""
+        """Quantizes those that are `pending` and gives each copy of a module its new weight."""
         identities: list[Calibration] = []
         running: list[tuple[str, Collected, list[str], Job]] = []
         try:
@@ -102,17 +102,19 @@ class LevelQuantizer:
                         continue
                     name = joined(block_name, member)
                     if calibration is None:
-                        calibration = self._identity(own.group.name, features_of(linears[member]))
+                        calibration = self._identity(
+                            own.group.name, features_of(linears[member][0])
+                        )
                         identities.append(calibration)
                     spec, notes = spec_for(
                         self._spec_of(name),
                         own,
                         is_expert=own.group.name in experts,
-                        is_table=isinstance(linears[member], nn.Embedding),
+                        is_table=isinstance(linears[member][0], nn.Embedding),
                     )
                     try:
                         job = self._client.submit(
-                            weight_of(linears[member]),
+                            weight_of(linears[member][0]),
                             calibration=calibration,
                             spec=spec,
                             name=name[:256],
@@ -125,7 +127,9 @@ class LevelQuantizer:
                     layer = job.result()
                 except Error as error:
                     raise error.of(joined(block_name, member)) from error
-                set_weight(linears[member], torch.from_numpy(layer.dequantized()))
+                weight = torch.from_numpy(layer.dequantized())
+                for module in linears[member]:
+                    set_weight(module, weight)
                 self._write(
                     block_name, member, own, notes, layer, is_expert=own.group.name in experts
                 )

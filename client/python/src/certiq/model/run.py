@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from certiq.model.lockstep import AtBlock, AtLevel, BlockStack, Finished, Forwar
 from certiq.model.plan import Plan
 from certiq.model.quantize import LevelQuantizer
 from certiq.model.settings import RunSettings
-from certiq.model.source import ModelSource
+from certiq.model.source import ModelSource, moved
 from certiq.model.text import CalibrationText, read_calibration, read_evaluation, self_samples
 from certiq.torch.experts import take_experts_apart
 from certiq.torch.linears import set_weight, weight_of
@@ -58,6 +59,8 @@ class ModelRun:
         self._journal = journal
         self._plan = plan
         self.stack = stack
+        # The model once on each device; the first is the source's own.
+        self._stacks = [stack]
         self.linears = list(plan.quantized)
         self._parks = False
         # Weights of heads as they were, for the float model's logits.
@@ -81,7 +84,9 @@ class ModelRun:
         try:
             with torch.no_grad():
                 ids = self._prepare()
-                with self.stack.entered():
+                with ExitStack() as entered:
+                    for stack in self._stacks:
+                        entered.enter_context(stack.entered())
                     self._begin(ids, done)
                     for index in range(len(self.stack)):
                         self._block(index, done)
@@ -102,6 +107,11 @@ class ModelRun:
 
     def _add_seconds(self, seconds: float) -> None:
         self._journal.write_note("seconds", {"seconds": self.seconds() + seconds})
+
+    def _replicate(self) -> None:
+        """Copies the shell of the model to the other devices."""
+        for device in self._settings.devices()[1:]:
+            self._stacks.append(BlockStack(moved(copy.deepcopy(self._source.model), device)))
 
     def _linears_of(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
         """Those of a block that are to be quantized, by their names within it."""
@@ -152,6 +162,7 @@ class ModelRun:
                 f"{type(self.stack.model).__name__} has no logits of next tokens: expected a model "
                 "that predicts them for --evaluation"
             )
+        self._replicate()
         return ids
 
     def _calibration(self, tokenizer: Any, vocabulary: int) -> CalibrationText:
@@ -214,12 +225,16 @@ class ModelRun:
         self._start(EVALUATED, windows)
 
     def _start(self, stream: str, batches: Sequence[torch.Tensor]) -> None:
+        devices = self._settings.devices()
         self._forwards[stream] = [
-            Forward(self.stack.model, batch.to(self._source.device), stream) for batch in batches
+            Forward(
+                self._stacks[number % len(devices)].model,
+                batch.to(devices[number % len(devices)]),
+                stream,
+            )
+            for number, batch in enumerate(batches)
         ]
-        for forward in self._forwards[stream]:
-            forward.advance()
-            self._park(forward)
+        self._advance_all(stream)
 
     def _of(self, stream: str) -> list[Forward]:
         return self._forwards.get(stream, [])
@@ -229,41 +244,51 @@ class ModelRun:
         assert self.checked is not None
         block = self._source.load_block(self.stack.blocks, self.stack.name, index)
         apart = take_experts_apart(block)
-        self.stack.set_block(index, lambda stream: block)
+        others = self._settings.devices()[1:]
+        # The same block on each device.
+        blocks = [block, *(moved(copy.deepcopy(block), device) for device in others)]
+        for stack, own in zip(self._stacks, blocks, strict=True):
+            stack.set_block(index, partial(_any_stream, own))
         # The block is float yet.
-        for forward in self._of(EVALUATED_FLOAT):
-            forward.advance()
-            self._park(forward)
-        linears = self._linears_of(index, block)
+        self._advance_all(EVALUATED_FLOAT)
+        linears = _by_name(self._linears_of(index, own) for own in blocks)
         if not linears:
             for stream in (QUANTIZED, FLOAT, EVALUATED):
-                for forward in self._of(stream):
-                    forward.advance()
-                    self._park(forward)
+                self._advance_all(stream)
             return
-        float_block = copy.deepcopy(block) if self._of(FLOAT) else block
-        of_stream = {QUANTIZED: block, EVALUATED: block, FLOAT: float_block}
-        read = {QUANTIZED: block} | ({FLOAT: float_block} if self._of(FLOAT) else {})
+        float_blocks = copy.deepcopy(blocks) if self._of(FLOAT) else blocks
+        read = {QUANTIZED: blocks} | ({FLOAT: float_blocks} if self._of(FLOAT) else {})
         waits = self._settings.sequential
         with BlockReader(self.checked.levels[index], read, waits=waits) as reader:
-            self.stack.set_block(
-                index,
-                of_stream.__getitem__,
-                repeats=lambda stream: stream == QUANTIZED and not waits and not reader.is_done(0),
-            )
+            for number, stack in enumerate(self._stacks):
+                of_stream = {QUANTIZED: blocks[number], EVALUATED: blocks[number]}
+                of_stream[FLOAT] = float_blocks[number]
+                stack.set_block(
+                    index,
+                    of_stream.__getitem__,
+                    repeats=lambda stream: (
+                        stream == QUANTIZED and not waits and not reader.is_done(0)
+                    ),
+                )
             self._quantize(index, reader, linears, apart, done)
-        for forward in self._of(EVALUATED):
+        self._advance_all(EVALUATED)
+
+    def _advance_all(self, stream: str) -> None:
+        """Runs the forwards of a stream to where they wait next."""
+        for forward in self._of(stream):
             forward.advance()
             self._park(forward)
 
-    def _outside(self, *, embeddings: bool) -> dict[str, nn.Module]:
-        """Modules outside the blocks that are to be quantized, each with a weight of its own."""
+    def _outside(self, *, embeddings: bool) -> dict[str, list[nn.Module]]:
+        """Modules outside the blocks that are to be quantized, on each device, each with a weight
+        of its own."""
         found = {}
         for name, planned in self._plan.outside.items():
             if planned.linear.embedding == embeddings:
-                module = found[name] = self._source.model.get_submodule(name)
-                weight = module.weight.detach().clone()
-                module.weight = nn.Parameter(weight, requires_grad=False)
+                found[name] = [stack.model.get_submodule(name) for stack in self._stacks]
+                for module in found[name]:
+                    weight = module.weight.detach().clone()
+                    module.weight = nn.Parameter(weight, requires_grad=False)
         return found
 
     def _quantizer(self, done: Done) -> LevelQuantizer:
@@ -282,51 +307,52 @@ class ModelRun:
 
     def _embeddings(self, done: Done) -> None:
         """Tables are rounded plainly, before anything is looked up in them."""
-        for name, module in self._outside(embeddings=True).items():
+        for name, modules in self._outside(embeddings=True).items():
             level = Level((Group(name, (name,)),))
-            self._restore("", level, {name: module})
+            self._restore("", level, {name: modules})
             nothing = [Collected(level.groups[0], 0, None, 0, False)]
             self._quantizer(done).quantize(
-                "", nothing, {name: module}, self._pending("", level), frozenset()
+                "", nothing, {name: modules}, self._pending("", level), frozenset()
             )
 
     def _heads(self, done: Done) -> None:
         """What forwards read behind the last block."""
-        for name, module in self._outside(embeddings=False).items():
-            self._float_heads[name] = weight_of(module).clone()
+        for name, modules in self._outside(embeddings=False).items():
+            self._float_heads[name] = weight_of(modules[0]).clone()
             level = Level((Group(name, (name,)),))
-            self._restore("", level, {name: module})
+            self._restore("", level, {name: modules})
             if not self._pending("", level):
                 continue
-            model = self._source.model
-            read = {QUANTIZED: model} | ({FLOAT: model} if self._of(FLOAT) else {})
+            shells = [stack.model for stack in self._stacks]
+            read = {QUANTIZED: shells} | ({FLOAT: shells} if self._of(FLOAT) else {})
             with (
                 BlockReader([level], read, waits=True) as reader,
                 self._collector("", frozenset()) as collector,
             ):
                 self._advance(len(self.stack), reader, collector)
                 self._quantizer(done).quantize(
-                    "", collector.finish(level), {name: module}, frozenset({name}), frozenset()
+                    "", collector.finish(level), {name: modules}, frozenset({name}), frozenset()
                 )
                 collector.drop(level)
 
     @contextmanager
     def _with_float_heads(self) -> Iterator[None]:
-        heads = {name: self._source.model.get_submodule(name) for name in self._float_heads}
-        quantized = {name: weight_of(module).clone() for name, module in heads.items()}
+        heads = {
+            name: [stack.model.get_submodule(name) for stack in self._stacks]
+            for name in self._float_heads
+        }
+        quantized = {name: weight_of(modules[0]).clone() for name, modules in heads.items()}
         try:
-            for name, module in heads.items():
-                set_weight(module, self._float_heads[name])
+            _set_weights(heads, self._float_heads)
             yield
         finally:
-            for name, module in heads.items():
-                set_weight(module, quantized[name])
+            _set_weights(heads, quantized)
 
     def _quantize(
         self,
         index: int,
         reader: BlockReader,
-        linears: dict[str, nn.Module],
+        linears: dict[str, list[nn.Module]],
         apart: Collection[str],
         done: Done,
     ) -> None:
@@ -399,11 +425,12 @@ class ModelRun:
             name for name in level.linears if not self._journal.has(joined(prefix, name))
         )
 
-    def _restore(self, prefix: str, level: Level, linears: dict[str, nn.Module]) -> None:
+    def _restore(self, prefix: str, level: Level, linears: dict[str, list[nn.Module]]) -> None:
         """Gives those that are done their weights."""
         for name in level.linears:
             if self._journal.has(joined(prefix, name)):
-                set_weight(linears[name], self._journal.read(joined(prefix, name)).dequantized())
+                weight = self._journal.read(joined(prefix, name)).dequantized()
+                _set_weights({name: linears[name]}, {name: weight})
 
     def _evaluate(self) -> None:
         """Runs the evaluation's forwards to their ends, window by window."""
@@ -420,7 +447,7 @@ class ModelRun:
                 if self._of(EVALUATED_FLOAT):
                     with self._with_float_heads():
                         other = self._output(next(floats))
-                agreement.add(batch.to(self._source.device), own, other, special=special)
+                agreement.add(batch, own, other, special=special)
             result[text] = agreement.described() | {"window": batches[0].shape[1]}
         self._journal.write_note("evaluation", result)
 
@@ -433,3 +460,25 @@ class ModelRun:
                 "block, unlike that of a short sequence"
             )
         return stop.output
+
+
+def _any_stream(block: nn.Module, stream: str) -> nn.Module:
+    del stream
+    return block
+
+
+def _by_name(found: Iterable[dict[str, nn.Module]]) -> dict[str, list[nn.Module]]:
+    """The same linear of each copy of a block."""
+    by_name: dict[str, list[nn.Module]] = {}
+    for linears in found:
+        for name, module in linears.items():
+            by_name.setdefault(name, []).append(module)
+    return by_name
+
+
+def _set_weights(
+    modules: Mapping[str, Iterable[nn.Module]], weights: Mapping[str, torch.Tensor]
+) -> None:
+    for name, own in modules.items():
+        for module in own:
+            set_weight(module, weights[name])

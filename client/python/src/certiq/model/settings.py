@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from certiq.model.errors import UsageError
 from certiq.readers import Reader, loads_in
 from certiq.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
 
 PACKED = ("gptq", "gptq_v2", "compressed_tensors")
 DENSE = ("dense_f32", "dense_f16", "dense_bf16")
@@ -131,6 +134,7 @@ class RunSettings:
                 f"{self.effective_held_out_fraction:g}"
             )
         self._check_folders()
+        self.devices()
         fraction = self.effective_held_out_fraction
         if 0 < fraction * self.sequences < 1:
             raise UsageError(
@@ -153,6 +157,27 @@ class RunSettings:
                 f"output: {self.output} holds a model that this command did not write "
                 f"({min(others).name}): expected a new or an empty folder"
             )
+
+    def devices(self) -> list[torch.device]:
+        """Sequences are divided among them."""
+        import torch
+
+        found = []
+        for name in self.device.split(","):
+            try:
+                device = torch.device(name.strip())
+                # A device that is not there says so here.
+                torch.empty(0, device=device)
+                if device.type == "meta":
+                    raise RuntimeError("meta holds no values")
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UsageError(
+                    f"device: expected devices of torch such as cpu or cuda:0,cuda:1, got "
+                    f"{self.device!r} ({reason})"
+                ) from error
+            found.append(device)
+        return found
 
     def described(self) -> dict[str, Any]:
         """All settings as plain values, for reports."""

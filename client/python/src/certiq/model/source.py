@@ -330,20 +330,6 @@ class ModelSource:
                 )
 
 
-def device_of(name: str) -> torch.device:
-    """UsageError where torch has no such device here."""
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise ValueError("which holds no values")
-        torch.empty(1, device=device)
-    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f"device: expected one that torch has here, got {name}: {_first_line(error)}"
-        ) from error
-    return device
-
-
 def model_class(config: Any) -> Any:
     """The class of transformers that a configuration names, or that generates text with it."""
     import transformers

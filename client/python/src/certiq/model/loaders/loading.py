@@ -32,8 +32,6 @@ FLOAT32_STEPS = 512
 # A weight that is rounded to the model's type moves it by a fraction of that type's step.
 HALF_STEPS = 16
 
-_DEQUANTIZED = "transformers, CompressedTensorsConfig(dequantize=True)"
-
 
 @dataclass(frozen=True)
 class LoadProof:
@@ -67,7 +65,7 @@ class Loaded:
         self.route = (
             "transformers with GPTQModel (gptq_torch)"
             if self.gptq
-            else _DEQUANTIZED
+            else "transformers, CompressedTensorsConfig(dequantize=True)"
             if self.dequantize
             else "transformers"
         )
@@ -78,13 +76,15 @@ class Loaded:
         """The model in this process. What transformers misses is in `failures`."""
         try:
             return worker.load(self.folder, dequantize=self.dequantize)
-        except Exception:
+        except Exception as error:
             if self.dequantize or self._checkpoint.compressed is None:
                 raise
-            # Some models (Mamba 2, RWKV) ask packed linears for the weight that they have not.
-            found = worker.load(self.folder, dequantize=True)
-            self.route = _DEQUANTIZED
-            return found
+            # Some models touch a weight of their own before it is unpacked (Mamba 2's do).
+            self.route = (
+                "transformers, CompressedTensorsConfig(dequantize=True); without it: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            )
+            return worker.load(self.folder, dequantize=True)
 
     def fetch(
         self, names: Iterable[str], ids: torch.Tensor | None

@@ -22,7 +22,10 @@ from certiq.torch.linears import is_linear, weight_of
 
 LOGITS = "logits"
 # How tensors of packed modules end.
-PACKED = ("_packed", "_scale", "_shape", "_zero_point", "qweight", "qzeros", "scales", "g_idx")
+PACKED = (
+    *("_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"),
+    *(".qweight", ".qzeros", ".scales", ".g_idx"),
+)
 
 
 @dataclass
