@@ -330,6 +330,19 @@ class ModelSource:
                 )
 
 
+def moved(module: nn.Module, device: torch.device) -> nn.Module:
+    """Moves what has values to a device; parameters without stay."""
+    for own in module.modules():
+        for values in (own._parameters, own._buffers):
+            for name, value in values.items():
+                if value is None or value.device.type == "meta":
+                    continue
+                there = value.detach().to(device)
+                is_parameter = isinstance(value, nn.Parameter)
+                values[name] = nn.Parameter(there, False) if is_parameter else there
+    return module
+
+
 def model_class(config: Any) -> Any:
     """The class of transformers that a configuration names, or that generates text with it."""
     import transformers
