@@ -113,10 +113,11 @@ class ModelSource:
     def _untie(self, inside: str) -> None:
         """As transformers does, leaves apart what the checkpoint has twice, with other values."""
         for name, other in self.model.all_tied_weights_keys.items():
-            sources = [*self._sources.get(name, []), *self._sources.get(other, [])]
-            if len(sources) != 2 or name.startswith(inside) or other.startswith(inside):
+            sources = [self._sources.get(each, []) for each in (name, other)]
+            apart = [len(each) == 1 for each in sources]
+            if not all(apart) or name.startswith(inside) or other.startswith(inside):
                 continue
-            own, shared = (self.files.read(tensor) for tensor, _ in sources)
+            own, shared = (self.files.read(tensor) for ((tensor, _),) in sources)
             if not torch.equal(own, shared):
                 self._assign(self.model, name, own)
 
