@@ -606,6 +606,11 @@ def asymmetric_expert(copy: Copy) -> None:
         copy.tensors[f"{EXPERT}.{role}"] = copy.tensors[f"{Q}.{role}"].clone()
 
 
+def one_float_expert(copy: Copy) -> None:
+    experts(copy, 4, 4)
+    copy.make_float(EXPERT)
+
+
 def packed_embeddings(copy: Copy) -> None:
     own = json.loads(json.dumps(copy.group)) | {"targets": ["Embedding"]}
     copy.quantization["config_groups"]["group_1"] = own
@@ -733,6 +738,13 @@ READER_CASES: dict[str, list[tuple[str, str, Damage, str]]] = {
         (
             *("transformers", "asymmetric", asymmetric_and_mixed),
             f"error: transformers: {OUT}: has 4 bits, symmetric, groups of 32, and is read with 3 ",
+        )
+    ],
+    "experts_are_packed_together": [
+        (
+            *("transformers", "compressed", one_float_expert),
+            "error: transformers: model.layers.0.mlp.experts: expected experts that are all packed "
+            f"or all float, got {EXPERT} float",
         )
     ],
     "experts_have_their_groups_scheme": [

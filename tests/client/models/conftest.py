@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "e2e"))
 import certiq
 import pytest
 import torch
+from driving import Driver
 from models import VOCABULARY
 from programs import ROOT, SERVER, Server
 from tokenizers import Tokenizer
@@ -47,6 +48,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def client(server: Server) -> Iterator[certiq.Client]:
     with certiq.Client(server.address) as made:
         yield made
+
+
+@pytest.fixture
+def drive(server: Server, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Driver:
+    return Driver(server.address, text, tmp_path, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,8 @@ class Checked:
     """Of each block."""
     logits: str
     """How the logits were compared with transformers' own, or why not; for the report."""
+    has_logits: bool = True
+    """Of next tokens, by which their prediction is measured: an encoder sees those."""
 
 
 def check_model(
@@ -82,7 +84,14 @@ def check_model(
             raise _reads_several(stack, several)
         if not isinstance(stop, Finished):
             raise _other_order(stop, len(stack), stack)
-        return Checked(levels, _compare(source, short, stop.output, compare=compare))
+        logits = getattr(stop.output, "logits", None)
+        return Checked(
+            levels,
+            _compare(source, short, stop.output, compare=compare),
+            isinstance(logits, torch.Tensor)
+            and logits.shape[:2] == short.shape
+            and not type(stack.model).__name__.endswith("MaskedLM"),
+        )
     finally:
         forward.end()
 

@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from certiq.model.checkpoint_files import DTYPE_NAMES, INDEX, TORCH_DTYPES, TensorInfo
+from certiq.model.checkpoint_files import (
+    DTYPE_NAMES,
+    INDEX,
+    SINGLE,
+    TORCH_DTYPES,
+    TensorInfo,
+    shard_names,
+)
 from certiq.model.errors import UsageError
 from certiq.model.journal import Journal, write_text
 from certiq.model.naming import StoredLinear
@@ -118,10 +125,12 @@ class CheckpointWriter:
 
     def write(self) -> Written:
         output = self._settings.output
-        # Whatever an earlier attempt left promises nothing.
-        for name in ("config.json", "quantize_config.json", INDEX):
-            (output / name).unlink(missing_ok=True)
         shards = self._source.files.shards()
+        # Whatever an earlier attempt left promises nothing. Loaders would take a whole file of it
+        # before shards.
+        stale = {SINGLE, *shard_names(output / INDEX)} - shards.keys()
+        for name in ("config.json", "quantize_config.json", *sorted(stale), INDEX):
+            (output / name).unlink(missing_ok=True)
         weight_map: dict[str, str] = {}
         total = 0
         for file, names in shards.items():
@@ -145,7 +154,7 @@ class CheckpointWriter:
             return True
         # What has another type than the checkpoint's has it for a reason.
         main = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-        return self._source.files.info(name).dtype != main.get(self._source.stored_dtype, "F32")
+        return self._source.files.info(name).dtype != main[self._source.usual_dtype]
 
     def _entries(self, name: str) -> Iterator[Entry]:
         linears = self._in_tensor.get(name)
@@ -310,6 +319,8 @@ class CheckpointWriter:
                     left.append(str(name))
                 continue
             if len(name.parts) == 1 and path.name in _OURS:
+                if path.name != "config.json":
+                    left.append(str(name))
                 continue
             target = output / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +143,7 @@ class TorchFiles:
         self._shards: dict[str, list[str]] = {}
         count = len(self._paths)
         for number, path in enumerate(self._paths, 1):
-            try:
-                found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # Whatever is wrong with a pickle has many types.
-                reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-                raise UsageError(f"{path}: expected a file of tensors: {reason}") from error
+            found = _load(path)
             own = {name: value for name, value in found.items() if name not in self._tensors}
             self._tensors |= own
             single = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
@@ -243,11 +240,39 @@ def open_folder(folder: Path) -> TensorFiles:
     )
 
 
+def shard_names(index: Path) -> set[str]:
+    """The files that an index names; none where there is no index."""
+    return set(_weight_map(index).values()) if index.exists() else set()
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        # Files that torch wrote before 1.6 are no archives, which cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        found = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # Whatever is wrong with a pickle has many types.
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path}: expected a file of tensors: {reason}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: expected tensors by name, got {type(found).__name__}")
+    for name, value in found.items():
+        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPE_NAMES:
+            got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UsageError(f"{path}: expected tensors by name, got {got} for {name}")
+    return found
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        found = content["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{index}: expected JSON with a weight_map: {error}") from error
+    if "metadata" not in content:
+        raise UsageError(
+            f'{index}: expected "metadata" beside the weight_map, without which transformers '
+            '(5.24) does not load it, got none: add "metadata": {}'
+        )
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise UsageError(f"{index}: expected a weight_map of names to files")
     return found

@@ -258,6 +258,8 @@ def quantize_model(
     writer.check_values()
     run = ModelRun(client, settings, source, stack, plan, journal)
     resumed = journal.open(settings.fingerprint(source.identity()), restart=restart)
+    # Of the run that this one is to replace; it would keep this one from going on.
+    (settings.output / "report.json").unlink(missing_ok=True)
     done = run.done()
     if resumed and bar:
         print(f"goes on: {len(done)} of {len(plan.all())} linears are done", file=sys.stderr)
@@ -287,7 +289,7 @@ def quantize_model(
         files={"copied": written.copied, "not_copied": written.not_copied},
     )
     write_text(settings.output / "recipe.yaml", recipe.resolved())
-    write_text(settings.output / "report.html", render(report, f"{settings.model.name}, quantized"))
+    write_text(settings.output / "report.html", render(report, f"{settings.model_name}, quantized"))
     write_text(settings.output / "report.json", json.dumps(report, indent=1) + "\n")
     journal.remove()
     return report

@@ -67,7 +67,7 @@ class Journal:
         wanted = json.loads(json.dumps(settings))
         file = self.folder / "run.json"
         if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = _read_json(file)
             different = sorted(
                 key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)
             )
@@ -82,6 +82,8 @@ class Journal:
             if not different:
                 self._linears.mkdir(exist_ok=True)
                 return True
+            # Its notes (samples that its model wrote, for one) are not this run's.
+            shutil.rmtree(self.folder)
         self._linears.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
         return False
@@ -127,7 +129,7 @@ class Journal:
 
     def read_note(self, name: str) -> dict[str, Any] | None:
         file = self.folder / f"{name}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return _read_json(file) if file.exists() else None
 
     def state_file(self, number: int) -> Path:
         """For hidden states while a run lasts; no run goes on with them."""
@@ -145,8 +147,22 @@ class Journal:
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: is damaged ({error}): --restart the run") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: is damaged (no JSON object): --restart the run")
+    return found
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

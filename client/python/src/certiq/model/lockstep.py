@@ -81,11 +81,18 @@ class Forward(greenlet):
             name = type(self._model).__name__
             at = f" behind block {self.stop.index}" if isinstance(self.stop, AtBlock) else ""
             raise UsageError(
-                f"{name}: its forward with token ids alone fails{at}: "
+                f"{name}: its forward with token ids alone fails{at}{self._too_long()}: "
                 f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
             ) from error
         assert self.stop is not None
         return self.stop
+
+    def _too_long(self) -> str:
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        length = self.ids.shape[1]
+        if not isinstance(positions, int) or length <= positions:
+            return ""
+        return f" on {length} tokens, more than its {positions} positions"
 
     def pause(self, stop: Stop, held: torch.Tensor | None = None) -> None:
         """Waits; `held` is the tensor that it goes on with, which may be parked meanwhile."""

@@ -292,6 +292,9 @@ def _add_unclaimed(
         for name, parameter in block.named_parameters():
             if parameter.dim() < 2 or isinstance(_owner(block, name), nn.modules.conv._ConvNd):
                 continue
+            # Fused experts have their biases in one matrix.
+            if name.endswith("bias"):
+                continue
             sources = [tensor for tensor, _ in source.names_of(f"{stack.block_name(index)}.{name}")]
             sources = [tensor for tensor in sources if tensor not in claimed]
             if not sources:

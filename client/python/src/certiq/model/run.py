@@ -157,6 +157,11 @@ class ModelRun:
             sequential=settings.sequential,
             compare=settings.load_checks,
         )
+        if self._windows and not self.checked.has_logits:
+            raise UsageError(
+                f"{type(self.stack.model).__name__} has no logits of next tokens: expected a model "
+                "that predicts them for --evaluation"
+            )
         self._replicate()
         return ids
 

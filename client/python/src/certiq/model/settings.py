@@ -56,6 +56,11 @@ class RunSettings:
     min_share: float = 0.0
 
     @property
+    def model_name(self) -> str:
+        name = self.model.name
+        return name if name not in ("", "..") else self.model.resolve().name
+
+    @property
     def mismatched(self) -> bool:
         """True: the float model's inputs are needed beside the quantized one's."""
         return self.spec.method == "qronos"
@@ -111,11 +116,23 @@ class RunSettings:
                 "no reader of compressed-tensors loads groups in another order than the columns' "
                 "(weight_g_idx): use group_scales static, order natural, or format gptq_v2"
             )
-        for name in ("sequences", "sequence_length", "batch_size", "evaluation_window"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        least = dict.fromkeys(
+            ("sequences", "sequence_length", "batch_size", "evaluation_tokens"), 1
+        )
+        # The first token of a window is not predicted.
+        for name, smallest in (least | {"evaluation_window": 2}).items():
+            if getattr(self, name) < smallest:
+                got = getattr(self, name)
+                raise UsageError(f"{name}: expected at least {smallest}, got {got}")
+        if self.blocks is not None and self.blocks < 1:
+            raise UsageError(f"layers: expected at least 1, got {self.blocks}")
         if not 0 <= self.min_share <= 1:
             raise UsageError(f"min_share: expected 0 to 1, got {self.min_share:g}")
+        if not 0 <= self.effective_held_out_fraction < 1:
+            raise UsageError(
+                "held_out_fraction: expected 0 or more, and less than 1, got "
+                f"{self.effective_held_out_fraction:g}"
+            )
         self._check_folders()
         self.devices()
         fraction = self.effective_held_out_fraction
@@ -133,6 +150,13 @@ class RunSettings:
             )
         if output.exists() and not output.is_dir():
             raise UsageError(f"output: expected a folder, got the file {self.output}")
+        ours = any((output / name).exists() for name in ("report.json", "unfinished"))
+        others = [] if ours else [path for path in output.glob("*") if _is_of_a_model(path)]
+        if others:
+            raise UsageError(
+                f"output: {self.output} holds a model that this command did not write "
+                f"({min(others).name}): expected a new or an empty folder"
+            )
 
     def devices(self) -> list[torch.device]:
         """Sequences are divided among them."""
@@ -144,6 +168,8 @@ class RunSettings:
                 device = torch.device(name.strip())
                 # A device that is not there says so here.
                 torch.empty(0, device=device)
+                if device.type == "meta":
+                    raise RuntimeError("meta holds no values")
             except (RuntimeError, AssertionError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UsageError(
@@ -162,7 +188,7 @@ class RunSettings:
             if field.name not in ("spec", "model", "output", "calibration", "evaluation", "recipe")
         }
         return {
-            "model": self.model.name,
+            "model": self.model_name,
             "calibration": [path.name for path in self.calibration] or "self",
             "evaluation": self.evaluation.name if self.evaluation else None,
             "held_out_fraction": self.effective_held_out_fraction,
@@ -182,6 +208,10 @@ class RunSettings:
             if path is not None:
                 described[f"{name}_sha256"] = _digest(path)
         return described
+
+
+def _is_of_a_model(path: Path) -> bool:
+    return path.name == "config.json" or path.suffix in (".safetensors", ".bin")
 
 
 def _digest(path: Path) -> str:

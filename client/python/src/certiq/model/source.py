@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -61,8 +61,7 @@ class ModelSource:
             # The model is built as the float one that its tensors are decoded to.
             del self.config.quantization_config
         # This is the checkpoint's type; building the model sets it to `dtype`.
-        own = str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
-        self.stored_dtype = own
+        said = str(getattr(self.config, "dtype", None) or "").removeprefix("torch.")
         self.dtype = dtype
         self.device = device
         kind = model_class(self.config)
@@ -74,6 +73,9 @@ class ModelSource:
             self.files: Any = GgufFiles(path, self.model)
         else:
             self.files = decoded(open_folder(path), quantization)
+        # The type of most values, whatever the configuration says.
+        self.usual_dtype = self._usual_dtype()
+        self.stored_dtype = said or self.usual_dtype
         self._mapping = get_model_conversion_mapping(self.model)
         # Each parameter of the model has the tensors it is made of, and their converter's pattern.
         self._sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
@@ -86,6 +88,9 @@ class ModelSource:
         self._map_names()
         self.shared = self._find_shared()
         self._check_complete()
+        if not self.is_gguf:
+            # Those of a GGUF file take their shapes when they are read.
+            self._check_fit()
 
     def tokenizer(self) -> Any:
         return self._read("its tokenizer", AutoTokenizer)
@@ -101,10 +106,22 @@ class ModelSource:
         outside = f" (beside {stack}.*, which would read it or be read by it)"
         self._fill(self.model, "", names, outside)
         self.model.tie_weights()
+        self._untie(inside)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device.type != "meta":
                     module._buffers[name] = buffer.to(self.device)
+
+    def _untie(self, inside: str) -> None:
+        """As transformers does, leaves apart what the checkpoint has twice, with other values."""
+        for name, other in self.model.all_tied_weights_keys.items():
+            sources = [self._sources.get(each, []) for each in (name, other)]
+            apart = [len(each) == 1 for each in sources]
+            if not all(apart) or name.startswith(inside) or other.startswith(inside):
+                continue
+            own, shared = (self.files.read(tensor) for ((tensor, _),) in sources)
+            if not torch.equal(own, shared):
+                self._assign(self.model, name, own)
 
     def load_block(self, blocks: nn.ModuleList, stack: str, index: int) -> nn.Module:
         """A copy of a block with its weights; the model's own keeps none."""
@@ -351,6 +368,33 @@ class ModelSource:
             if self.names_of(name) or any(re.search(pattern, name) for pattern in optional):
                 continue
             raise UsageError(f"{self.path}: has no tensor for {name}")
+
+    def _usual_dtype(self) -> str:
+        types = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        values: Counter[str] = Counter()
+        for name in self.files.names():
+            info = self.files.info(name)
+            if info.dtype in types and name not in self.decoded_names():
+                values[types[info.dtype]] += info.values
+        return max(values, key=values.__getitem__, default="float32")
+
+    def _check_fit(self) -> None:
+        """Shapes, and types of parameters, as far as a tensor is a parameter as it stands."""
+        for name, own in self._parameters_and_buffers(self.model):
+            sources = self._sources.get(name, [])
+            if len(sources) != 1 or sources[0][1] is not None:
+                continue
+            tensor, info = sources[0][0], self.files.info(sources[0][0])
+            if info.shape != tuple(own.shape):
+                raise UsageError(
+                    f"{self.path}: {tensor}: expected {list(own.shape)} as its configuration says, "
+                    f"got {list(info.shape)}"
+                )
+            if tensor in self._weights and not info.dtype.startswith(("F", "BF")):
+                raise UsageError(
+                    f"{self.path}: {tensor}: expected floating-point values, got {info.dtype}: "
+                    "whole numbers are codes of a quantized model, whose configuration is lost"
+                )
 
 
 def moved(module: nn.Module, device: torch.device) -> nn.Module:

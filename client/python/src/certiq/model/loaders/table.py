@@ -173,6 +173,16 @@ def dense_layers_share_a_scheme(checkpoint: Checkpoint) -> Iterator[Place]:
         yield from _read_with_another(checkpoint, experts=False)
 
 
+def experts_are_packed_together(checkpoint: Checkpoint) -> Iterator[Place]:
+    """The packed ones are fused, and no float one beside them is found."""
+    packed = {experts_of(name) for name in checkpoint.modules}
+    for name in checkpoint.float_weights:
+        experts = experts_of(name)
+        if experts and name not in checkpoint.modules and experts in packed:
+            yield experts, f"expected experts that are all packed or all float, got {name} float"
+            return
+
+
 def experts_have_their_groups_scheme(checkpoint: Checkpoint) -> Iterator[Place]:
     """They are fused, and one group's scheme serves all of them."""
     yield from _read_with_another(checkpoint, experts=True)
@@ -341,6 +351,11 @@ RULES: tuple[Rule, ...] = (
         *("transformers", "5.24", "2026-12-01", (COMPRESSED,), "error"),
         f"{_CT_INTEGRATION}, convert; tried",
         experts_are_symmetric,
+    ),
+    Rule(
+        *("transformers", "5.24", "2026-12-01", (COMPRESSED,), "error"),
+        f"{_CT_INTEGRATION}, convert; tried",
+        experts_are_packed_together,
     ),
     Rule(
         *("transformers", "5.24", "2026-12-01", (COMPRESSED,), "error"),

@@ -21,6 +21,11 @@ from certiq.torch.experts import take_experts_apart
 from certiq.torch.linears import is_linear, weight_of
 
 LOGITS = "logits"
+# How tensors of packed modules end.
+PACKED = (
+    *("_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"),
+    *(".qweight", ".qzeros", ".scales", ".g_idx"),
+)
 
 
 @dataclass
@@ -66,7 +71,9 @@ def load(folder: Path, *, dequantize: bool = False, gptq_bits: int | None = None
         folder, dtype=torch.float32, device_map="cpu", output_loading_info=True, **options
     )
     failures = []
-    for what, keys in info.items():
+    # What a model has no use for is carried over; packed weights that it does not use are lost.
+    lost = [key for key in info["unexpected_keys"] if key.endswith(PACKED)]
+    for what, keys in (dict(info) | {"unexpected_keys": lost}).items():
         if keys:
             kind, first = what.replace("_", " "), min(map(str, keys))
             failures.append(f"{folder}: transformers has {len(keys)} {kind}: {first} ...")
@@ -75,9 +82,10 @@ def load(folder: Path, *, dequantize: bool = False, gptq_bits: int | None = None
         # What the first forward would do.
         quantizer.compressor.decompress_model(model)
     if gptq_bits is None:
-        # Experts come in the checkpoint's type, whatever is asked for; the model's own method
-        # refuses where the weights were packed.
-        nn.Module.float(model)
+        # Experts are dequantized in their scales' type.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
     take_experts_apart(model)
     return Result(model.eval(), tuple(failures))
 
