@@ -26,7 +26,6 @@ EXPECTED_SHARE = 0.9
 # vLLM reads the same names (transformers 5.24's MODULES_TO_PATCH_FOR_QUANTIZATION).
 _PACKED_BY_EXPERT = {"compressed_tensors": ("Llama4TextExperts",)}
 IGNORED = "ignored"
-_FLOAT_BYTES = {"dense_f32": 4, "dense_f16": 2, "dense_bf16": 2}
 _DENSE_DTYPES = {"dense_f32": "F32", "dense_f16": "F16", "dense_bf16": "BF16"}
 
 
@@ -180,7 +179,7 @@ def make_plan(
     for unmatched in recipe.unmatched(names):
         plan.warnings.append(f"{unmatched} matches no linear")
     if format in PACKED:
-        plan.warnings += disagreements(names, lambda name: plan.specs().get(name))
+        plan.warnings += disagreements(names, plan.specs().get)
     _check_share(plan, settings)
     return plan
 
@@ -321,8 +320,9 @@ def _float_modules(
 ) -> list[str]:
     """Modules with matrices that stay float, by the checkpoint's names and, where they differ, by
     the model's."""
-    replaced = {own.linear.tensor for own in plan.all().values()}
-    quantized = {own.linear.prefix for own in plan.all().values()}
+    planned = plan.all()
+    replaced = {own.linear.tensor for own in planned.values()}
+    quantized = {own.linear.prefix for own in planned.values()}
     embeddings = {
         tensor
         for name, module in source.model.named_modules()
@@ -332,7 +332,7 @@ def _float_modules(
     found: dict[str, None] = {}
     for name, own in linears.items():
         # Of experts in one tensor, those have names of their own that stay beside packed ones.
-        if own.embedding or name in plan.all():
+        if own.embedding or name in planned:
             continue
         if not own.together or own.tensor in replaced:
             found |= {own.prefix: None, name: None}
