@@ -1,10 +1,12 @@
-"""The arithmetic of compare.py and scaling.py, on times made up here; nothing is measured."""
+"""The arithmetic of compare.py, scaling.py and models.py, on times made up here."""
 
 import json
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import beacon
+import models
 import numpy as np
 import pytest
 import scaling
@@ -191,6 +193,90 @@ def test_scaling_fails_where_nothing_could_be_measured(
 def test_scaling_refuses_sizes_that_are_none(text: str) -> None:
     with pytest.raises(SystemExit) as refused:
         scaling.parse([text])
+    assert refused.value.code == 2
+
+
+# models.py
+
+
+def results_of(**runs: Sequence[tuple[float, float]]) -> models.Results:
+    """CPU seconds of each round, and the server's; "certiq_16" is a program and its sequences."""
+    results = models.Results()
+    for name, rounds in runs.items():
+        program, sequences = name.split("_")
+        case = models.Case(program, "float32", int(sequences))
+        results.runs[case] = [models.Use(cpu, 2 * cpu, 1 << 20, server) for cpu, server in rounds]
+    return results
+
+
+def test_client_and_server_are_of_the_round_that_took_least_together() -> None:
+    results = results_of(certiq_16=[(10.0, 9.0), (12.0, 5.0), (9.0, 9.0)])
+    (case,) = results.runs
+    least = results.least(case)
+    assert (least.cpu, least.server_cpu, least.whole_cpu) == (12, 5, 17)
+    # No other round's seconds on the wall were fewer.
+    assert least.wall == 18
+
+
+def test_certiq_is_set_against_the_peer_that_took_least_for_as_many_tokens() -> None:
+    results = results_of(
+        certiq_16=[(30.0, 10.0)],
+        llmcompressor_16=[(120.0, 0.0), (100.0, 0.0)],
+        gptqmodel_16=[(110.0, 0.0)],
+        gptqmodel_128=[(1.0, 0.0)],
+    )
+    (ratio,) = models.ratios(results)
+    assert ratio.what == "llmcompressor float32 / certiq float32, 8192 tokens"
+    assert (ratio.above, ratio.below, ratio.value) == (100, 40, 2.5)
+    assert ratio.met
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(80.0, True), (81.0, False)])
+def test_the_client_alone_grows_with_its_tokens(seconds: float, met: bool) -> None:
+    results = results_of(certiq_16=[(10.0, 1.0)], certiq_128=[(seconds, 1000.0)])
+    (ratio,) = models.ratios(results)
+    assert ratio.what == "client float32, 65536 / 8192 tokens"
+    assert ratio.value == seconds / 10
+    assert ratio.met == met
+
+
+def test_growth_may_be_as_that_of_the_tokens() -> None:
+    (ratio,) = models.ratios(results_of(certiq_16=[(10.0, 1.0)], certiq_32=[(20.0, 1.0)]))
+    assert (ratio.goal, ratio.met) == (2, True)
+
+
+def test_seconds_of_a_program_are_those_of_its_children_too(tmp_path: Path) -> None:
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
+    use = models.run_measured([sys.executable, "-c", start], tmp_path / "log", {}, "a parent")
+    assert use.cpu >= 0.5
+    assert use.wall > 0
+
+
+def test_a_program_that_fails_is_no_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no memory')"]
+    with pytest.raises(MeasurementError, match="a program ended with 1:\nno memory"):
+        models.run_measured(command, tmp_path / "log", {}, "a program")
+
+
+def test_a_case_that_failed_is_reported_without_seconds() -> None:
+    results = results_of(certiq_16=[(30.0, 10.0)])
+    failed = models.Case("gptqmodel", "float32", 16)
+    results.failures[failed] = "it ended"
+    options = models.parse(["--programs=certiq,gptqmodel", "--sequences=16", "--repeat=1"])
+    found = models.as_json(results, options)["cases"]
+    assert [(one["program"], len(one["runs"]), one["failure"]) for one in found] == [
+        ("certiq", 1, None),
+        ("gptqmodel", 0, "it ended"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["--sequences=0", "--sequences=8,x", "--programs=none", "--dtypes=int8", "--repeat=0"]
+)
+def test_models_refuses_what_it_cannot_measure(text: str) -> None:
+    with pytest.raises(SystemExit) as refused:
+        models.parse([text])
     assert refused.value.code == 2
 
 
