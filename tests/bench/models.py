@@ -153,7 +153,13 @@ def run_measured(
     began = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(variables)
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=dict(variables),
+            # Peers write logs where they are started.
+            cwd=log.parent,
         )
     _, status, used = os.wait4(process.pid, 0)
     wall = time.monotonic() - began
