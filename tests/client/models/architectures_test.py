@@ -237,7 +237,9 @@ def test_architecture(
     output = tmp_path / "output"
     ids = windows(source.folder, text)
     expected = output_of(source.loaded, ids)
-    predicts = expected.shape[-1] != source.loaded.config.get_text_config().hidden_size
+    width = source.loaded.config.get_text_config().hidden_size
+    # A masked language model predicts no next token, and its evaluation is refused.
+    predicts = expected.shape[-1] != width and not architecture.kind.endswith("MaskedLM")
     status = main(
         [
             *("--model", str(source.folder), "--calibration", str(text), "--output", str(output)),
