@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from certiq.model.checkpoint_files import (
 from certiq.model.errors import UsageError
 from certiq.model.journal import Journal, write_text
 from certiq.model.naming import StoredLinear
-from certiq.model.plan import Plan
+from certiq.model.plan import DENSE_DTYPES, Plan
 from certiq.model.quantization_config import quantization_config
 from certiq.model.settings import PACKED, RunSettings
 from certiq.model.shards import Entry, write_safetensors
@@ -36,7 +36,6 @@ SCALE_DTYPES: dict[str, Literal["f16", "bf16", "f32"]] = {
     "float16": "f16",
     "bfloat16": "bf16",
 }
-_DENSE = {"dense_f32": torch.float32, "dense_f16": torch.float16, "dense_bf16": torch.bfloat16}
 # What holds weights is written anew or is another edition of them; what is hidden is nobody's.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _OURS = ("config.json", "quantize_config.json", INDEX, "report.json", "report.html", "recipe.yaml")
@@ -153,8 +152,8 @@ class CheckpointWriter:
         if self._settings.dtype is None and not self._source.is_gguf:
             return True
         # What has another type than the checkpoint's has it for a reason.
-        main = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-        return self._source.files.info(name).dtype != main[self._source.usual_dtype]
+        usual = DTYPE_NAMES[DTYPES[self._source.usual_dtype]]
+        return self._source.files.info(name).dtype != usual
 
     def _entries(self, name: str) -> Iterator[Entry]:
         linears = self._in_tensor.get(name)
@@ -242,7 +241,7 @@ class CheckpointWriter:
         self, name: str, linears: list[StoredLinear], written: str | None = None
     ) -> Entry:
         """An ordinary tensor, in the layout that it had."""
-        dtype = _DENSE[self._plan.format]
+        dtype = TORCH_DTYPES[DENSE_DTYPES[self._plan.format]]
 
         def made() -> torch.Tensor:
             tensor = self._source.files.read(name).to(dtype)
@@ -263,14 +262,11 @@ class CheckpointWriter:
 
     def _packed_entries(self, linear: StoredLinear) -> Iterator[Entry]:
         for role, info in self._journal.infos(linear.name).items():
-            read = self._reader(linear.name, role)
+            read = partial(self._journal.read_tensor, linear.name, role)
             if role == "g_idx":
                 index = read()
                 self._orders_groups |= bool((index[1:] < index[:-1]).any())
             yield Entry(f"{linear.prefix}.{role}", info, read)
-
-    def _reader(self, linear: str, role: str) -> Callable[[], torch.Tensor]:
-        return lambda: self._journal.read_tensor(linear, role)
 
     def _float_experts(self, name: str, linears: list[StoredLinear]) -> Iterator[Entry]:
         """Those that stay float, of a tensor of all experts of which some are packed."""

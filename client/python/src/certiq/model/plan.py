@@ -26,7 +26,7 @@ EXPECTED_SHARE = 0.9
 # vLLM reads the same names (transformers 5.24's MODULES_TO_PATCH_FOR_QUANTIZATION).
 _PACKED_BY_EXPERT = {"compressed_tensors": ("Llama4TextExperts",)}
 IGNORED = "ignored"
-_DENSE_DTYPES = {"dense_f32": "F32", "dense_f16": "F16", "dense_bf16": "BF16"}
+DENSE_DTYPES = {"dense_f32": "F32", "dense_f16": "F16", "dense_bf16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -431,7 +431,7 @@ def result_tensors(planned: Planned) -> dict[str, TensorInfo]:
     groups = features // spec.group_size if spec.group_size else 1
     format = spec.format or "dense_f32"
     if format not in PACKED:
-        return {"weight": TensorInfo(_DENSE_DTYPES[format], (rows, features))}
+        return {"weight": TensorInfo(DENSE_DTYPES[format], (rows, features))}
     if format == "compressed_tensors":
         scale, _ = _SCALE_BYTES[spec.scale_dtype]
         found = {
