@@ -38,11 +38,6 @@ def copied(llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama, tmp_path / "model"))
 
 
-@pytest.fixture
-def save(tokenizer: Any, tmp_path: Path) -> Save:  # noqa: ANN401
-    return unusual.saver(tokenizer, tmp_path)
-
-
 def assert_kept(source: Path, output: Path, quantized: set[str]) -> None:
     """All tensors but the quantized ones have name, type and bytes; nothing came to them but what
     the quantized ones became."""

@@ -2,8 +2,9 @@
 
 import os
 import random
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Nothing is looked up on a network.
@@ -17,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "e2e"))
 import certiq
 import pytest
 import torch
+import unusual
 from driving import Driver
 from models import VOCABULARY
 from programs import ROOT, SERVER, Server
@@ -82,3 +84,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(f"w{word}" for word in words))
     return path
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model in one file. Nobody changes it."""
+    return unusual.saver(tokenizer, tmp_path_factory.mktemp("llama"))(unusual.llama())
+
+
+@pytest.fixture
+def copied(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def save(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., Path]:
+    return unusual.saver(tokenizer, tmp_path)

@@ -1,10 +1,8 @@
 """Flags, folders and models that somebody may well give: done, or refused in a sentence."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import driving
 import models
@@ -19,22 +17,6 @@ from safetensors.torch import save_file
 
 UNPACKED = transformers.CompressedTensorsConfig(dequantize=True)
 Save = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN401
-    """Nobody changes it."""
-    return unusual.saver(tokenizer, tmp_path_factory.mktemp("llama"))(unusual.llama())
-
-
-@pytest.fixture
-def copied(llama: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(llama, tmp_path / "model"))
-
-
-@pytest.fixture
-def save(tokenizer: Any, tmp_path: Path) -> Save:  # noqa: ANN401
-    return unusual.saver(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize(

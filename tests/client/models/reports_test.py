@@ -26,11 +26,6 @@ def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
     return unusual.saver(tokenizer, tmp_path_factory.mktemp("llama"))(model)
 
 
-@pytest.fixture
-def save(tokenizer: Any, tmp_path: Path) -> Save:  # noqa: ANN401
-    return unusual.saver(tokenizer, tmp_path)
-
-
 # ---- Measurements ----
 
 

@@ -26,22 +26,6 @@ Save = Callable[..., Path]
 UNPACKED = transformers.CompressedTensorsConfig(dequantize=True)
 
 
-@pytest.fixture(scope="module")
-def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN401
-    """In one file. Nobody changes it."""
-    return unusual.saver(tokenizer, tmp_path_factory.mktemp("llama"))(unusual.llama())
-
-
-@pytest.fixture
-def copied(llama: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(llama, tmp_path / "model"))
-
-
-@pytest.fixture
-def save(tokenizer: Any, tmp_path: Path) -> Save:  # noqa: ANN401
-    return unusual.saver(tokenizer, tmp_path)
-
-
 def jobs_of(server: Server) -> float:
     return server.metrics().sum("certiq_jobs_total")
 

@@ -29,11 +29,6 @@ UNPACKED = transformers.CompressedTensorsConfig(dequantize=True)
 Save = Callable[..., Path]
 
 
-@pytest.fixture
-def save(tokenizer: Any, tmp_path: Path) -> Save:  # noqa: ANN401
-    return unusual.saver(tokenizer, tmp_path)
-
-
 def codes_of(weight: torch.Tensor, block: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 codes and scales of blocks, the last ones of which may be smaller."""
     rows, columns = weight.shape
